@@ -1,0 +1,29 @@
+# make demo    first result: makes .venv, installs, runs the quickstart, prints its table
+# make test    everything: makes .venv, installs, runs all tests
+# make check   before a commit: format, lint, import order, fast tests
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN = $(VENV)/bin/python
+
+.PHONY: demo test check
+
+$(VENV)/core: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet -e .
+	touch $@
+
+$(VENV)/everything: $(VENV)/core
+	$(RUN) -m pip install --quiet -e '.[test,backbones]'
+	touch $@
+
+demo: $(VENV)/core
+	$(RUN) launch.py experiment=quickstart
+
+test: $(VENV)/everything
+	$(RUN) -m pytest
+
+check: $(VENV)/everything
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m pytest -m "not slow"

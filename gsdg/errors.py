@@ -1,0 +1,32 @@
+"""The one exception that is shown to a user as a message, without a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Something the user can mend: the message says what was wrong, what was found, what is valid, what to do."""
+
+
+def listing(names: Iterable[object]) -> str:
+    """`a, b, c`, or `(none)`: the valid choices in a message."""
+    return ", ".join(str(name) for name in names) or "(none)"
+
+
+def explain(error: BaseException) -> str | None:
+    """The message for a mistake of the user's, found by us or by Hydra; None for anything else: a traceback is due."""
+    from hydra.errors import HydraException
+    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+    if isinstance(error, UserError):
+        return f"error: {error}"
+    if not isinstance(error, HydraException | OmegaConfBaseException):
+        return None
+    cause = error.__cause__
+    lines = [f"error: {error}"]
+    if cause is not None and str(cause) not in str(error):
+        lines.append(str(cause))
+    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and hasattr(cause.parent_node, "keys"):
+        lines.append(f"Valid here: {listing(sorted(key for key in cause.parent_node if key != '_target_'))}.")
+    return "\n".join(lines)

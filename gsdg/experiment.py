@@ -1,0 +1,212 @@
+"""Resolved config -> objects -> run: the only place that instantiates.
+
+Everything that can be wrong without looking at an image is refused in `prepare`, before any data is read; after it
+the run has an id and a folder, and whatever happens is in the folder's status and log.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from gsdg.algorithms import Algorithm
+from gsdg.data.augment import eval_transform, train_transform
+from gsdg.data.loader import TrainBatches
+from gsdg.data.split import Split
+from gsdg.environment import environment
+from gsdg.errors import UserError, listing
+from gsdg.evaluate import Evaluator
+from gsdg.runs import LockLost, RunFolder, append_line, run_id, write_json
+from gsdg.schema import build, check
+from gsdg.seeding import seed_everything, seed_hash
+from gsdg.sweeps import note_run
+from gsdg.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+# What the program adds to each group's own arguments.
+SUPPLIED = {
+    "dataset": ("data_dir",),
+    "split": (),
+    "model": ("classes", "precision"),
+    "algorithm": (),
+    "optimizer": ("params",),
+    "trainer": (),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that has been checked: its config, and the objects that need no data."""
+
+    config: dict
+    device: torch.device
+    source: object  # reads the data set; knows its domains' names
+    split: Split
+    algorithm: Algorithm
+    trainer: Trainer
+
+    @property
+    def seed(self) -> int:
+        """Of initialisation, batches, augmentation and dropout: another trial is another draw of all of them."""
+        return seed_hash(self.config["seed"], self.config["split"]["trial_seed"])
+
+
+def run(raw: DictConfig) -> None:
+    """Run, resume, or find done, the experiment that `raw` describes."""
+    plan = prepare(raw)
+    folder = RunFolder(Path(plan.config["runs_dir"]) / run_id(plan.config))
+    if HydraConfig.initialized() and HydraConfig.get().mode.name == "MULTIRUN":
+        note_run(Path(HydraConfig.get().runtime.output_dir), folder.path.name)
+    if folder.status.get("state") == "done" and not plan.config["force"]:
+        log.info("done already: %s (force=true to run it again)", folder.path)
+        return
+    with folder.hold(afresh=plan.config["force"]), logged_to(folder), failure_recorded(folder):
+        folder.set_status(steps=plan.trainer.steps)
+        write_json(folder.path / "config.json", plan.config)
+        append_line(folder.path / "environment.jsonl", environment() | {"device": device_name(plan.device)})
+        log.info("run %s: %s", folder.path, summary(plan))
+        train(plan, folder)
+        log.info("done: %s", folder.path)
+
+
+def prepare(raw: DictConfig) -> Plan:
+    """Check the whole config and build what needs no data. UserError for every mistake that can be found here."""
+    config = OmegaConf.to_container(raw, resolve=True, throw_on_missing=True)
+    config.pop("experiment", None)
+    for group, supplied in SUPPLIED.items():
+        config[group] = check(config[group], group, supplied)
+    for key, kind in {"seed": int, "deterministic": bool, "force": bool}.items():
+        if type(config[key]) is not kind:
+            raise UserError(f"{key}: found {config[key]!r}, expected {kind.__name__}.")
+    source = build(config["dataset"], data_dir=config["data_dir"])
+    split = build(config["split"])
+    split.check(source.domains)
+    config["dataset"]["domains"], config["split"]["target"] = list(source.domains), split.targets
+    if len(config["model"]["mean"]) == 1 and source.augment == "photos":
+        raise UserError(
+            f"model={config['model']['name']} looks at one grey channel, dataset={source.name} has colour photos.\n"
+            "Choose a model that takes them: model=resnet18, resnet50, efficientnet_lite0."
+        )
+    try_optimizer(config["optimizer"])
+    algorithm, trainer = build(config["algorithm"]), build(config["trainer"])
+    return Plan(config, choose_device(config["device"]), source, split, algorithm, trainer)
+
+
+def train(plan: Plan, folder: RunFolder) -> None:
+    """Read the data, build the model, fit."""
+    trainer, algorithm = plan.trainer, plan.algorithm
+    seed_everything(plan.seed, deterministic=plan.config["deterministic"])
+    dataset = plan.source.read()
+    model = build(plan.config["model"], classes=len(dataset.classes), precision=trainer.precision)
+    algorithm.setup(model.to(device=plan.device, memory_format=trainer.memory_format))
+    optimizer = build(plan.config["optimizer"], params=[p for p in algorithm.parameters() if p.requires_grad])
+
+    sources = plan.split.sources(plan.source.domains)
+    parts = plan.split.parts(dataset)  # {domain: {"in": indices, "out": indices}}
+    augmented = train_transform(model.spec, plan.source.augment)
+    plain = eval_transform(model.spec)
+    workers = usable_cores() if trainer.workers is None else trainer.workers
+    batches = TrainBatches(
+        dataset,
+        {domain: parts[domain]["in"] for domain in sources},
+        transform=augmented,
+        batch_size=trainer.batch_size,
+        seed=plan.seed,
+        steps=trainer.steps,
+        class_balanced=trainer.class_balanced,
+    )
+    evaluator = Evaluator(
+        dataset,
+        {domain: evaluated(trainer, parts[domain], domain in sources) for domain in parts},
+        {domain: augmented if trainer.augment == "sources" and domain in sources else plain for domain in parts},
+        batch_size=trainer.eval_batch_size,
+        workers=workers,
+        seed=plan.seed,
+        device=plan.device,
+        memory_format=trainer.memory_format,
+    )
+    trainer.fit(algorithm, optimizer, batches, evaluator, folder, workers=workers)
+
+
+def summary(plan: Plan) -> str:
+    """`grad_surgery on pacs (resnet18, cpu), target sketch, trial 0`."""
+    names = {group: plan.config[group]["name"] for group in ("algorithm", "dataset", "model")}
+    where = f"{names['model']}, {plan.device}"
+    targets, trial = listing(plan.split.targets), plan.config["split"]["trial_seed"]
+    return f"{names['algorithm']} on {names['dataset']} ({where}), target {targets}, trial {trial}"
+
+
+def evaluated(trainer: Trainer, parts: dict, is_source: bool) -> dict:
+    """The parts of a domain that are evaluated: `fast` leaves out what was trained on."""
+    return {part: parts[part] for part in parts if not (trainer.evaluate == "fast" and is_source and part == "in")}
+
+
+def try_optimizer(node: dict) -> None:
+    """Build the optimizer on one number, so that what torch refuses is said before data loads."""
+    try:
+        build(node, params=[torch.zeros(1, requires_grad=True)])
+    except Exception as error:
+        reason = str(error.__cause__ or error).splitlines()[0]
+        raise UserError(f"optimizer ({node['_target_']}): {reason}") from error
+
+
+def choose_device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device={name} cannot be used here: {reason}\nValid: auto, cpu, cuda, cuda:1, mps.") from error
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    return (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
+    )
+
+
+def usable_cores(most: int = 8) -> int:
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(most, count)
+
+
+@contextmanager
+def logged_to(folder: RunFolder) -> Iterator[None]:
+    """Everything logged inside also goes to the run's log.txt."""
+    handler = logging.FileHandler(folder.path / "log.txt")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logging.getLogger().addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(handler)
+        handler.close()
+
+
+@contextmanager
+def failure_recorded(folder: RunFolder) -> Iterator[None]:
+    """A failure inside is written to status and log before it goes on: SLURM and Hydra may swallow it."""
+    try:
+        yield
+    except LockLost:
+        raise
+    except BaseException as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        with suppress(LockLost, OSError):
+            folder.set_status(state="failed", reason=reason)
+        with suppress(OSError), (folder.path / "log.txt").open("a") as file:
+            traceback.print_exc(file=file)
+        raise

@@ -1,0 +1,10 @@
+"""What is trained: a featurizer, dropout on its features, one linear head; each factory here returns a Classifier."""
+
+from __future__ import annotations
+
+from gsdg.models.classifier import Classifier
+from gsdg.models.convnet import convnet
+from gsdg.models.resnet import resnet18, resnet50
+from gsdg.models.timm_backbones import efficientnet_lite0, resnet50_augmix
+
+__all__ = ["Classifier", "convnet", "efficientnet_lite0", "resnet18", "resnet50", "resnet50_augmix"]

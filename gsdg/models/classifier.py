@@ -1,0 +1,99 @@
+"""The one model class: images -> features (dropout on them) -> logits.
+
+Source: DomainBed's `networks.ResNet` and `networks.Classifier` (dropout on the features, one linear head, BatchNorm
+that stays in eval mode while its affine part trains).
+
+Deliberate deviations: `head="none"` uses the features themselves as logits, which is what the GradSurgery release
+computes; under bf16 the head still runs in float32, since it costs nothing and the loss wants float32 logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from gsdg.batch import ImageSpec
+from gsdg.errors import UserError, listing
+
+Head = Literal["linear", "none"]
+Precision = Literal["float32", "bf16"]
+
+
+class Classifier(nn.Module):
+    """A featurizer [B, C, H, W] -> [B, F] and its head; `spec` says what images it wants.
+
+    Raises UserError for dropout outside [0, 1), an unknown head or precision, and classes that have no feature each
+    under `head="none"`.
+    """
+
+    def __init__(
+        self,
+        featurizer: nn.Module,
+        *,
+        features: int,
+        classes: int,
+        spec: ImageSpec,
+        head: Head,
+        dropout: float,
+        freeze_bn: bool,
+        precision: Precision,
+    ) -> None:
+        super().__init__()
+        _check_choice("head", head, get_args(Head))
+        _check_choice("precision", precision, get_args(Precision))
+        if not 0 <= dropout < 1:
+            raise UserError(f"model.dropout is a probability in [0, 1), found {dropout}")
+        if head == "none" and classes > features:
+            raise UserError(
+                f"model.head=none uses the {features} features as logits, but the data set has {classes} classes: "
+                "use model.head=linear or a wider model"
+            )
+        self.featurizer = featurizer
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(features, classes) if head == "linear" else nn.Identity()
+        self.spec = spec
+        self.features = features
+        self.classes = classes
+        self.freeze_bn = freeze_bn
+        self.precision = precision
+        self.train()  # torch starts in training mode without a call to train(): freeze at once
+
+    def featurize(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] -> [B, F] float32, after dropout."""
+        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+            features = self.featurizer(images)
+        return self.dropout(features.float())
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] -> logits float32: [B, classes], or [B, F] under `head="none"` (a label indexes a feature)."""
+        return self.head(self.featurize(images))
+
+    def train(self, mode: bool = True) -> Classifier:
+        """As torch's, but frozen BatchNorms keep their running statistics and use them."""
+        super().train(mode)
+        if self.freeze_bn:
+            for module in self.featurizer.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+
+def image_spec(*, size: int, channels: int, mean: Sequence[float], std: Sequence[float]) -> ImageSpec:
+    """What the model is fed, checked: `channels` means and positive standard deviations."""
+    if size < 1:
+        raise UserError(f"model.image_size is a number of pixels, 1 or more, found {size}")
+    for name, values in (("mean", mean), ("std", std)):
+        if len(values) != channels:
+            raise UserError(f"model.{name} wants {channels} numbers, one a channel, found {list(values)}")
+    if min(std) <= 0:
+        raise UserError(f"model.std wants positive numbers, found {list(std)}")
+    return ImageSpec(size, channels, tuple(mean), tuple(std))
+
+
+def _check_choice(name: str, found: str, valid: Sequence[str]) -> None:
+    if found not in valid:
+        raise UserError(f"model {name} {found!r} is unknown; valid: {listing(valid)}")

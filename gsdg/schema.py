@@ -1,0 +1,110 @@
+"""A constructor's keyword-only typed signature is the schema of its config node: names and types, checked at once."""
+
+from __future__ import annotations
+
+import inspect
+import types
+import typing
+from collections.abc import Sequence
+from difflib import get_close_matches
+from typing import Any, Literal, Union
+
+from hydra.errors import InstantiationException
+from hydra.utils import get_object, instantiate
+
+from gsdg.errors import UserError, listing
+
+
+def build(node: dict, **supplied: object) -> Any:
+    """Instantiate a checked node. `name` is for people and records, `supplied` is what only the program knows."""
+    keys = accepted(node)
+    arguments = {key: value for key, value in node.items() if key != "name" or "name" in keys}
+    added = {key: value for key, value in supplied.items() if key in keys}
+    try:
+        return instantiate(arguments, **added, _convert_="all")
+    except InstantiationException as error:
+        if isinstance(error.__cause__, UserError):  # Hydra wraps what a constructor raises
+            raise error.__cause__ from None
+        raise
+
+
+def accepted(node: dict) -> dict[str, inspect.Parameter]:
+    """The parameters of the node's `_target_`."""
+    parameters = inspect.signature(get_object(node["_target_"])).parameters
+    return {key: p for key, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+
+
+def check(node: dict, where: str, supplied: Sequence[str] = ()) -> dict:
+    """The node with its values in their declared types; UserError names the key, what was found, what is valid.
+
+    `supplied` are the arguments the program will add: they may be absent.
+    """
+    target = get_object(node["_target_"])
+    parameters, hints = accepted(node), _hints(target)
+    checked = {}
+    for key, value in node.items():
+        if key == "_target_" or (key == "name" and key not in parameters):
+            checked[key] = value
+        elif key not in parameters:
+            raise UserError(unknown(f"{where}.{key}", key, [name for name in parameters if name not in supplied]))
+        else:
+            checked[key] = coerce(value, hints.get(key, Any), f"{where}.{key}")
+    for key, parameter in parameters.items():
+        if parameter.default is parameter.empty and key not in node and key not in supplied:
+            raise UserError(f"{where}.{key} is missing: {node['_target_']} needs it.")
+    return checked
+
+
+def unknown(full_key: str, key: str, valid: Sequence[str]) -> str:
+    """The message for a key that does not exist."""
+    close = get_close_matches(key, valid, n=1)
+    guess = f" Did you mean `{close[0]}`?" if close else ""
+    return f"unknown key {full_key}.{guess} Valid here: {listing(sorted(valid))}."
+
+
+def coerce(value: object, hint: object, where: str) -> object:
+    """`value` as the type `hint` asks for: an int is a float where a float is asked for, nothing else is converted."""
+    origin, options = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return _first_fitting(value, options, hint, where)
+    if origin is Literal:
+        if value in options:
+            return value
+        raise UserError(f"{where}: found {value!r}; valid: {listing(options)}.")
+    if origin in (list, tuple, Sequence) and isinstance(value, list | tuple):
+        items = [option for option in options if option is not ...] or [Any]
+        return [coerce(item, items[min(i, len(items) - 1)], f"{where}[{i}]") for i, item in enumerate(value)]
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is Any or isinstance(hint, typing.TypeVar) or _is_plain(value, hint):
+        return value
+    raise UserError(f"{where}: found {value!r} ({type(value).__name__}), expected {_name(hint)}.")
+
+
+def _first_fitting(value: object, options: Sequence[object], hint: object, where: str) -> object:
+    for option in options:
+        try:
+            return coerce(value, option, where)
+        except UserError:
+            continue
+    raise UserError(f"{where}: found {value!r} ({type(value).__name__}), expected {_name(hint)}.")
+
+
+def _is_plain(value: object, hint: object) -> bool:
+    if isinstance(value, bool):
+        return hint is bool
+    return value is None if hint in (None, type(None)) else isinstance(hint, type) and isinstance(value, hint)
+
+
+def _name(hint: object) -> str:
+    options = typing.get_args(hint)
+    if typing.get_origin(hint) is Literal:
+        return listing(options)
+    if typing.get_origin(hint) in (Union, types.UnionType):
+        return " or ".join(_name(option) for option in options)
+    return "null" if hint in (None, type(None)) else str(getattr(hint, "__name__", hint))
+
+
+def _hints(target: object) -> dict[str, object]:
+    function = target.__init__ if isinstance(target, type) and "__dataclass_fields__" not in vars(target) else target
+    return typing.get_type_hints(function)

@@ -1,0 +1,54 @@
+"""NaN and inf in a gradient: where they came from, in words. Slow and exact; called only when something is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+class NonFiniteGradient(RuntimeError):
+    """A domain's gradient holds NaN or inf, or its square overflows; the message names the domain and the tensor."""
+
+
+def domain_name(d: int, domains: Sequence[str] | None) -> str:
+    return f"domain {d}" if domains is None or d >= len(domains) else f"domain {domains[d]!r}"
+
+
+def tensor_name(k: int, shapes: Sequence[torch.Size], names: Sequence[str] | None) -> str:
+    return f"tensor {k} of shape {list(shapes[k])}" if names is None else f"{names[k]!r} of shape {list(shapes[k])}"
+
+
+def describe_nonfinite(
+    G: Tensor, shapes: Sequence[torch.Size], names: Sequence[str] | None, domains: Sequence[str] | None
+) -> str | None:
+    """The first tensor of the first domain whose gradient, in G [D, P], is not finite; None if all are."""
+    sizes = [shape.numel() for shape in shapes]
+    for d, row in enumerate(G):
+        for k, gradient in enumerate(row.split(sizes)):
+            bad = gradient.numel() - int(gradient.isfinite().sum())
+            if bad:
+                return (
+                    f"{bad} of {gradient.numel()} values of the gradient of {tensor_name(k, shapes, names)} from "
+                    f"{domain_name(d, domains)} are NaN or inf; no update was made. Look at that domain's loss and "
+                    "images, or lower the learning rate"
+                )
+    return None
+
+
+def describe_overflow(
+    squares: Tensor,
+    part_tensor: Tensor,
+    shapes: Sequence[torch.Size],
+    names: Sequence[str] | None,
+    domains: Sequence[str] | None,
+    dtype: torch.dtype,
+) -> str:
+    """squares [K, D], the squared norms of the parts: names one that is not finite although its gradient is."""
+    k, d = (~squares.isfinite()).nonzero()[0].tolist()
+    return (
+        f"the squared norm of the gradient of {tensor_name(int(part_tensor[k]), shapes, names)} from "
+        f"{domain_name(d, domains)} overflows {dtype} though every value is finite; no update was made. "
+        "Scale the losses down, or use float64 parameters"
+    )

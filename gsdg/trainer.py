@@ -1,0 +1,214 @@
+"""The only training loop: batches -> gradients -> optimizer -> records, resumable at any step, bit for bit.
+
+Steps are counted as DomainBed counts them: the record of step s is made after s + 1 updates, and `steps: 5001`
+with `eval_every: 300` evaluates after updates 1, 301, ..., 4801 (and 5001 with `evaluate_last`).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from gsdg.algorithms import Algorithm
+from gsdg.checkpoint import Checkpoints, random_states, restore_random_states, save_atomically
+from gsdg.data.loader import TrainBatches, train_loader
+from gsdg.errors import UserError
+from gsdg.evaluate import Evaluator
+from gsdg.runs import RunFolder
+
+log = logging.getLogger(__name__)
+
+
+class NonFinite(RuntimeError):
+    """The loss or a gradient is NaN or infinite: training on would only hide it."""
+
+
+class Window:
+    """Sums of the metrics since the last record; they stay on the device until the record is made."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        self.steps = 0
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        self.steps += 1
+        for name, value in metrics.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value.double()
+
+    def means(self) -> dict[str, float]:
+        return {name: (total / self.steps).item() for name, total in self.sums.items()}
+
+    def state_dict(self) -> dict:
+        return {"steps": self.steps, "sums": self.sums}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.steps, self.sums = state["steps"], dict(state["sums"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """How long, how often, how large. `evaluate` and `augment` are where the DomainBed lineages differ.
+
+    evaluate: `all` domains' in and out parts, or `fast`: all but the sources' in.
+    augment: `training` augments the training batches only; `sources` the sources' evaluation too (DomainBed).
+    batch_size: images per source domain and step. precision: of the forward pass.
+    checkpoint_every, log_every, workers (processes that load images) and keep_weights change no result.
+    """
+
+    steps: int
+    eval_every: int
+    evaluate_last: bool
+    evaluate: Literal["all", "fast"]
+    augment: Literal["training", "sources"]
+    batch_size: int
+    eval_batch_size: int
+    class_balanced: bool
+    precision: Literal["float32", "bf16"]
+    channels_last: bool
+    checkpoint_every: int
+    log_every: int
+    workers: int | None
+    keep_weights: bool
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "eval_every", "batch_size", "eval_batch_size", "checkpoint_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"trainer.{name}: found {getattr(self, name)}, expected 1 or more.")
+        if self.workers is not None and self.workers < 0:
+            raise UserError(f"trainer.workers: found {self.workers}, expected 0 (no extra process) or more.")
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format
+
+    def fit(
+        self,
+        algorithm: Algorithm,
+        optimizer: torch.optim.Optimizer,
+        batches: TrainBatches,
+        evaluator: Evaluator,
+        folder: RunFolder,
+        workers: int,
+    ) -> None:
+        """Train from the last checkpoint, or from the start, to `steps`; leave records and `model.pt` in `folder`."""
+        checkpoints = Checkpoints(folder.path / "checkpoints")
+        window = Window()
+        parts = {"algorithm": algorithm, "optimizer": optimizer, "window": window}
+        start = self._resume(checkpoints, parts, folder)
+        parameters = [p for p in algorithm.parameters() if p.requires_grad]
+        device = parameters[0].device
+        algorithm.train()
+        clock = Clock(start, self.steps)
+
+        for step, drawn in enumerate(train_loader(batches, start, workers), start):
+            optimizer.zero_grad(set_to_none=True)
+            metrics = algorithm.backward([batch.to(device, self.memory_format) for batch in drawn])
+            metrics["grad_norm"] = gradient_norm(parameters)
+            if device.type == "cpu" or self._reports(step):  # elsewhere, reading a number makes the host wait
+                refuse_nonfinite(metrics, step, algorithm)
+            optimizer.step()
+            window.add(metrics)
+            clock.tick(step + 1)
+            folder.progress(step + 1)
+
+            if self._logs(step):
+                log.info(clock.line(window.means()["loss"]))
+            if self._evaluates(step):
+                self._record(step, window, clock, evaluator, algorithm, folder)
+                window.clear()
+            if self._saves(step):
+                folder.check_owner()
+                checkpoints.save(step + 1, snapshot(parts))
+
+        folder.check_owner()
+        if self.keep_weights:
+            save_atomically(folder.path / "model.pt", algorithm.model.state_dict())
+        folder.set_status(state="done", step=self.steps)
+        checkpoints.remove()  # only now: until the run is marked done, it is resumed from them
+
+    def _evaluates(self, step: int) -> bool:
+        return step % self.eval_every == 0 or (self.evaluate_last and step == self.steps - 1)
+
+    def _saves(self, step: int) -> bool:
+        return (step + 1) % self.checkpoint_every == 0 or step == self.steps - 1
+
+    def _logs(self, step: int) -> bool:
+        return step % self.log_every == 0
+
+    def _reports(self, step: int) -> bool:
+        return self._logs(step) or self._evaluates(step) or self._saves(step)
+
+    def _resume(self, checkpoints: Checkpoints, parts: dict, folder: RunFolder) -> int:
+        state = checkpoints.load_latest()
+        start = state["step"] if state else 0
+        folder.keep_records_before(start)
+        if state:
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            restore_random_states(state["random"])
+            log.info("resuming at step %d of %d", start, self.steps)
+        return start
+
+    def _record(self, step, window, clock, evaluator, algorithm, folder) -> None:
+        began = time.perf_counter()
+        metrics, seconds_per_step = window.means(), clock.seconds_per_step()
+        accuracy = evaluator(algorithm, step)
+        evaluation = time.perf_counter() - began
+        clock.exclude(evaluation)
+        seconds = {"step": seconds_per_step, "evaluation": evaluation}
+        folder.append_record({"step": step, "accuracy": accuracy, "metrics": metrics, "seconds": seconds})
+        log.info("step %d  %s", step, format_accuracy(accuracy))
+
+
+def snapshot(parts: dict) -> dict:
+    return {"random": random_states(), **{name: part.state_dict() for name, part in parts.items()}}
+
+
+def gradient_norm(parameters: list[Tensor]) -> Tensor:
+    """The 2-norm of all gradients together, a 0-dim tensor on their device."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def refuse_nonfinite(metrics: dict[str, Tensor], step: int, algorithm: Algorithm) -> None:
+    for name in ("loss", "grad_norm"):
+        value = metrics[name].item()
+        if value - value != 0:  # NaN and both infinities
+            raise NonFinite(f"{name} is {value} at step {step}. {algorithm.blame()}".strip())
+
+
+def format_accuracy(accuracy: dict[str, dict[str, float]]) -> str:
+    """`sketch in 70.1 out 69.8 | photo out 95.0`, in percent."""
+    return " | ".join(
+        domain + "".join(f" {part} {100 * value:.1f}" for part, value in parts.items())
+        for domain, parts in accuracy.items()
+    )
+
+
+class Clock:
+    """Steps per second and the time left, evaluation not counted."""
+
+    def __init__(self, start: int, steps: int) -> None:
+        self.start, self.steps, self.done = start, steps, start
+        self.began = time.perf_counter()
+
+    def tick(self, done: int) -> None:
+        self.done = done
+
+    def exclude(self, seconds: float) -> None:
+        self.began += seconds
+
+    def seconds_per_step(self) -> float:
+        return (time.perf_counter() - self.began) / max(1, self.done - self.start)
+
+    def line(self, loss: float) -> str:
+        pace = self.seconds_per_step()
+        left = time.strftime("%H:%M:%S", time.gmtime(pace * (self.steps - self.done)))
+        return f"step {self.done}/{self.steps}  loss {loss:.4f}  {1 / pace:.2f} steps/s  {left} left"

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from gsdg.batch import ImageSpec
+from gsdg.errors import UserError
+from gsdg.models import convnet
+
+SETTINGS = {"freeze_bn": False, "dropout": 0.0, "head": "linear", "image_size": 28, "mean": [0.0], "std": [1.0]}
+
+
+def test_convnet_is_small_and_treats_every_image_alone():
+    model = convnet(classes=10, weights=None, **SETTINGS)
+    batch = torch.randn(3, 1, 28, 28)
+    assert model.spec == ImageSpec(28, 1, (0.0,), (1.0,))
+    assert sum(parameter.numel() for parameter in model.parameters()) == 93_770
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    torch.testing.assert_close(model(batch)[:1], model(batch[:1]))
+
+
+def test_convnet_learns_where_a_bright_bar_stands():
+    torch.manual_seed(0)
+    model = convnet(classes=4, weights=None, **SETTINGS)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    labels = torch.arange(32) % 4
+    batch = 0.1 * torch.randn(32, 1, 28, 28)
+    for image, label in zip(batch, labels.tolist(), strict=True):  # vertical or horizontal, thin or thick
+        bar = slice(10, 12 if label < 2 else 18)
+        image[0][(bar, slice(None)) if label % 2 else (slice(None), bar)] += 1
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = cross_entropy(model(batch), labels)
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1
+
+
+def test_convnet_takes_a_file_and_has_no_imagenet_weights(tmp_path):
+    first = convnet(classes=10, weights=None, **SETTINGS)
+    torch.save(first.featurizer.state_dict(), tmp_path / "digits.pth")
+    second = convnet(classes=10, weights=str(tmp_path / "digits.pth"), **SETTINGS)
+    batch = torch.randn(2, 1, 28, 28)
+    assert torch.equal(first.featurize(batch), second.featurize(batch))
+    with pytest.raises(UserError, match="no ImageNet weights"):
+        convnet(classes=10, weights="imagenet", **SETTINGS)

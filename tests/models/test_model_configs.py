@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import get_object
+from omegaconf import OmegaConf
+
+FOLDER = Path(__file__).resolve().parents[2] / "conf" / "model"
+FILES = sorted(FOLDER.glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+class TestModelConfig:
+    def test_its_keys_are_the_factorys_arguments(self, file):
+        yaml = OmegaConf.load(file)
+        assert yaml.name == file.stem
+        parameters = inspect.signature(get_object(yaml._target_)).parameters
+        assert set(yaml) - {"name", "_target_"} == set(parameters) - {"classes", "precision"}
+        assert {parameter.kind for parameter in parameters.values()} == {inspect.Parameter.KEYWORD_ONLY}
+
+    def test_it_says_what_it_is_on_top(self, file):
+        assert file.read_text().startswith("# ")
+
+    def test_it_builds_and_returns_logits(self, file):
+        yaml = OmegaConf.to_container(OmegaConf.load(file))
+        factory = get_object(yaml["_target_"])
+        if "timm" in factory.__module__:
+            pytest.importorskip("timm", reason="pip install 'gsdg[backbones]'")
+        settings = {key: yaml[key] for key in yaml if key not in ("name", "_target_")}
+        model = factory(classes=5, **(settings | {"weights": None}))
+        images = torch.randn(2, model.spec.channels, 32, 32)
+        assert model(images).shape == (2, 5)
+        assert model.featurize(images).shape == (2, model.features)
+        assert model.spec == (yaml["image_size"], len(yaml["mean"]), tuple(yaml["mean"]), tuple(yaml["std"]))
+
+
+def test_the_five_models_of_the_first_issue_are_there():
+    names = {file.stem for file in FILES}
+    assert names >= {"convnet", "resnet18", "resnet50", "efficientnet_lite0", "resnet50_augmix"}

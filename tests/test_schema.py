@@ -1,0 +1,73 @@
+"""A constructor's signature is its config's schema."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import pytest
+
+from gsdg.errors import UserError
+from gsdg.schema import build, check, coerce
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "expected"),
+    [
+        (1, int, 1),
+        (1, float, 1.0),
+        ("a", Literal["a", "b"], "a"),
+        (None, str | None, None),
+        ("x", str | None, "x"),
+        ([1, 2.0], Sequence[float], [1.0, 2.0]),
+        ((0.9, 1), tuple[float, float], [0.9, 1.0]),
+        ([15, "30"], str | Sequence[str | int], [15, "30"]),
+        (True, bool, True),
+        (object, Any, object),
+    ],
+)
+def test_what_fits_passes(value, hint, expected):
+    found = coerce(value, hint, "key")
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "message"),
+    [
+        ("abc", int, "key: found 'abc' (str), expected int."),
+        (1.5, int, "key: found 1.5 (float), expected int."),
+        (True, int, "key: found True (bool), expected int."),
+        (1, bool, "key: found 1 (int), expected bool."),
+        ("c", Literal["a", "b"], "key: found 'c'; valid: a, b."),
+        (None, float, "key: found None (NoneType), expected float."),
+        ("3", Sequence[float], "key: found '3' (str), expected"),
+        (["a"], Sequence[float], "key[0]: found 'a' (str), expected float."),
+        (1.5, str | int, "key: found 1.5 (float), expected str or int."),
+    ],
+)
+def test_what_does_not_fit_is_named_with_what_is_valid(value, hint, message):
+    with pytest.raises(UserError) as error:
+        coerce(value, hint, "key")
+    assert message in str(error.value)
+
+
+def node(**values: object) -> dict:
+    return {"_target_": "torch.optim.SGD", **values}
+
+
+def test_an_unknown_key_lists_the_valid_ones_and_guesses():
+    with pytest.raises(
+        UserError, match=r"unknown key optimizer\.momentun\. Did you mean `momentum`\? Valid here: .*lr"
+    ):
+        check(node(lr=0.1, momentun=0.9), "optimizer", ("params",))
+
+
+def test_a_missing_argument_is_named():
+    with pytest.raises(UserError, match=r"split\.target is missing"):
+        check({"_target_": "gsdg.data.split.Split", "trial_seed": 0, "holdout_fraction": 0.2}, "split")
+
+
+def test_a_constructors_own_refusal_arrives_as_it_is():
+    with pytest.raises(UserError, match="holdout_fraction"):
+        build({"_target_": "gsdg.data.split.Split", "target": "a", "trial_seed": 0, "holdout_fraction": 1.0})
