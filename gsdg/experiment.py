@@ -35,12 +35,12 @@ log = logging.getLogger(__name__)
 
 # What the program adds to each group's own arguments.
 SUPPLIED = {
+    "trainer": (),  # first: others refer to its values
     "dataset": ("data_dir",),
     "split": (),
     "model": ("classes", "precision"),
     "algorithm": (),
     "optimizer": ("params",),
-    "trainer": (),
 }
 
 

@@ -43,14 +43,14 @@ def check(node: dict, where: str, supplied: Sequence[str] = ()) -> dict:
     parameters, hints = accepted(node), _hints(target)
     checked = {}
     for key, value in node.items():
-        if key == "_target_" or (key == "name" and key not in parameters):
+        if key.startswith("_") or (key == "name" and key not in parameters):
             checked[key] = value
         elif key not in parameters:
             raise UserError(unknown(f"{where}.{key}", key, [name for name in parameters if name not in supplied]))
         else:
             checked[key] = coerce(value, hints.get(key, Any), f"{where}.{key}")
     for key, parameter in parameters.items():
-        if parameter.default is parameter.empty and key not in node and key not in supplied:
+        if parameter.default is parameter.empty and key not in {*node, *supplied} and not node.get("_partial_"):
             raise UserError(f"{where}.{key} is missing: {node['_target_']} needs it.")
     return checked
 
@@ -64,6 +64,8 @@ def unknown(full_key: str, key: str, valid: Sequence[str]) -> str:
 
 def coerce(value: object, hint: object, where: str) -> object:
     """`value` as the type `hint` asks for: an int is a float where a float is asked for, nothing else is converted."""
+    if isinstance(value, dict) and "_target_" in value:  # an object inside: its own constructor is its schema
+        return check(value, where)
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         return _first_fitting(value, options, hint, where)

@@ -1,17 +1,13 @@
-"""Shared by all tests: where the real PACS images are, small runs through launch.py, comparison of run folders."""
+"""Shared by all tests: where the real PACS images are, configs composed in the process, runs through launch.py."""
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-
-REPOSITORY = Path(__file__).parents[1]
-DIGITS = ("split.target=15", "model=convnet", "trainer.workers=0", "trainer.batch_size=8", "device=cpu")
+from helpers import REPOSITORY, Launcher
+from omegaconf import DictConfig
 
 
 def pytest_configure(config) -> None:
@@ -27,34 +23,18 @@ def pacs_root() -> Path:
     return root.parent
 
 
-class Launcher:
-    """`python launch.py ...` in a process of its own, as a user runs it, with its runs in a temporary folder."""
+@pytest.fixture
+def compose(tmp_path):
+    """The config of `python launch.py <overrides>`, with its runs in a temporary folder."""
+    import hydra
 
-    def __init__(self, runs_dir: Path) -> None:
-        self.runs_dir = runs_dir
+    def compose(*overrides: str) -> DictConfig:
+        with hydra.initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
+            return hydra.compose("config", [f"runs_dir={tmp_path / 'runs'}", *overrides])
 
-    def command(self, *overrides: str) -> list[str]:
-        return [sys.executable, str(REPOSITORY / "launch.py"), f"runs_dir={self.runs_dir}", *overrides]
-
-    def __call__(self, *overrides: str, **kwargs) -> subprocess.CompletedProcess:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", **kwargs.pop("env", {})}
-        environment = {key: value for key, value in environment.items() if key != "HYDRA_FULL_ERROR"} | kwargs
-        return subprocess.run(
-            self.command(*overrides), cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=600
-        )
-
-    def folder(self) -> Path:
-        """The one run that was made."""
-        (config,) = self.runs_dir.glob("*/config.json")
-        return config.parent
+    return compose
 
 
 @pytest.fixture
 def launch(tmp_path) -> Launcher:
     return Launcher(tmp_path / "runs")
-
-
-def records_without_time(folder: Path) -> list[dict]:
-    """A run's records but for what the wall clock wrote."""
-    lines = (folder / "records.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]

@@ -1,4 +1,4 @@
-"""What is trained: a featurizer, dropout on its features, one linear head; each factory here returns a Classifier."""
+"""What is trained: a Classifier, around a backbone. A backbone is a function: weights -> (featurizer, features)."""
 
 from __future__ import annotations
 

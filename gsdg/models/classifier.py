@@ -9,7 +9,7 @@ computes; under bf16 the head still runs in float32, since it costs nothing and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -24,38 +24,43 @@ Precision = Literal["float32", "bf16"]
 
 
 class Classifier(nn.Module):
-    """A featurizer [B, C, H, W] -> [B, F] and its head; `spec` says what images it wants.
+    """A backbone and a head. `backbone(weights)` returns a featurizer [B, C, H, W] -> [B, F], and F.
 
-    Raises UserError for dropout outside [0, 1), an unknown head or precision, and classes that have no feature each
-    under `head="none"`.
+    weights: "imagenet" where the backbone has such, null (random), or the path of a state dict file.
+    image_size, mean, std: what the images are resized to and normalised by; one mean a channel.
+    freeze_bn: BatchNorm keeps its statistics while its affine part trains. dropout: on the features.
+    Raises UserError for dropout outside [0, 1), an unknown head or precision, a normalisation that does not fit, and
+    classes that have no feature each under `head="none"`.
     """
 
     def __init__(
         self,
-        featurizer: nn.Module,
         *,
-        features: int,
+        backbone: Callable[[str | None], tuple[nn.Module, int]],
+        weights: str | None,
         classes: int,
-        spec: ImageSpec,
         head: Head,
         dropout: float,
         freeze_bn: bool,
-        precision: Precision,
+        image_size: int,
+        mean: Sequence[float],
+        std: Sequence[float],
+        precision: Precision = "float32",
     ) -> None:
         super().__init__()
         _check_choice("head", head, get_args(Head))
         _check_choice("precision", precision, get_args(Precision))
         if not 0 <= dropout < 1:
             raise UserError(f"model.dropout is a probability in [0, 1), found {dropout}")
+        self.spec = image_spec(size=image_size, mean=mean, std=std)
+        self.featurizer, features = backbone(weights)
         if head == "none" and classes > features:
             raise UserError(
                 f"model.head=none uses the {features} features as logits, but the data set has {classes} classes: "
                 "use model.head=linear or a wider model"
             )
-        self.featurizer = featurizer
         self.dropout = nn.Dropout(dropout)
         self.head = nn.Linear(features, classes) if head == "linear" else nn.Identity()
-        self.spec = spec
         self.features = features
         self.classes = classes
         self.freeze_bn = freeze_bn
@@ -82,16 +87,18 @@ class Classifier(nn.Module):
         return self
 
 
-def image_spec(*, size: int, channels: int, mean: Sequence[float], std: Sequence[float]) -> ImageSpec:
-    """What the model is fed, checked: `channels` means and positive standard deviations."""
+def image_spec(*, size: int, mean: Sequence[float], std: Sequence[float]) -> ImageSpec:
+    """What the model is fed, checked: one mean and one positive standard deviation a channel."""
     if size < 1:
         raise UserError(f"model.image_size is a number of pixels, 1 or more, found {size}")
-    for name, values in (("mean", mean), ("std", std)):
-        if len(values) != channels:
-            raise UserError(f"model.{name} wants {channels} numbers, one a channel, found {list(values)}")
+    if len(mean) not in (1, 3) or len(std) != len(mean):
+        raise UserError(
+            f"model.mean and model.std want a number a channel, 1 (grey) or 3 (colour), "
+            f"found {list(mean)} and {list(std)}"
+        )
     if min(std) <= 0:
         raise UserError(f"model.std wants positive numbers, found {list(std)}")
-    return ImageSpec(size, channels, tuple(mean), tuple(std))
+    return ImageSpec(size, len(mean), tuple(mean), tuple(std))
 
 
 def _check_choice(name: str, found: str, valid: Sequence[str]) -> None:

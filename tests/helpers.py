@@ -1,0 +1,48 @@
+"""What several tests use: configs and launches of small runs, and what a run folder holds."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[1]
+# Overrides that make a run on the embedded digits take a second or two.
+SMALL = ("split.target=15", "trainer.workers=0", "trainer.batch_size=4", "trainer.eval_every=8", "device=cpu")
+
+
+class Launcher:
+    """`python launch.py <overrides>` in a process of its own, with its runs in a folder of the test's."""
+
+    def __init__(self, runs_dir: Path) -> None:
+        self.runs_dir = runs_dir
+        self.environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.environment.pop("HYDRA_FULL_ERROR", None)
+
+    def start(self, *overrides: str) -> subprocess.Popen:
+        command = [sys.executable, str(REPOSITORY / "launch.py"), f"runs_dir={self.runs_dir}", *overrides]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        return subprocess.Popen(command, cwd=self.runs_dir.parent, env=self.environment, **pipes)
+
+    def __call__(self, *overrides: str) -> subprocess.CompletedProcess:
+        process = self.start(*overrides)
+        output, errors = process.communicate(timeout=600)
+        return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
+
+
+def only_run(runs_dir: Path) -> Path:
+    """The folder of the one run in `runs_dir`."""
+    (config,) = Path(runs_dir).glob("*/config.json")
+    return config.parent
+
+
+def records_without_time(folder: Path) -> list[dict]:
+    """A run's records but for what the wall clock wrote."""
+    lines = (folder / "records.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
+
+
+def status(folder: Path) -> dict:
+    return json.loads((folder / "status.json").read_text())

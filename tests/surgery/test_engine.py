@@ -1,0 +1,292 @@
+"""The engine: per-domain gradients into one buffer, lazily, and the update into .grad."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.profiler import ProfilerActivity, profile
+
+from gsdg.errors import UserError
+from gsdg.surgery import GradSurgery, NonFiniteGradient
+
+DOMAINS = ["art", "cartoon", "photo"]
+
+
+def small_model(seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Conv2d(3, 12, 3), nn.GroupNorm(2, 12), nn.ReLU(), nn.Conv2d(12, 8, 3), nn.Flatten(), nn.Linear(8 * 16, 5)
+    ).to(dtype)
+
+
+def batches(n_domains: int = 3, dtype: torch.dtype = torch.float32) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    images = torch.randn(n_domains, 4, 3, 8, 8, generator=generator, dtype=dtype)
+    return list(zip(images, torch.randint(0, 5, (n_domains, 4), generator=generator), strict=True))
+
+
+def losses(model: nn.Module, data=None):
+    for images, labels in batches() if data is None else data:
+        yield cross_entropy(model(images), labels)
+
+
+def flat_grads(model: nn.Module) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def separate_gradients(model: nn.Module, data=None) -> torch.Tensor:
+    """[D, P] by torch.autograd.grad."""
+    params = list(model.parameters())
+    return torch.stack(
+        [torch.cat([g.flatten() for g in torch.autograd.grad(loss, params)]) for loss in losses(model, data)]
+    )
+
+
+@pytest.mark.parametrize("n_domains", range(1, 7))
+@pytest.mark.parametrize("kind", ["generator", "list", "named generator"])
+def test_backward_equals_combine_on_separate_gradients(n_domains, kind):
+    model, data = small_model(dtype=torch.float64), batches(n_domains, torch.float64)
+    surgery = GradSurgery(model.parameters(), n_parts=4)
+    expected = surgery.combine(separate_gradients(model, data)).clone()
+    given = list(losses(model, data)) if kind == "list" else losses(model, data)
+    domains = [f"d{d}" for d in range(n_domains)] if kind == "named generator" else None
+    metrics = surgery.backward(given, domains)
+    torch.testing.assert_close(flat_grads(model), expected, rtol=1e-12, atol=1e-15)
+    mean = torch.stack(list(losses(model, data))).mean()
+    torch.testing.assert_close(metrics["loss"], mean)
+    assert set(metrics) == {"loss", "conflict_rate", "removed_norm_ratio"}
+    assert all(value.ndim == 0 and not value.requires_grad for value in metrics.values())
+
+
+def test_gradients_left_from_before_are_discarded():
+    model = small_model()
+    surgery = GradSurgery(model.parameters())
+    surgery.backward(losses(model))
+    first = flat_grads(model).clone()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    surgery.backward(losses(model))
+    assert torch.equal(flat_grads(model), first)
+
+
+def test_next_forward_starts_after_the_last_backward_with_no_graph_alive():
+    model = small_model()
+    events, alive = [], []
+
+    def watched():
+        for d, (images, labels) in enumerate(batches()):
+            assert not any(loss() is not None for loss in alive), "a former loss is still held"
+            events.append(f"forward {d}")
+            loss = cross_entropy(model(images), labels)
+            loss.register_hook(lambda grad, d=d: events.append(f"backward {d}"))
+            alive.append(weakref.ref(loss))
+            yield loss
+            del loss
+
+    GradSurgery(model.parameters()).backward(watched())
+    assert events == [f"{verb} {d}" for d in range(3) for verb in ("forward", "backward")]
+
+
+def test_a_parameter_without_a_part_in_the_loss_gets_zero_also_on_the_second_step():
+    model = small_model()
+    used_once = nn.Parameter(torch.ones(7))
+    surgery = GradSurgery([*model.parameters(), used_once])
+    surgery.backward(loss + used_once.sum() for loss in losses(model))
+    assert used_once.grad.ne(0).all()
+    surgery.backward(losses(model))
+    assert used_once.grad.eq(0).all()
+
+
+def test_uses_of_a_shared_parameter_are_summed_before_the_surgery():
+    layer = nn.Linear(6, 6)
+    model = nn.Sequential(layer, nn.Tanh(), layer)
+    inputs = torch.randn(3, 5, 6, generator=torch.Generator().manual_seed(0))
+    params = list(layer.parameters())
+    surgery = GradSurgery(model.parameters(), n_parts=3)
+    G = [torch.autograd.grad(model(x).square().sum(), params) for x in inputs]
+    expected = surgery.combine(torch.stack([torch.cat([g.flatten() for g in gs]) for gs in G])).clone()
+    surgery.backward(model(x).square().sum() for x in inputs)
+    torch.testing.assert_close(torch.cat([p.grad.flatten() for p in params]), expected)
+
+
+def test_frozen_parameters_are_left_alone():
+    model = small_model()
+    model[0].weight.requires_grad_(False)
+    names = [name for name, _ in model.named_parameters()]
+    GradSurgery(model.parameters(), names=names).backward(losses(model))
+    assert model[0].weight.grad is None
+    assert model[3].weight.grad is not None
+
+
+def test_channels_last_keeps_its_layout_and_gives_the_same_update():
+    contiguous, strided = small_model(dtype=torch.float64), small_model(dtype=torch.float64)
+    strided.to(memory_format=torch.channels_last)
+    assert strided[3].weight.stride() != contiguous[3].weight.stride()
+    data = batches(dtype=torch.float64)
+    for model in (contiguous, strided):
+        GradSurgery(model.parameters(), n_parts=5).backward(losses(model, data))
+    for p, q in zip(contiguous.parameters(), strided.parameters(), strict=True):
+        assert q.grad.stride() == q.stride()
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-14)
+
+
+def test_a_layout_with_rows_in_pieces_gives_the_same_update():
+    weights = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    transposed = weights.t().contiguous().t()
+    updates = []
+    for p in (weights.clone().requires_grad_(), transposed.requires_grad_()):
+        GradSurgery([p], n_parts=3).backward([(p * p[d]).sum() * (-1) ** d for d in range(3)])
+        updates.append(p.grad)
+    torch.testing.assert_close(*updates)
+
+
+def test_buffers_are_the_same_at_every_step():
+    model = small_model()
+    surgery = GradSurgery(model.parameters())
+    pointers = []
+    for _ in range(3):
+        surgery.backward(losses(model))
+        pointers.append([surgery._G.data_ptr(), *(p.grad.data_ptr() for p in model.parameters())])
+        for p in model.parameters():
+            p.grad = None  # as optimizer.zero_grad does
+    assert pointers[0] == pointers[1] == pointers[2]
+
+
+def test_fewer_domains_later_use_the_first_rows_only():
+    model = small_model()
+    surgery = GradSurgery(model.parameters())
+    surgery.backward(losses(model, batches(4)))
+    surgery.backward(losses(model, batches(2)))
+    fresh = small_model()
+    GradSurgery(fresh.parameters()).backward(losses(fresh, batches(2)))
+    assert torch.equal(flat_grads(model), flat_grads(fresh))
+
+
+def test_after_the_first_step_nothing_of_the_size_of_the_model_is_allocated():
+    """Many tensors, each small beside P: then neither autograd's temporaries nor the passes' may reach P elements."""
+    params = [nn.Parameter(torch.randn(40, 50)) for _ in range(400)]
+    surgery = GradSurgery(params)
+    n_bytes = 4 * sum(p.numel() for p in params)
+
+    def domain_losses():
+        for d in range(3):
+            yield sum((p * (d - k % 3)).sum() for k, p in enumerate(params))
+
+    surgery.backward(domain_losses())
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        gradients = surgery._G[:3].clone()  # the probe: this one must be seen
+        surgery.combine(gradients)
+    sizes = [event.self_cpu_memory_usage for event in record.events()]
+    assert max(sizes) >= 3 * n_bytes
+    del gradients
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        surgery.backward(domain_losses())
+    assert max(event.self_cpu_memory_usage for event in record.events()) < n_bytes / 4
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nonfinite_gradients_are_named_and_nothing_is_written(value):
+    model = small_model()
+    surgery = GradSurgery(model.parameters(), names=[name for name, _ in model.named_parameters()])
+    data = batches()
+    data[1][0][0, 0, 0, 0] = value
+    with pytest.raises(
+        NonFiniteGradient, match=r"gradient of '0.weight' of shape \[12, 3, 3, 3\] from domain 'cartoon'"
+    ):
+        surgery.backward(losses(model, data), DOMAINS)
+    assert all(p.grad is None for p in model.parameters())
+    assert surgery.step == 0
+    assert "'cartoon'" in surgery.find_nonfinite()
+    surgery.backward(losses(model), DOMAINS)
+    assert surgery.find_nonfinite() is None
+    assert flat_grads(model).isfinite().all()
+
+
+def test_nonfinite_without_names_says_the_index_and_the_shape_and_leaves_the_update():
+    surgery = GradSurgery([torch.zeros(4, 2, requires_grad=True), torch.zeros(3, requires_grad=True)], layers="weights")
+    update = surgery.combine(torch.ones(2, 11))
+    G = torch.ones(2, 11)
+    G[1, 9] = float("nan")
+    with pytest.raises(
+        NonFiniteGradient, match=r"1 of 3 values of the gradient of tensor 1 of shape \[3\] from domain 1"
+    ):
+        surgery.combine(G)
+    assert update.eq(2).all()
+
+
+def test_an_overflowing_square_is_told_from_an_infinite_gradient():
+    surgery = GradSurgery([torch.zeros(4, 2, requires_grad=True)], names=["w"])
+    with pytest.raises(
+        NonFiniteGradient, match=r"'w' .* from domain 1 overflows torch.float32 though every value is finite"
+    ):
+        surgery.combine(torch.tensor([[1.0], [1e25]]).expand(2, 8))
+
+
+def test_an_error_in_a_forward_leaves_no_gradient_behind():
+    model = small_model()
+
+    def failing():
+        yield next(losses(model))
+        raise KeyError("no such image")
+
+    with pytest.raises(KeyError):
+        GradSurgery(model.parameters()).backward(failing())
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "found 0 losses"),
+        ([torch.ones(2, requires_grad=True) * 2], r"loss of domain 'art' is no scalar .*shape \[2\]"),
+        ([torch.ones(())], "domain 'art' is no scalar that requires grad"),
+        ([1.5], "found float"),
+    ],
+)
+def test_a_wrong_loss_is_named(given, message):
+    with pytest.raises(UserError, match=message):
+        GradSurgery(small_model().parameters()).backward(given, ["art"])
+
+
+def test_losses_must_match_the_domains():
+    model = small_model()
+    with pytest.raises(UserError, match="found 3 losses; expected 2, one for each of art, cartoon"):
+        GradSurgery(model.parameters()).backward(losses(model), DOMAINS[:2])
+
+
+def test_wrong_gradients_are_refused_with_what_is_expected():
+    surgery = GradSurgery([torch.zeros(4, 2, requires_grad=True)])
+    for G in (
+        torch.zeros(3, 9),
+        torch.zeros(8),
+        torch.zeros(0, 8),
+        torch.zeros(3, 8).double(),
+        torch.zeros(3, 8).int(),
+    ):
+        with pytest.raises(UserError, match=r"it must be \[D, 8\] torch.float32 on cpu"):
+            surgery.combine(G)
+
+
+def test_wrong_parameters_are_refused():
+    weight = torch.zeros(3, requires_grad=True)
+    for params, message in [
+        ([], "found 0 parameters"),
+        ([torch.zeros(3)], "none of which requires grad"),
+        ([weight, weight], "given twice"),
+        ([weight, torch.zeros(3, dtype=torch.float64, requires_grad=True)], "must all be float32, or all float64"),
+        ([torch.zeros(3, dtype=torch.bfloat16, requires_grad=True)], "torch.autocast"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            GradSurgery(params)
+    with pytest.raises(UserError, match="found 2 names for 1 parameters"):
+        GradSurgery([weight], names=["a", "b"])
+
+
+def test_gradients_with_columns_outermost_are_accepted():
+    surgery = GradSurgery([torch.zeros(4, 2, requires_grad=True)])
+    G = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(surgery.combine(G.t().contiguous().t()).clone(), surgery.combine(G))

@@ -1,0 +1,109 @@
+"""Every YAML composes, fits the signature of what it builds, and says what the protocol says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from helpers import REPOSITORY
+from omegaconf import OmegaConf
+
+from gsdg.experiment import SUPPLIED
+from gsdg.schema import check
+
+CONF = REPOSITORY / "conf"
+CHOICES = [
+    f"{path.parent.relative_to(CONF)}={path.stem}"
+    for group in SUPPLIED
+    for path in sorted((CONF / group).glob("*.yaml"))
+]
+PRESETS = sorted(
+    str(path.relative_to(CONF / "experiment").with_suffix("")) for path in (CONF / "experiment").rglob("*.yaml")
+)
+DATASETS = sorted(path.stem for path in (CONF / "dataset").glob("*.yaml"))
+
+
+def checked(config) -> dict:
+    plain = OmegaConf.to_container(config, resolve=True)
+    for group, supplied in SUPPLIED.items():
+        check(plain[group], group, supplied)
+    return plain
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_every_choice_fits_its_constructor(compose, choice):
+    root = ["dataset.root=x"] if choice == "dataset=image_folder" else []
+    checked(compose(choice, *root))
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_fits_and_is_headed_by_its_command(compose, preset):
+    checked(compose(f"experiment={preset}"))
+    assert f"python launch.py experiment={preset}" in (CONF / "experiment" / f"{preset}.yaml").read_text()
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name.startswith("paper/")])
+def test_a_paper_preset_sweeps_every_target_and_three_trials(compose, preset):
+    config = compose(f"experiment={preset}")
+    params = yaml.safe_load((CONF / "experiment" / f"{preset}.yaml").read_text())["hydra"]["sweeper"]["params"]
+    assert params["split.target"].split(",") == list(config.dataset.domains)
+    assert params["split.trial_seed"] == "0,1,2"
+    assert (config.algorithm.n_parts, config.algorithm.alpha) == (10, 0.6)
+    assert (config.model.name, config.model.freeze_bn, config.model.head) == ("resnet18", True, "linear")
+
+
+# lr, dropout, weight decay, steps, evaluation every: the release's commands, protocol.md
+RELEASE = {
+    "pacs": (3e-5, 0.2, 1e-4, 5001, 100),
+    "vlcs": (1e-5, 0.1, 5e-3, 5001, 100),
+    "officehome": (4.5e-5, 0.1, 1e-3, 5001, 100),
+    "terraincognita": (1e-4, 0.1, 1e-4, 1001, 10),
+    "domainnet": (3e-5, 0.2, 1e-6, 15001, 500),
+}
+
+
+@pytest.mark.parametrize("dataset", RELEASE)
+def test_a_paper_preset_has_the_releases_numbers(compose, dataset):
+    config = compose(f"experiment=paper/{dataset}")
+    found = (config.optimizer.lr, config.model.dropout, config.optimizer.weight_decay, config.trainer.steps)
+    assert (*found, config.trainer.eval_every) == RELEASE[dataset]
+
+
+# backbone, frozen BatchNorm, evaluation every, the last step too, what is evaluated, what is augmented
+LINEAGES = {
+    "domainbed_2020": ("resnet50", True, 300, False, "all", "sources"),
+    "domainbed_head": ("resnet50_augmix", False, 300, True, "all", "sources"),
+    "swad": ("resnet50", True, 200, False, "fast", "training"),
+}
+
+
+@pytest.mark.parametrize("preset", LINEAGES)
+def test_a_lineage_does_what_its_code_did(compose, preset):
+    config = compose(f"experiment={preset}", "dataset=pacs")
+    trainer = config.trainer
+    found = (config.model.name, config.model.freeze_bn, trainer.eval_every, trainer.evaluate_last)
+    assert (*found, trainer.evaluate, trainer.augment) == LINEAGES[preset]
+    assert (trainer.steps, trainer.batch_size, config.optimizer.lr, config.optimizer.weight_decay) == (
+        5001,
+        32,
+        5e-5,
+        0,
+    )
+
+
+@pytest.mark.parametrize(
+    ("preset", "steps", "every"),
+    [("domainbed_2020", 5001, 1000), ("domainbed_head", 5001, 1000), ("swad", 15001, 1000)],
+)
+def test_domainnet_has_its_own_step_counts(compose, preset, steps, every):
+    trainer = compose(f"experiment={preset}", "dataset=domainnet").trainer
+    assert (trainer.steps, trainer.eval_every) == (steps, every)
+
+
+def test_the_configs_are_package_data():
+    """What `pip install .` ships is every YAML that the checkout has."""
+    patterns = [line for line in (REPOSITORY / "setup.cfg").read_text().splitlines() if line.startswith("gsdg.conf =")]
+    globs = patterns[-1].split("=")[1].replace(" ", "").split(",")
+    shipped = {path for glob in globs for path in CONF.glob(glob)}
+    assert shipped == set(Path(CONF).rglob("*.yaml"))

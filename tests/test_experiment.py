@@ -1,0 +1,150 @@
+"""A whole run in this process: what it leaves on disk, and what is refused before any data is read."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from helpers import SMALL, only_run, records_without_time, status
+
+from gsdg.errors import UserError
+from gsdg.experiment import prepare, run
+from gsdg.trainer import NonFinite
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("split.target=17", r"no domain is called 17\. Valid: 0, 15, 30, 45, 60, 75"),
+        ("split.target=[0,15,30,45,60,75]", "names all domains"),
+        ("split.target=null", "split.target is not set"),
+        ("split.holdout_fraction=1", r"split\.holdout_fraction=1\.0"),
+        ("algorithm.n_parts=0", "n_parts is 0"),
+        ("algorithm.alpha=1.5", "alpha is 1.5"),
+        ("algorithm.order=sideways", "algorithm.order: found 'sideways'; valid: fixed, random"),
+        ("trainer.steps=abc", "trainer.steps: found 'abc' \\(str\\), expected int"),
+        ("trainer.steps=0", "trainer.steps: found 0, expected 1 or more"),
+        ("trainer.workers=-1", "trainer.workers: found -1"),
+        ("trainer.precision=fp8", "trainer.precision: found 'fp8'; valid: float32, bf16"),
+        ("optimizer.lr=-1", "optimizer .*Invalid learning rate: -1"),
+        ("+optimizer.momentun=1", "unknown key optimizer.momentun"),
+        ("seed=one", "seed: found 'one', expected int"),
+        ("device=toaster", "device=toaster cannot be used here"),
+        ("dataset=pacs split.target=photo", "one grey channel"),
+    ],
+)
+def test_a_mistake_is_one_clear_message_before_data_loads(compose, override, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        prepare(compose("split.target=15", *override.split()))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_missing_data_dir_is_said_with_what_to_do(compose, tmp_path):
+    config = compose(
+        "dataset=pacs", "model=resnet18", "model.weights=null", "split.target=sketch", f"data_dir={tmp_path}/x"
+    )
+    with pytest.raises(UserError, match=r"data_dir=.*is not a folder\. Set data_dir="):
+        run(config)
+    folder = only_run(tmp_path / "runs")
+    assert status(folder)["state"] == "failed"
+    assert "data_dir" in status(folder)["reason"]
+    assert "Traceback" in (folder / "log.txt").read_text()
+
+
+def test_a_target_is_the_same_run_as_a_list_of_it_or_as_a_number(compose):
+    targets = [
+        prepare(compose(f"split.target={target}")).config["split"]["target"] for target in ("15", "[15]", "'15'")
+    ]
+    assert targets == [["15"]] * 3
+
+
+@pytest.mark.parametrize("algorithm", ["erm", "grad_surgery"])
+def test_a_run_leaves_config_environment_records_status_and_weights(compose, tmp_path, algorithm):
+    run(compose(*SMALL, f"algorithm={algorithm}", "trainer.steps=10"))
+    folder = only_run(tmp_path / "runs")
+    left = {path.name for path in folder.iterdir()}
+    assert left == {"config.json", "environment.jsonl", "log.txt", "model.pt", "records.jsonl", "status.json"}
+    assert status(folder)["state"] == "done"
+    assert status(folder)["step"] == status(folder)["steps"] == 10
+    records = records_without_time(folder)
+    assert [record["step"] for record in records] == [0, 8, 9]
+    assert all(set(parts) == {"in", "out"} for parts in records[0]["accuracy"].values())
+    expected = {"loss", "grad_norm"} | (
+        {"conflict_rate", "removed_norm_ratio"} if algorithm == "grad_surgery" else set()
+    )
+    assert set(records[0]["metrics"]) == expected
+    assert {"commit", "dirty", "packages", "host", "device", "command"} <= set(
+        json.loads((folder / "environment.jsonl").read_text())
+    )
+
+
+def test_fast_evaluation_leaves_out_the_sources_in(compose, tmp_path):
+    run(compose(*SMALL, "trainer.steps=1", "trainer.evaluate=fast"))
+    (record,) = records_without_time(only_run(tmp_path / "runs"))
+    assert {domain: list(parts) for domain, parts in record["accuracy"].items()} == {
+        domain: ["in", "out"] if domain == "15" else ["out"] for domain in ("0", "15", "30", "45", "60", "75")
+    }
+
+
+def test_without_evaluate_last_the_last_record_is_where_eval_every_falls(compose, tmp_path):
+    run(compose(*SMALL, "trainer.steps=12", "trainer.evaluate_last=false"))
+    assert [record["step"] for record in records_without_time(only_run(tmp_path / "runs"))] == [0, 8]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(compose, tmp_path):
+    with pytest.raises(NonFinite, match="at step"):
+        run(compose(*SMALL, "algorithm=erm", "optimizer=sgd", "optimizer.lr=1e30", "trainer.steps=20"))
+    folder = only_run(tmp_path / "runs")
+    assert status(folder)["state"] == "failed"
+    assert "NonFinite" in status(folder)["reason"]
+    assert "at step" in status(folder)["reason"]
+    assert not (folder / "model.pt").exists()
+
+
+def test_a_gradient_that_is_not_finite_names_domain_and_tensor(compose, tmp_path):
+    with pytest.raises(RuntimeError, match=r"of the gradient of .*featurizer.* from domain"):
+        run(compose(*SMALL, "algorithm=grad_surgery", "optimizer=sgd", "optimizer.lr=1e30", "trainer.steps=20"))
+    assert "from domain" in status(only_run(tmp_path / "runs"))["reason"]
+
+
+def test_bf16_trains(compose, tmp_path):
+    run(compose(*SMALL, "trainer.steps=3", "trainer.precision=bf16"))
+    assert status(only_run(tmp_path / "runs"))["state"] == "done"
+
+
+def test_two_targets_and_a_single_source_train(compose, tmp_path):
+    run(compose(*SMALL, "split.target=[0,15,30,45,75]", "trainer.steps=2"))
+    record = records_without_time(only_run(tmp_path / "runs"))[-1]
+    assert record["metrics"]["conflict_rate"] == 0.0
+
+
+def test_another_trial_is_another_split_and_another_initialisation(compose, tmp_path):
+    for trial in (0, 1):
+        run(compose(*SMALL, "trainer.steps=1", f"split.trial_seed={trial}"))
+    weights = [torch.load(path, weights_only=True)["head.weight"] for path in (tmp_path / "runs").glob("*/model.pt")]
+    assert len(weights) == 2
+    assert not torch.equal(*weights)
+
+
+@pytest.mark.slow
+def test_real_pacs_images_train(compose, tmp_path, pacs_root):
+    run(
+        compose(
+            "dataset=pacs",
+            "model=resnet18",
+            "model.weights=null",
+            "model.image_size=32",
+            "split.target=sketch",
+            f"data_dir={pacs_root}",
+            "trainer.steps=3",
+            "trainer.eval_every=5",
+            "trainer.evaluate_last=false",
+            "trainer.evaluate=fast",
+            "trainer.workers=2",
+            "device=cpu",
+        )
+    )
+    (record,) = records_without_time(only_run(tmp_path / "runs"))
+    assert set(record["accuracy"]) == {"art_painting", "cartoon", "photo", "sketch"}
+    assert 0 < record["metrics"]["loss"] < 10
