@@ -31,9 +31,10 @@ def environment() -> dict:
 
 def git_state(folder: Path) -> dict:
     """{"commit": sha or None, "dirty": whether tracked files differ from it}; None where gsdg is not in a checkout."""
-    commit = _git(folder, "rev-parse", "HEAD")
+    if not _git(folder, "ls-files", "__init__.py"):  # installed inside somebody else's checkout
+        return {"commit": None, "dirty": None}
     changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
-    return {"commit": commit or None, "dirty": None if commit is None else bool(changes)}
+    return {"commit": _git(folder, "rev-parse", "HEAD"), "dirty": bool(changes)}
 
 
 def _git(folder: Path, *arguments: str) -> str | None:

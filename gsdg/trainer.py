@@ -41,7 +41,8 @@ class Window:
     def add(self, metrics: dict[str, Tensor]) -> None:
         self.steps += 1
         for name, value in metrics.items():
-            self.sums[name] = self.sums.get(name, 0.0) + value.double()
+            wide = torch.float32 if value.device.type == "mps" else torch.float64  # MPS has no float64
+            self.sums[name] = self.sums.get(name, 0.0) + value.to(wide)
 
     def means(self) -> dict[str, float]:
         return {name: (total / self.steps).item() for name, total in self.sums.items()}

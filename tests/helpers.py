@@ -22,7 +22,7 @@ class Launcher:
         self.environment.pop("HYDRA_FULL_ERROR", None)
 
     def start(self, *overrides: str) -> subprocess.Popen:
-        command = [sys.executable, str(REPOSITORY / "launch.py"), f"runs_dir={self.runs_dir}", *overrides]
+        command = [sys.executable, str(REPOSITORY / "launch.py"), *overrides, f"runs_dir={self.runs_dir}"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(command, cwd=self.runs_dir.parent, env=self.environment, **pipes)
 

@@ -1,18 +1,22 @@
 """The two passes over G [D, P]: Gram matrices of the parts, and the update as weighted sums of the parts' rows.
 
-These torch functions are the definition. They work on strided views of G, copy nothing of size P, and use no matrix
-multiplication of torch (a batched [D, L] x [L, D] product with D of 1 to 6 runs 20 to 50 times slower than the
-bandwidth allows on a CPU, and TF32 or bf16 settings would reach into it).
+These torch functions are the definition. They work on strided views of G and copy nothing of size P. They use no matrix
+product of torch: with D of 1 to 6 rows torch.bmm runs 20 to 50 times slower than memory allows on a CPU, torch.dot uses
+one thread, and both compute in bf16 or TF32 where a user has allowed that for matrix products.
 """
 
 from __future__ import annotations
 
+import math
+from itertools import combinations_with_replacement
+
 import torch
 from torch import Tensor
 
-from gsdg.surgery.partition import Table
+from gsdg.surgery.partition import BLOCK, Table
 
-LONG = 8192  # elements; from here on a dot product per pair costs less than products written out and summed
+SMALL = 2**14  # elements; below, a block's calls cost more than its arithmetic
+RUN = 1024  # elements; a norm adds squares one by one, and loses digits in longer runs
 
 
 def part_grams(G: Tensor, table: Table) -> Tensor:
@@ -22,31 +26,37 @@ def part_grams(G: Tensor, table: Table) -> Tensor:
     """
     D = len(G)
     slots = G.new_empty(len(table.slot_part), D, D)
+    scratch = G.new_empty(BLOCK)
     for start, count, length, first in table.blocks:
         view = G[:, start : start + count * length].view(D, count, length)
-        gram = _gram_by_dots if length >= LONG and G.device.type == "cpu" else _gram_by_products
-        slots[first : first + count] = gram(view)
+        slots[first : first + count] = _gram_at_once(view) if view[0].numel() < SMALL else _gram_by_pairs(view, scratch)
     wide = torch.float32 if G.device.type == "mps" else torch.float64
     grams = slots.new_zeros(table.n_parts, D, D, dtype=wide)
     return grams.index_add_(0, table.slot_part, slots.to(wide))
 
 
-def _gram_by_products(view: Tensor) -> Tensor:
+def _gram_at_once(view: Tensor) -> Tensor:
     """[D, q, L] -> [q, D, D]: one multiplication and one sum for all pairs."""
     return (view[:, None] * view).sum(-1).permute(2, 0, 1)
 
 
-def _gram_by_dots(view: Tensor) -> Tensor:
-    """[D, q, L] -> [q, D, D]: a slot's D rows stay in cache while its pairs are multiplied; no product is stored."""
-    D = len(view)
-    dots = []
-    for slot in view.unbind(1):
-        rows = slot.unbind(0)
-        dots += [torch.dot(rows[i], rows[j]) for i in range(D) for j in range(i, D)]
-    upper, columns = torch.triu_indices(D, D)
-    grams = view.new_empty(view.shape[1], D, D)
-    grams[:, upper, columns] = grams[:, columns, upper] = torch.stack(dots).view(view.shape[1], -1)
-    return grams
+def _gram_by_pairs(view: Tensor, scratch: Tensor) -> Tensor:
+    """[D, q, L] -> [q, D, D]: every pair's products go into the same scratch, which stays in cache."""
+    D, q, length = view.shape
+    rows, product = view.unbind(0), scratch[: q * length].view(q, length)
+    inner = {(i, i): square for i, square in enumerate(_squares(view))}  # (i, j) -> [q]
+    for i, j in combinations_with_replacement(range(D), 2):
+        if (i, j) not in inner:
+            inner[i, j] = torch.mul(rows[i], rows[j], out=product).sum(-1)
+    return torch.stack([inner[min(i, j), max(i, j)] for i in range(D) for j in range(D)], dim=-1).view(q, D, D)
+
+
+def _squares(view: Tensor) -> tuple[Tensor, ...]:
+    """[D, q, L] -> D squared norms [q], without writing products; () where L has no divisor that makes decent runs."""
+    run = math.gcd(view.shape[2], RUN)
+    if run < 64:
+        return ()
+    return torch.linalg.vector_norm(view.unflatten(2, (-1, run)), dim=-1).square_().sum(-1).unbind(0)
 
 
 def combine(G: Tensor, weights: Tensor, table: Table, out: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from gsdg.errors import UserError, listing
 Layers = Literal["all", "weights"]
 
 SLOT = 2**18  # elements; one float32 slot of three domains is 3 MB
-BLOCK = 2**20  # elements; a block and its update stay in a last-level cache between the passes over it
+BLOCK = 2**19  # elements; a block and its update stay in a last-level cache between the passes over it
 
 
 class Block(NamedTuple):

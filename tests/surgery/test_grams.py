@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from gsdg.surgery import partition
-from gsdg.surgery.grams import LONG, combine, part_grams
+from gsdg.surgery.grams import SMALL, combine, part_grams
 from gsdg.surgery.partition import Chunk
 
-SHAPES = [(64, 3, 2, 2), (7, 32), (10,), (10,), (), (3, LONG), (23, 5), (0, 4)]
+SHAPES = [(64, 3, 2, 2), (7, 32), (10,), (10,), (), (3, SMALL), (2, SMALL + 7), (23, 5), (0, 4)]
 
 
 def slices(shapes, n_parts):
@@ -27,7 +27,7 @@ def slices(shapes, n_parts):
 
 @pytest.mark.parametrize("n_parts", [1, 4, 10, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("slot", [2**18, 1000])
+@pytest.mark.parametrize("slot", [2**18, 1000, SMALL])
 def test_passes_equal_matrix_products_per_chunk(n_parts, dtype, slot, monkeypatch):
     monkeypatch.setattr(partition, "SLOT", slot)  # 1000: parts of several slots
     G = torch.randn(3, sum(math.prod(s) for s in SHAPES), dtype=dtype)
@@ -57,6 +57,13 @@ def test_reduced_tensors_come_after_the_operated_ones():
     assert min(ndim[: table.n_operated]) >= 2 > max(ndim[table.n_operated :])
 
 
+def test_long_float32_sums_keep_six_digits():
+    """A sum of 260,000 squares taken one by one would be off in the fifth."""
+    table = Chunk(1).table([torch.Size((1, 2**18))])
+    G = torch.rand(3, table.size, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(part_grams(G, table)[0], G.double() @ G.double().T, rtol=1e-6, atol=0)
+
+
 def test_blocks_cover_every_element_once():
     for layers in ("all", "weights"):
         table = Chunk(10, layers=layers).table([torch.Size(s) for s in SHAPES])
@@ -77,7 +84,7 @@ def test_nan_reaches_the_update_under_weight_zero():
 
 
 def test_reduced_matrix_precision_does_not_reach_the_passes():
-    table = Chunk(10).table([torch.Size((64, 3 * LONG))])
+    table = Chunk(10).table([torch.Size((64, 3 * SMALL))])
     G = torch.randn(3, table.size)
     exact = part_grams(G, table)
     before = torch.get_float32_matmul_precision()

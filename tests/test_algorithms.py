@@ -1,0 +1,78 @@
+"""What an algorithm leaves in `.grad`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gsdg.algorithms import ERM, GradSurgery
+from gsdg.batch import Batch
+from gsdg.surgery import GradSurgery as DropIn
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 6, 3), nn.GroupNorm(2, 6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 5)).double()
+
+
+def batches(domains: int) -> list[Batch]:
+    torch.manual_seed(1)
+    return [
+        Batch(torch.randn(4, 1, 8, 8, dtype=torch.float64), torch.randint(5, (4,)), f"domain {d}")
+        for d in range(domains)
+    ]
+
+
+def gradient(algorithm, data: list[Batch]) -> torch.Tensor:
+    """The flat gradient [P] that the algorithm leaves."""
+    algorithm.setup(network())
+    algorithm.backward(data)
+    return torch.cat([p.grad.flatten() for p in algorithm.model.parameters()])
+
+
+def own_gradients(data: list[Batch]) -> torch.Tensor:
+    """[D, P]: each domain's gradient, by autograd alone."""
+    model = network()
+    losses = [F.cross_entropy(model(batch.images), batch.labels) for batch in data]
+    rows = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
+    return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
+
+
+def test_erm_is_the_mean_of_the_domains_gradients():
+    data = batches(3)
+    torch.testing.assert_close(gradient(ERM(), data), own_gradients(data).mean(0))
+
+
+@pytest.mark.parametrize("domains", [1, 2, 3, 6])
+def test_grad_surgery_is_the_drop_in_on_the_domains_gradients(domains):
+    data = batches(domains)
+    model = network()
+    expected = DropIn(model.parameters(), n_parts=3, alpha=0.3).combine(own_gradients(data))
+    torch.testing.assert_close(gradient(GradSurgery(n_parts=3, alpha=0.3), data), expected)
+
+
+def test_a_single_domain_is_erm():
+    data = batches(1)
+    torch.testing.assert_close(gradient(GradSurgery(), data), gradient(ERM(), data))
+
+
+def test_layers_weights_only_reduces_the_rest():
+    data = batches(3)
+    rows = own_gradients(data)
+    found = gradient(GradSurgery(layers="weights"), data)
+    sizes = [p.numel() for p in network().parameters()]
+    shapes = [p.ndim for p in network().parameters()]
+    for ndim, piece, total in zip(shapes, found.split(sizes), rows.sum(0).split(sizes), strict=True):
+        assert torch.allclose(piece, total) == (ndim == 1)
+
+
+def test_the_step_of_the_log_schedule_is_part_of_the_state():
+    first, second = (GradSurgery(alpha_schedule="log", total_steps=10) for _ in range(2))
+    for algorithm in (first, second):
+        algorithm.setup(network())
+    for _ in range(3):
+        first.backward(batches(2))
+    second.load_state_dict(first.state_dict())
+    assert second.surgery.step == 3
