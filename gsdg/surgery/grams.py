@@ -1,8 +1,8 @@
 """The two passes over G [D, P]: Gram matrices of the parts, and the update as weighted sums of the parts' rows.
 
 These torch functions are the definition. They work on strided views of G and copy nothing of size P. They use no matrix
-product of torch: with D of 1 to 6 rows torch.bmm runs 20 to 50 times slower than memory allows on a CPU, torch.dot uses
-one thread, and both compute in bf16 or TF32 where a user has allowed that for matrix products.
+product of torch: on ResNet-50's parts and 2 CPU cores torch.bmm took 50 times as long, torch.dot per slot and pair as
+long, and both compute in bf16 or TF32 where a user has allowed that for matrix products.
 """
 
 from __future__ import annotations

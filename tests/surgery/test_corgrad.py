@@ -199,6 +199,14 @@ def test_opposite_gradients_leave_no_noise(dtype, n_parts, project_on):
         assert 0 <= surgery.metrics["removed_norm_ratio"] <= 1
 
 
+@pytest.mark.parametrize(("dtype", "rest"), [(torch.float32, 1e-4), (torch.float64, 1e-7)])
+def test_nothing_is_projected_on_what_is_left_of_a_vanished_gradient(dtype, rest):
+    """The third domain takes the first away but for `rest` e_z; the second, -e_z, must not be projected on that."""
+    G = torch.tensor([[1, 0, 0], [0, 0, -1], [-1, 0, rest]], dtype=dtype)
+    update = surgery_on([(3,)], dtype, n_parts=1, alpha=1.0).combine(G)
+    torch.testing.assert_close(update, torch.tensor([-1, 0, -1], dtype=dtype), rtol=0, atol=3 * rest)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_rank_deficient_chunks_stay_bounded(dtype):
     """Chunks of one element have Gram matrices of rank 1: any conflict makes a gradient vanish."""

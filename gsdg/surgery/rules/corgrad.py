@@ -6,7 +6,7 @@ tensor, a domain whose modified norm lies more than one standard deviation from 
 alpha g_i + (1 - alpha) mu, mu the mean of the others. The update is the sum over domains. In the basis of the
 original gradients row i is C_i, <g_i, g_p> = C_i M C_p^T, and the update has the weights w = 1^T B C.
 
-Deliberate deviations from the released code, both where it acts on rounding errors (`eps` is 1e-12 for float64
+Deliberate deviations from the released code, all where it acts on rounding errors (`eps` is 1e-12 for float64
 gradients, 1e-6 for float32):
 - nothing is projected on a g_p that the projections before have made vanish, ||g_p||^2 <= eps ||original g_p||^2:
   the release divides by the residue and gives NaN or noise;
