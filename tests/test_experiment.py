@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 from helpers import SMALL, only_run, records_without_time, status
 
 from gsdg.errors import UserError
@@ -119,12 +118,10 @@ def test_two_targets_and_a_single_source_train(compose, tmp_path):
     assert record["metrics"]["conflict_rate"] == 0.0
 
 
-def test_another_trial_is_another_split_and_another_initialisation(compose, tmp_path):
-    for trial in (0, 1):
-        run(compose(*SMALL, "trainer.steps=1", f"split.trial_seed={trial}"))
-    weights = [torch.load(path, weights_only=True)["head.weight"] for path in (tmp_path / "runs").glob("*/model.pt")]
-    assert len(weights) == 2
-    assert not torch.equal(*weights)
+def test_another_trial_is_another_seed_of_everything_and_so_is_another_seed(compose):
+    settings = [("0", "0"), ("1", "0"), ("0", "1"), ("1", "1")]
+    plans = [prepare(compose("split.target=15", f"split.trial_seed={t}", f"seed={s}")) for t, s in settings]
+    assert len({plan.seed for plan in plans}) == 4
 
 
 @pytest.mark.slow
