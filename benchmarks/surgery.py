@@ -1,9 +1,9 @@
 """How long does the surgery take, against the released form and against reading memory?
 
-    python benchmarks/surgery.py --output benchmarks/results/surgery_cpu_202501.csv
+    python benchmarks/surgery.py --output benchmarks/results/surgery_cpu_202611.csv
 
 ResNet-50's parameter tensors (torchvision), D random gradients, the released rule (n_parts 10, alpha 0.6, all layers).
-Contenders, interleaved in one process, medians over the rounds:
+Contenders take turns in one process, on the same buffers; medians over the rounds:
 - floor: the fastest plain-torch way found to read G twice and write the update once: torch.sum(G, 0, out=u), G.sum();
 - surgery: `GradSurgery.combine`, and its three stages alone (grams, rule, combine);
 - released form: the same rule written as loops over tensors, chunks and pairs with host-side ifs.
@@ -13,16 +13,13 @@ Targets: surgery <= 2.5 x floor, and >= 10 x faster than the released form, on 2
 from __future__ import annotations
 
 import argparse
-import csv
-import statistics
-import subprocess
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 
 import torch
 import torchvision
+from timing import medians, provenance, report
 from torch import Tensor
 
 from gsdg.surgery import GradSurgery
@@ -53,15 +50,24 @@ def released_form(gradients: list[list[Tensor]], n_parts: int, alpha: float) -> 
     return update
 
 
+def timed_released_form(G: Tensor, shapes: list[torch.Size]) -> float:
+    """Seconds of one call; it changes its gradients, and gets its copy of them outside the clock."""
+    rows = [row.split([s.numel() for s in shapes]) for row in G.clone()]
+    gradients = [[g.view(s) for g, s in zip(row, shapes, strict=True)] for row in rows]
+    start = time.perf_counter()
+    released_form(gradients, 10, 0.6)
+    return time.perf_counter() - start
+
+
 def floor(G: Tensor, update: Tensor) -> None:
     torch.sum(G, 0, out=update)
     G.sum()
 
 
-def contenders(G: Tensor, shapes: list[torch.Size], n_parts: int, alpha: float) -> dict[str, Callable[[], object]]:
-    """Name -> one call. The released form changes its gradients, so that it gets a fresh copy outside the clock."""
-    surgery = GradSurgery([torch.zeros(s, requires_grad=True) for s in shapes], n_parts=n_parts, alpha=alpha)
-    table, update = surgery.table, torch.empty(G.shape[1])
+def contenders(G: Tensor, shapes: list[torch.Size]) -> dict[str, Callable[[], object]]:
+    """Name -> one call."""
+    surgery = GradSurgery([torch.zeros(s, requires_grad=True) for s in shapes], n_parts=10, alpha=0.6)
+    table, update = surgery.table, surgery.combine(G)  # the buffer that every call reuses
     grams = part_grams(G, table)
     weights, _ = surgery.rule.weights(grams, table, step=0, eps=1e-6)
     return {
@@ -70,23 +76,8 @@ def contenders(G: Tensor, shapes: list[torch.Size], n_parts: int, alpha: float) 
         "surgery: grams": lambda: part_grams(G, table),
         "surgery: rule": lambda: surgery.rule.weights(grams, table, step=0, eps=1e-6),
         "surgery: combine": lambda: combine(G, weights, table, update),
+        "released form": lambda: timed_released_form(G, shapes),
     }
-
-
-def split(G: Tensor, shapes: list[torch.Size]) -> list[list[Tensor]]:
-    return [[g.view(s) for g, s in zip(row.split([s.numel() for s in shapes]), shapes, strict=True)] for row in G]
-
-
-def measure(calls: dict[str, Callable[[], object]], released: Callable[[], float], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each; every round runs every contender once."""
-    seconds: dict[str, list[float]] = {name: [] for name in [*calls, "released form"]}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            seconds[name].append(time.perf_counter() - start)
-        seconds["released form"].append(released())
-    return {name: 1e3 * statistics.median(values[1:] or values) for name, values in seconds.items()}  # first: warm-up
 
 
 def main() -> None:
@@ -101,41 +92,18 @@ def main() -> None:
     torch.manual_seed(0)
     shapes = [p.shape for p in torchvision.models.resnet50().parameters()]
     G = torch.randn(args.domains, sum(s.numel() for s in shapes))
-
-    def released() -> float:
-        gradients = split(G.clone(), shapes)
-        start = time.perf_counter()
-        released_form(gradients, 10, 0.6)
-        return time.perf_counter() - start
-
-    times = measure(contenders(G, shapes, 10, 0.6), released, args.rounds)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    times = medians(contenders(G, shapes), args.rounds)
     rows = [
         {
             "what": name,
-            "device": "cpu",
-            "threads": args.threads,
-            "median_ms": round(ms, 3),
+            "median_ms": round(ms, 2),
             "ratio_to_floor": round(ms / times["floor"], 2),
-            "speedup_over_released": round(times["released form"] / ms, 2),
-            "torch": torch.__version__,
-            "date": date.today().isoformat(),
-            "commit": commit or "none",
+            "faster_than_released": round(times["released form"] / ms, 2),
+            **provenance("cpu"),
         }
         for name, ms in times.items()
     ]
-    for row in rows:
-        print(
-            "{what:18s} {median_ms:9.2f} ms {ratio_to_floor:7.2f} x floor {speedup_over_released:8.2f} x faster".format(
-                **row
-            )
-        )
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    with args.output.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    print(f"written to {args.output}")
+    report(rows, args.output)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from gsdg.surgery.partition import BLOCK, Table
 
-SMALL = 2**14  # elements; below, a block's calls cost more than its arithmetic
 RUN = 1024  # elements; a norm adds squares one by one, and loses digits in longer runs
 
 
@@ -29,7 +28,9 @@ def part_grams(G: Tensor, table: Table) -> Tensor:
     scratch = G.new_empty(BLOCK)
     for start, count, length, first in table.blocks:
         view = G[:, start : start + count * length].view(D, count, length)
-        slots[first : first + count] = _gram_at_once(view) if view[0].numel() < SMALL else _gram_by_pairs(view, scratch)
+        slots[first : first + count] = _gram_by_pairs(view, scratch)
+    for elements, numbers, length in table.gathers:
+        slots[numbers] = _gram_at_once(G.index_select(1, elements).view(D, -1, length))
     wide = torch.float32 if G.device.type == "mps" else torch.float64
     grams = slots.new_zeros(table.n_parts, D, D, dtype=wide)
     return grams.index_add_(0, table.slot_part, slots.to(wide))
@@ -73,4 +74,7 @@ def combine(G: Tensor, weights: Tensor, table: Table, out: Tensor) -> Tensor:
         target = torch.mul(rows[0], factors[0], out=out[start:stop].view(count, length))
         for row, factor in zip(rows[1:], factors[1:], strict=True):
             target.addcmul_(row, factor)
+    for elements, numbers, length in table.gathers:
+        scaled = G.index_select(1, elements).view(D, -1, length) * slot_weights[numbers].transpose(0, 1)
+        out.index_copy_(0, elements, scaled.sum(0).flatten())
     return out

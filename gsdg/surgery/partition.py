@@ -2,8 +2,9 @@
 
 The flat axis holds every parameter tensor, flattened, one after the other: P elements in all. A *part* is what a
 rule operates on as one vector. A *slot* is a run of neighbouring elements of one part: all of it, or a piece of at
-most `SLOT` elements where the part is longer (bounded pieces stay in cache, and keep float32 sums short). A *block*
-is a run of neighbouring slots of one length, so that it is a strided view [D, count, length] of G, without a copy.
+most `SLOT` elements where the part is longer (bounded pieces keep float32 sums short). A *block* is a run of
+neighbouring slots of one length: a strided view [D, count, length] of G, without a copy. A *gather* is all the slots of
+one length that lie in blocks too small to be worth a call each (biases, norm scales, last chunks): they are copied.
 
 Source: `torch.chunk(n_parts)` along dim 0 of each tensor, as the GradSurgery release cuts them.
 """
@@ -22,7 +23,8 @@ from gsdg.errors import UserError, listing
 Layers = Literal["all", "weights"]
 
 SLOT = 2**18  # elements; one float32 slot of three domains is 3 MB
-BLOCK = 2**19  # elements; a block and its update stay in a last-level cache between the passes over it
+BLOCK = 2**20  # elements; a block stays in a last-level cache between the passes over it
+SMALL = 2**14  # elements; below, a block's calls cost more than its arithmetic
 
 
 class Block(NamedTuple):
@@ -34,12 +36,21 @@ class Block(NamedTuple):
     first: int
 
 
+class Gather(NamedTuple):
+    """Scattered slots of one length: `elements` [count * length] are their places, `slots` [count] their numbers."""
+
+    elements: Tensor
+    slots: Tensor
+    length: int
+
+
 @dataclass(frozen=True)
 class Table:
     """Where the parts lie. The first `n_operated` parts go through the rule; later parts are only reduced."""
 
     size: int  # P, elements on the flat axis
     blocks: tuple[Block, ...]
+    gathers: tuple[Gather, ...]
     slot_part: Tensor  # [S] int64: the part of each slot
     part_tensor: Tensor  # [K] int64: the parameter tensor of each part
     n_operated: int
@@ -82,7 +93,9 @@ class Chunk:
             if wanted:
                 n_operated = len(part_tensor)
         index = [torch.tensor(i, dtype=torch.int64, device=device) for i in (slot_part, part_tensor)]
-        return Table(starts[-1], tuple(blocks), *index, n_operated=n_operated, n_tensors=len(shapes))
+        large = tuple(block for block in blocks if block.count * block.length >= SMALL)
+        gathers = _gathers([block for block in blocks if block.count * block.length < SMALL], device)
+        return Table(starts[-1], large, gathers, *index, n_operated=n_operated, n_tensors=len(shapes))
 
 
 def _starts(shapes: Sequence[torch.Size]) -> list[int]:
@@ -118,3 +131,16 @@ def _append(blocks: list[Block], start: int, length: int, slot: int) -> None:
             blocks[-1] = last._replace(count=last.count + 1)
             return
     blocks.append(Block(start, 1, length, slot))
+
+
+def _gathers(blocks: Sequence[Block], device: torch.device | str) -> tuple[Gather, ...]:
+    """The slots of these blocks by their length, at most BLOCK elements at a time."""
+    by_length: dict[int, list[tuple[int, int]]] = {}  # length -> (start, slot) of each slot
+    for start, count, length, first in blocks:
+        by_length.setdefault(length, []).extend((start + i * length, first + i) for i in range(count))
+    gathers = []
+    for length, places in by_length.items():
+        for some in torch.tensor(places, device=device).split(max(1, BLOCK // length)):
+            elements = some[:, :1] + torch.arange(length, device=device)  # [count, length]
+            gathers.append(Gather(elements.flatten(), some[:, 1].contiguous(), length))
+    return tuple(gathers)

@@ -177,7 +177,7 @@ def allocations(call) -> list[int]:
 
 def test_after_the_first_step_nothing_of_the_size_of_the_model_is_allocated():
     """Many tensors, each small beside P: then autograd's temporary for one tensor stays far below P as well."""
-    params = [nn.Parameter(torch.randn(60, 500)) for _ in range(100)]
+    params = [nn.Parameter(torch.randn(60, 500)) for _ in range(400)]
     surgery = GradSurgery(params)
     n_bytes = 4 * sum(p.numel() for p in params)
 

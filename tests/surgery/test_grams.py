@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from gsdg.surgery import partition
-from gsdg.surgery.grams import SMALL, combine, part_grams
-from gsdg.surgery.partition import Chunk
+from gsdg.surgery.grams import combine, part_grams
+from gsdg.surgery.partition import SMALL, Chunk
 
 SHAPES = [(64, 3, 2, 2), (7, 32), (10,), (10,), (), (3, SMALL), (2, SMALL + 7), (23, 5), (0, 4)]
 
