@@ -30,10 +30,15 @@ def part_grams(G: Tensor, table: Table) -> Tensor:
         view = G[:, start : start + count * length].view(D, count, length)
         slots[first : first + count] = _gram_by_pairs(view, scratch)
     for elements, numbers, length in table.gathers:
-        slots[numbers] = _gram_at_once(G.index_select(1, elements).view(D, -1, length))
+        slots[numbers] = _gram_at_once(_gathered(G, elements).view(D, -1, length))
     wide = torch.float32 if G.device.type == "mps" else torch.float64
     grams = slots.new_zeros(table.n_parts, D, D, dtype=wide)
     return grams.index_add_(0, table.slot_part, slots.to(wide))
+
+
+def _gathered(G: Tensor, elements: Tensor) -> Tensor:
+    """G[:, elements], row by row: torch's index_select would first copy all of a G whose rows are padded."""
+    return torch.stack([row.index_select(0, elements) for row in G])
 
 
 def _gram_at_once(view: Tensor) -> Tensor:
@@ -75,6 +80,6 @@ def combine(G: Tensor, weights: Tensor, table: Table, out: Tensor) -> Tensor:
         for row, factor in zip(rows[1:], factors[1:], strict=True):
             target.addcmul_(row, factor)
     for elements, numbers, length in table.gathers:
-        scaled = G.index_select(1, elements).view(D, -1, length) * slot_weights[numbers].transpose(0, 1)
+        scaled = _gathered(G, elements).view(D, -1, length) * slot_weights[numbers].transpose(0, 1)
         out.index_copy_(0, elements, scaled.sum(0).flatten())
     return out

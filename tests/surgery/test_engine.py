@@ -177,7 +177,9 @@ def allocations(call) -> list[int]:
 
 def test_after_the_first_step_nothing_of_the_size_of_the_model_is_allocated():
     """Many tensors, each small beside P: then autograd's temporary for one tensor stays far below P as well."""
-    params = [nn.Parameter(torch.randn(60, 500)) for _ in range(400)]
+    params = [
+        nn.Parameter(torch.randn(shape)) for _ in range(401) for shape in ((60, 500), (61,))
+    ]  # an odd P: G is padded
     surgery = GradSurgery(params)
     n_bytes = 4 * sum(p.numel() for p in params)
 

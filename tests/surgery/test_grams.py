@@ -70,6 +70,9 @@ def test_blocks_cover_every_element_once():
         covered = torch.zeros(table.size)
         for start, count, length, _ in table.blocks:
             covered[start : start + count * length] += 1
+        for elements, slots, length in table.gathers:
+            assert elements.shape == (len(slots) * length,)
+            covered[elements] += 1
         assert covered.eq(1).all()
 
 
