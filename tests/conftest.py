@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: small networks only lose time to more
+
 import pytest
 from helpers import REPOSITORY, Launcher
 from omegaconf import DictConfig
