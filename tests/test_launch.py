@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -65,8 +66,10 @@ def test_sweeping_over_presets_is_refused(launch):
 @pytest.mark.slow
 def test_an_installed_wheel_works_away_from_the_checkout(tmp_path):
     """`pip install .` into a folder: package, configs and digits are all in it, and it trains from elsewhere."""
+    checkout = tmp_path / "checkout"  # a copy: pip leaves build/ behind, and would ship what an old one holds
+    shutil.copytree(REPOSITORY, checkout, ignore=shutil.ignore_patterns(".*", "runs", "build", "*.egg-info"))
     install = [sys.executable, "-m", "pip", "install", "--no-deps", "--quiet", "--target", tmp_path / "site", "."]
-    subprocess.run([*install], cwd=REPOSITORY, check=True, capture_output=True)
+    subprocess.run([*install], cwd=checkout, check=True, capture_output=True)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "launch", "trainer.steps=1", *SMALL]
     answer = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
