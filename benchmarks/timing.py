@@ -30,14 +30,15 @@ def medians(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[st
 
 def provenance(device: str) -> dict[str, object]:
     """Where and when: the columns that every results file ends with."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "gsdg"]).returncode != 0
     return {
         "device": device,
         "threads": torch.get_num_threads(),
         "processor": platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "date": date.today().isoformat(),
-        "commit": commit or "none",
+        "commit": commit + "-dirty" * changed,
     }
 
 
