@@ -1,0 +1,57 @@
+"""What the README says works: its commands compose, its six lines train, its table of flags names real overrides."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+import torch
+from helpers import REPOSITORY
+from torch import nn
+
+README = (REPOSITORY / "README.md").read_text()
+JOINED = README.replace("\\\n", " ")
+COMMANDS = [line.split("#")[0].strip() for line in JOINED.splitlines() if line.startswith("    python launch.py")]
+FLAGS = README.split("## From the release's command line")[1].split("\n## ")[0]
+OVERRIDES = [
+    code
+    for row in FLAGS.splitlines()
+    if row.startswith(("| `--", "| (", "| what", "| without"))
+    for code in re.findall(r"`([^`]*)`", row.split("|")[2])
+]
+
+
+def first_values(command: str) -> list[str]:
+    """The overrides of a command; of a sweep its first job."""
+    words = [word for word in shlex.split(command)[2:] if not word.startswith("-")]
+    return [word if "[" in word else word.split(",")[0] for word in words if "=" in word]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_composes(compose, command):
+    compose(*first_values(command))
+
+
+@pytest.mark.parametrize("override", OVERRIDES)
+def test_a_translated_flag_is_a_real_override(compose, override):
+    compose("dataset=pacs", *override.replace("=D", "=/data").split())
+
+
+def test_the_table_of_flags_was_found():
+    assert "algorithm.n_parts=10" in OVERRIDES
+    assert "model.head=none" in OVERRIDES
+    assert len(COMMANDS) >= 5
+
+
+def test_the_lines_for_ones_own_loop_train():
+    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    torch.manual_seed(0)
+    model, targets = nn.Linear(6, 3), torch.randint(3, (3, 8))
+    images = torch.randn(3, 8, 6)
+    loss = nn.CrossEntropyLoss()
+    before = sum(loss(model(x), y) for x, y in zip(images, targets, strict=True)).item()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+    loader = [list(zip(images, targets, strict=True))] * 20
+    exec(code, {"model": model, "loader": loader, "loss": loss, "optimizer": optimizer})
+    assert sum(loss(model(x), y) for x, y in zip(images, targets, strict=True)).item() < before - 0.1
