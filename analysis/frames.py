@@ -169,10 +169,23 @@ def _label(rows: list[dict], configs: list[dict[str, str]]) -> None:
     for row, config in zip(rows, configs, strict=True):
         groups[row["dataset"], row["algorithm"]].append((row, config))
     for members in groups.values():
-        keys = _differing([config for _, config in members])
+        configs = [config for _, config in members]
+        keys = sorted(_differing(configs), key=lambda key: key.removesuffix(".name"))
         for row, config in members if keys else []:
-            shown = ", ".join(f"{key.removeprefix('algorithm.')}={_show(config.get(key))}" for key in keys)
-            row["algorithm"] += f" ({shown})"
+            shown = [key for key in keys if _tells(key, config, configs)]
+            row["algorithm"] += f" ({', '.join(f'{_short(key)}={_show(config.get(key))}' for key in shown)})"
+
+
+def _tells(key: str, config: dict[str, str], configs: list[dict[str, str]]) -> bool:
+    """Whether `key` says more of a node than its `name` does: it differs between the nodes of that name too."""
+    name = f"{key.rpartition('.')[0]}.name"
+    peers = [other for other in configs if other.get(name) == config.get(name)]
+    return key == name or len({other.get(key) for other in peers}) > 1
+
+
+def _short(key: str) -> str:
+    """`algorithm.partition.name` -> `partition`: what the override is called, but for the group's own prefix."""
+    return key.removeprefix("algorithm.").removesuffix(".name")
 
 
 def _differing(configs: list[dict[str, str]]) -> list[str]:

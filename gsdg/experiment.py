@@ -81,8 +81,7 @@ def run(raw: DictConfig) -> None:
 
 def prepare(raw: DictConfig) -> Plan:
     """Check the whole config and build what needs no data. UserError for every mistake that can be found here."""
-    config = OmegaConf.to_container(raw, resolve=True, throw_on_missing=True)
-    config.pop("experiment", None)
+    config = resolved(raw)
     for group, supplied in SUPPLIED.items():
         config[group] = check(config[group], group, supplied)
     for key, kind in {"seed": int, "deterministic": bool, "force": bool}.items():
@@ -100,6 +99,14 @@ def prepare(raw: DictConfig) -> Plan:
     try_optimizer(config["optimizer"])
     algorithm, trainer = build(config["algorithm"]), build(config["trainer"])
     return Plan(config, choose_device(config["device"]), source, split, algorithm, trainer)
+
+
+def resolved(raw: DictConfig) -> dict:
+    """The config as plain values, without what has done its work by now: the preset's name, and short names."""
+    config = OmegaConf.to_container(raw, resolve=True, throw_on_missing=True)
+    config.pop("experiment", None)
+    config["algorithm"].pop("n_parts", None)  # partition.n_parts took its value, or was given another
+    return config
 
 
 def train(plan: Plan, folder: RunFolder) -> None:

@@ -4,6 +4,7 @@
     config.json         the resolved config
     status.json         {state: running | done | failed, step, steps, reason, heartbeat, host, pid, started}
     records.jsonl       append-only, one evaluation a line (see `RunFolder.append_record`)
+    diagnostics.jsonl   append-only, one logged step a line, where the algorithm has diagnostics switched on
     environment.jsonl   one line a start: versions, commit, host, device
     log.txt             everything logged, tracebacks included
     lock                who writes here
@@ -42,6 +43,7 @@ NOT_SCIENTIFIC = (
     "trainer.log_every",
     "trainer.workers",
     "trainer.keep_weights",
+    "algorithm.diagnostics",
 )
 
 
@@ -86,6 +88,16 @@ def append_line(path: Path, value: dict) -> None:
     """Add one JSON line in one write, so that a kill leaves at most one truncated line, the last."""
     with path.open("ab", buffering=0) as file:
         file.write((json.dumps(value) + "\n").encode())
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Every whole line of a file of JSON lines; [] where there is none, a truncated line is skipped."""
+    found = []
+    with contextlib.suppress(FileNotFoundError):
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                found.append(json.loads(line))
+    return found
 
 
 def process_start(pid: int) -> str | None:
@@ -139,22 +151,24 @@ class RunFolder:
         self.check_owner()
         append_line(self.path / "records.jsonl", record)
 
+    def append_diagnosis(self, diagnosis: dict) -> None:
+        """Append {step, ...}, whatever the algorithm has to say of that step."""
+        self.check_owner()
+        append_line(self.path / "diagnostics.jsonl", diagnosis)
+
     def records(self) -> list[dict]:
         """Every whole line of the records; a truncated one is skipped."""
-        found = []
-        with contextlib.suppress(FileNotFoundError):
-            for line in (self.path / "records.jsonl").read_text().splitlines():
-                with contextlib.suppress(ValueError):
-                    found.append(json.loads(line))
-        return found
+        return read_lines(self.path / "records.jsonl")
 
-    def keep_records_before(self, step: int) -> None:
+    def keep_lines_before(self, step: int) -> None:
         """Drop what a killed run recorded after its last checkpoint: the resumed run will record it again."""
         self.check_owner()
-        kept = [json.dumps(record) + "\n" for record in self.records() if record["step"] < step]
-        temporary = self.path / ".records.jsonl"
-        temporary.write_text("".join(kept))
-        os.replace(temporary, self.path / "records.jsonl")
+        for name in ("records.jsonl", "diagnostics.jsonl"):
+            lines = read_lines(self.path / name)
+            if lines:
+                temporary = self.path / f".{name}"
+                temporary.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] < step))
+                os.replace(temporary, self.path / name)
 
     # ---- ownership --------------------------------------------------------------------------------------------
 

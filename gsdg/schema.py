@@ -16,16 +16,27 @@ from gsdg.errors import UserError, listing
 
 
 def build(node: dict, **supplied: object) -> Any:
-    """Instantiate a checked node. `name` is for people and records, `supplied` is what only the program knows."""
-    keys = accepted(node)
-    arguments = {key: value for key, value in node.items() if key != "name" or "name" in keys}
-    added = {key: value for key, value in supplied.items() if key in keys}
+    """Instantiate a checked node and those inside it. `supplied` is what only the program knows."""
+    added = {key: value for key, value in supplied.items() if key in accepted(node)}
     try:
-        return instantiate(arguments, **added, _convert_="all")
+        return instantiate(_arguments(node), **added, _convert_="all")
     except InstantiationException as error:
-        if isinstance(error.__cause__, UserError):  # Hydra wraps what a constructor raises
-            raise error.__cause__ from None
+        cause = error
+        while isinstance(cause, InstantiationException):  # Hydra wraps what a constructor raises, once a level
+            cause = cause.__cause__
+        if isinstance(cause, UserError):
+            raise cause from None
         raise
+
+
+def _arguments(node: dict) -> dict:
+    """The node and the nodes in it without their `name`s, which are for people and records."""
+    named = "name" in accepted(node)
+    return {
+        key: _arguments(value) if isinstance(value, dict) and "_target_" in value else value
+        for key, value in node.items()
+        if key != "name" or named
+    }
 
 
 def accepted(node: dict) -> dict[str, inspect.Parameter]:

@@ -122,6 +122,8 @@ class Trainer:
 
             if self._logs(step):
                 log.info(clock.line(window.means()["loss"]))
+                if diagnosis := algorithm.diagnose():
+                    folder.append_diagnosis({"step": step, **diagnosis})
             if self._evaluates(step):
                 self._record(step, window, clock, evaluator, algorithm, folder)
                 window.clear()
@@ -150,7 +152,7 @@ class Trainer:
     def _resume(self, checkpoints: Checkpoints, parts: dict, folder: RunFolder) -> int:
         state = checkpoints.load_latest()
         start = state["step"] if state else 0
-        folder.keep_records_before(start)
+        folder.keep_lines_before(start)
         if state:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
@@ -179,10 +181,13 @@ def gradient_norm(parameters: list[Tensor]) -> Tensor:
 
 
 def refuse_nonfinite(metrics: dict[str, Tensor], step: int, algorithm: Algorithm) -> None:
+    blame = algorithm.blame()
+    if blame:
+        raise NonFinite(f"noticed at step {step}: {blame}")
     for name in ("loss", "grad_norm"):
         value = metrics[name].item()
         if value - value != 0:  # NaN and both infinities
-            raise NonFinite(f"{name} is {value} at step {step}. {algorithm.blame()}".strip())
+            raise NonFinite(f"{name} is {value} at step {step}.")
 
 
 def format_accuracy(accuracy: dict[str, dict[str, float]]) -> str:

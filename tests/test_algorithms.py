@@ -5,11 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import REPOSITORY
 from torch import nn
 
 from gsdg.algorithms import ERM, GradSurgery
 from gsdg.batch import Batch
+from gsdg.experiment import resolved
+from gsdg.schema import build
+from gsdg.surgery import Chunk, CorGrad, WholeModel
 from gsdg.surgery import GradSurgery as DropIn
+from gsdg.surgery.rules import GradVac, Mean
 
 
 def network() -> nn.Module:
@@ -50,18 +55,20 @@ def test_grad_surgery_is_the_drop_in_on_the_domains_gradients(domains):
     data = batches(domains)
     model = network()
     expected = DropIn(model.parameters(), n_parts=3, alpha=0.3).combine(own_gradients(data))
-    torch.testing.assert_close(gradient(GradSurgery(n_parts=3, alpha=0.3), data), expected)
+    torch.testing.assert_close(gradient(GradSurgery(partition=Chunk(3), rule=CorGrad(), alpha=0.3), data), expected)
 
 
 def test_a_single_domain_is_erm():
     data = batches(1)
-    torch.testing.assert_close(gradient(GradSurgery(), data), gradient(ERM(), data))
+    torch.testing.assert_close(
+        gradient(GradSurgery(partition=Chunk(), rule=CorGrad(), alpha=0.6), data), gradient(ERM(), data)
+    )
 
 
 def test_layers_weights_only_reduces_the_rest():
     data = batches(3)
     rows = own_gradients(data)
-    found = gradient(GradSurgery(layers="weights"), data)
+    found = gradient(GradSurgery(partition=Chunk(layers="weights"), rule=CorGrad()), data)
     sizes = [p.numel() for p in network().parameters()]
     shapes = [p.ndim for p in network().parameters()]
     for ndim, piece, total in zip(shapes, found.split(sizes), rows.sum(0).split(sizes), strict=True):
@@ -69,10 +76,62 @@ def test_layers_weights_only_reduces_the_rest():
 
 
 def test_the_step_of_the_log_schedule_is_part_of_the_state():
-    first, second = (GradSurgery(alpha_schedule="log", total_steps=10) for _ in range(2))
+    first, second = (
+        GradSurgery(partition=Chunk(), rule=CorGrad(), alpha_schedule="log", total_steps=10) for _ in range(2)
+    )
     for algorithm in (first, second):
         algorithm.setup(network())
     for _ in range(3):
         first.backward(batches(2))
     second.load_state_dict(first.state_dict())
     assert second.surgery.step == 3
+
+
+@pytest.mark.parametrize("name", [path.stem for path in (REPOSITORY / "conf" / "algorithm").glob("*.yaml")])
+def test_every_algorithm_trains_with_its_defaults(compose, name):
+    """Two labels told apart by one pixel's sign, which all domains share, and by noise that they do not."""
+    torch.manual_seed(0)
+    algorithm = build(resolved(compose(f"algorithm={name}"))["algorithm"])
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 2))
+    algorithm.setup(model)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    losses = []
+    for _ in range(60):
+        images = torch.randn(3, 16, 1, 4, 4)
+        data = [Batch(x, (x[:, 0, 0, 0] > 0).long(), f"domain {d}") for d, x in enumerate(images)]
+        losses.append(algorithm.backward(data)["loss"].item())
+        optimizer.step()
+        optimizer.zero_grad()
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
+
+
+def test_the_joint_engine_is_the_same_where_samples_do_not_see_one_another():
+    data = batches(3)
+    engines = [GradSurgery(partition=Chunk(3), rule=CorGrad(), engine=engine) for engine in ("micro_batch", "joint")]
+    torch.testing.assert_close(*(gradient(engine, data) for engine in engines))
+
+
+def test_the_joint_engine_normalises_all_domains_together():
+    """BatchNorm in train mode sees one batch: the mean of the gradients is ERM's, domain by domain it is not."""
+
+    def normalising(algorithm):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 5))
+        algorithm.setup(model.double())
+        algorithm.backward(data)
+        return torch.cat([p.grad.flatten() for p in algorithm.model.parameters()])
+
+    data = batches(3)
+    expected = normalising(ERM())
+    options = {"partition": WholeModel(), "rule": Mean()}
+    torch.testing.assert_close(normalising(GradSurgery(**options, engine="joint")), expected)
+    assert not torch.allclose(normalising(GradSurgery(**options)), expected)
+
+
+def test_a_rules_memory_is_in_the_checkpoint():
+    first, second = (GradSurgery(partition=WholeModel(), rule=GradVac(beta=0.5)) for _ in range(2))
+    for algorithm in (first, second):
+        algorithm.setup(network())
+    first.backward(batches(3))
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(second.surgery.rule.state_dict()["targets"], first.surgery.rule.state_dict()["targets"])

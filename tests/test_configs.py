@@ -7,17 +7,23 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers import REPOSITORY
-from omegaconf import OmegaConf
+from hydra.errors import ConfigCompositionException
 
-from gsdg.experiment import SUPPLIED
+from gsdg.experiment import SUPPLIED, resolved
+from gsdg.runs import run_id
 from gsdg.schema import check
 
 CONF = REPOSITORY / "conf"
 CHOICES = [
     f"{path.parent.relative_to(CONF)}={path.stem}"
     for group in SUPPLIED
-    for path in sorted((CONF / group).glob("*.yaml"))
+    for path in sorted((CONF / group).rglob("*.yaml"))
 ]
+ALGORITHMS = sorted(path.stem for path in (CONF / "algorithm").glob("*.yaml"))
+NEEDED = {  # what a choice cannot be composed without
+    "dataset=image_folder": ["dataset.root=x"],
+    "algorithm/partition=groups": ["algorithm.partition.patterns=['*.bias']"],
+}
 PRESETS = sorted(
     str(path.relative_to(CONF / "experiment").with_suffix("")) for path in (CONF / "experiment").rglob("*.yaml")
 )
@@ -25,7 +31,7 @@ DATASETS = sorted(path.stem for path in (CONF / "dataset").glob("*.yaml"))
 
 
 def checked(config) -> dict:
-    plain = OmegaConf.to_container(config, resolve=True)
+    plain = resolved(config)
     for group, supplied in SUPPLIED.items():
         check(plain[group], group, supplied)
     return plain
@@ -33,8 +39,7 @@ def checked(config) -> dict:
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_fits_its_constructor(compose, choice):
-    root = ["dataset.root=x"] if choice == "dataset=image_folder" else []
-    checked(compose(choice, *root))
+    checked(compose(choice, *NEEDED.get(choice, [])))
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -49,8 +54,37 @@ def test_a_paper_preset_sweeps_every_target_and_three_trials(compose, preset):
     params = yaml.safe_load((CONF / "experiment" / f"{preset}.yaml").read_text())["hydra"]["sweeper"]["params"]
     assert params["split.target"].split(",") == list(config.dataset.domains)
     assert params["split.trial_seed"] == "0,1,2"
-    assert (config.algorithm.n_parts, config.algorithm.alpha) == (10, 0.6)
+    assert (config.algorithm.partition.n_parts, config.algorithm.alpha) == (10, 0.6)
+    assert (config.algorithm.partition.name, config.algorithm.rule.name) == ("chunk", "corgrad")
     assert (config.model.name, config.model.freeze_bn, config.model.head) == ("resnet18", True, "linear")
+
+
+# the granularity of their papers
+PARTITION = {"grad_surgery": "chunk", "gradvac": "module"} | dict.fromkeys(
+    ("pcgrad", "mgda", "cagrad", "imtl_g", "aligned_mtl", "upgrad", "dualproj", "nash"), "model"
+)
+
+
+@pytest.mark.parametrize("algorithm", sorted(set(ALGORITHMS) - {"erm"}))
+def test_a_surgery_preset_is_its_rule_at_its_papers_granularity(compose, algorithm):
+    node = compose(f"algorithm={algorithm}").algorithm
+    assert node._target_ == "gsdg.algorithms.GradSurgery"
+    assert node.partition.name == PARTITION.get(algorithm, "element")
+    assert (node.name, node.rule.name) == (algorithm, "corgrad" if algorithm == "grad_surgery" else algorithm)
+    assert node.alpha == (0.6 if algorithm == "grad_surgery" else 1)
+
+
+@pytest.mark.parametrize("knob", ["algorithm.n_parts=7", "algorithm.partition.n_parts=7"])
+def test_n_parts_has_a_short_and_a_long_name_for_one_experiment(compose, knob):
+    config = resolved(compose("algorithm/partition=chunk", knob))
+    assert config["algorithm"]["partition"]["n_parts"] == 7
+    assert run_id(config) == run_id(resolved(compose("algorithm.n_parts=7")))
+    assert run_id(config) != run_id(resolved(compose()))
+
+
+def test_n_parts_means_nothing_to_another_granularity(compose):
+    with pytest.raises(ConfigCompositionException, match="n_parts"):
+        compose("algorithm/partition=tensor", "algorithm.n_parts=7")
 
 
 # lr, dropout, weight decay, steps, evaluation every: the release's commands, protocol.md

@@ -7,6 +7,7 @@ import json
 import pytest
 from helpers import SMALL, only_run, records_without_time, status
 
+from gsdg.algorithms import GradSurgery
 from gsdg.errors import UserError
 from gsdg.experiment import prepare, run
 from gsdg.trainer import NonFinite
@@ -21,7 +22,7 @@ from gsdg.trainer import NonFinite
         ("split.holdout_fraction=1", r"split\.holdout_fraction=1\.0"),
         ("algorithm.n_parts=0", "n_parts is 0"),
         ("algorithm.alpha=1.5", "alpha is 1.5"),
-        ("algorithm.order=sideways", "algorithm.order: found 'sideways'; valid: fixed, random"),
+        ("algorithm.rule.order=sideways", "algorithm.rule.order: found 'sideways'; valid: fixed, random"),
         ("trainer.steps=abc", "trainer.steps: found 'abc' \\(str\\), expected int"),
         ("trainer.steps=0", "trainer.steps: found 0, expected 1 or more"),
         ("trainer.workers=-1", "trainer.workers: found -1"),
@@ -145,3 +146,28 @@ def test_real_pacs_images_train(compose, tmp_path, pacs_root):
     (record,) = records_without_time(only_run(tmp_path / "runs"))
     assert set(record["accuracy"]) == {"art_painting", "cartoon", "photo", "sketch"}
     assert 0 < record["metrics"]["loss"] < 10
+
+
+def test_where_the_host_may_not_look_a_bad_gradient_spares_the_weights(compose, tmp_path, monkeypatch):
+    """As on an accelerator, which a CPU can only play: no check in the step, a mask, a message at the next report."""
+    setup, seen = GradSurgery.setup, {}
+
+    def spoilt(self, model):
+        setup(self, model)
+        self.surgery._reading_is_free = False
+        calls = iter(range(10**6))  # five sources: number 7 is the third of step 1
+        model.register_forward_hook(
+            lambda module, args, logits: logits / 0 if module.training and next(calls) == 7 else logits
+        )
+        seen["model"] = model
+
+    monkeypatch.setattr(GradSurgery, "setup", spoilt)
+    with pytest.raises(NonFinite, match=r"noticed at step 1: the gradient of .* from domain '45' held NaN or inf"):
+        run(compose(*SMALL, "algorithm=mgda", "trainer.steps=6"))
+    assert "held NaN or inf" in status(only_run(tmp_path / "runs"))["reason"]
+    assert all(p.isfinite().all() for p in seen["model"].parameters())
+
+
+def test_the_joint_engine_trains(compose, tmp_path):
+    run(compose(*SMALL, "algorithm.engine=joint", "trainer.steps=3"))
+    assert status(only_run(tmp_path / "runs"))["state"] == "done"

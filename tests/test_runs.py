@@ -130,7 +130,7 @@ def test_a_truncated_last_line_is_dropped_on_resume(tmp_path):
             folder.append_record({"step": step})
         with (folder.path / "records.jsonl").open("a") as file:
             file.write('{"step": 30, "accu')
-        folder.keep_records_before(11)
+        folder.keep_lines_before(11)
         folder.append_record({"step": 20})
     lines = (folder.path / "records.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [0, 10, 20]

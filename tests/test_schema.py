@@ -56,6 +56,22 @@ def node(**values: object) -> dict:
     return {"_target_": "torch.optim.SGD", **values}
 
 
+def test_a_node_in_a_node_is_built_without_its_name_and_its_refusal_is_the_message():
+    config = {
+        "_target_": "gsdg.algorithms.GradSurgery",
+        "name": "mine",
+        "partition": {"_target_": "gsdg.surgery.Chunk", "name": "chunk", "n_parts": 4},
+        "rule": {"_target_": "gsdg.surgery.rules.CorGrad", "name": "corgrad"},
+    }
+    assert build(check(config, "algorithm")).partition.n_parts == 4
+    config["partition"]["n_parts"] = 0
+    with pytest.raises(UserError, match="n_parts is 0"):
+        build(check(config, "algorithm"))
+    config["partition"]["parts"] = 3
+    with pytest.raises(UserError, match="unknown key algorithm.partition.parts"):
+        check(config, "algorithm")
+
+
 def test_an_unknown_key_lists_the_valid_ones_and_guesses():
     with pytest.raises(
         UserError, match=r"unknown key optimizer\.momentun\. Did you mean `momentum`\? Valid here: .*lr"

@@ -35,6 +35,10 @@ class Algorithm(nn.Module, ABC):
         """Logits [B, classes] of images [B, C, H, W]."""
         return self.model(images)
 
+    def diagnose(self) -> dict:
+        """Numbers about the last `backward` that are too many for the metrics, by name; {} for none. May wait."""
+        return {}
+
     def blame(self) -> str:
-        """After a non-finite loss or gradient: where it came from, as far as the algorithm knows. Else ""."""
+        """Where the first non-finite gradient since the start came from, if the algorithm kept it from the weights."""
         return ""

@@ -1,8 +1,8 @@
-"""GradSurgery (ECAI 2024, "Rethinking Domain Generalization from Perspective of Gradient Granularity").
+"""Gradient surgery: one gradient per source domain, a partition that says what is compared, a rule that says what is
+made of it. With the partition `chunk` and the rule `corgrad` it is GradSurgery (ECAI 2024, "Rethinking Domain
+Generalization from Perspective of Gradient Granularity"); the baselines are presets of the same class.
 
-One gradient per source domain; within every chunk of every parameter tensor, conflicting gradients are projected
-off each other; domains whose norm is an outlier are blended with the others; the sum is the update. The rule is
-`gsdg/surgery/rules/corgrad.py`, the engine `gsdg/surgery/surgery.py`; this file joins them to a model.
+The rules are `gsdg/surgery/rules/`, the engine is `gsdg/surgery/surgery.py`; this file joins them to a model.
 
 Deviations: the defaults do what the released commands execute (all layers, constant alpha), not what their
 `--use_alpha` flag is called; `layers: weights` sums the other tensors where the release keeps the last domain's.
@@ -10,58 +10,69 @@ Deviations: the defaults do what the released commands execute (all layers, cons
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gsdg.algorithms.base import Algorithm
 from gsdg.batch import Batch
-from gsdg.surgery import Chunk, CorGrad, Surgery
+from gsdg.surgery import Diagnostics, NormOutliers, Partition, Surgery
+from gsdg.surgery.rules.base import Rule
 
 
 class GradSurgery(Algorithm):
-    """n_parts: chunks per tensor along dim 0. alpha: weight of a norm-outlier domain's own gradient (1: no blend).
+    """partition, rule: see `gsdg.surgery`. alpha: weight of a norm-outlier domain's own gradient (1: no correction).
 
-    The switches are `CorGrad`'s. `total_steps` is needed by `alpha_schedule: log` only.
+    alpha_schedule: `log` needs total_steps. engine: `micro_batch`, a forward and backward a domain, or `joint`, one
+    forward of all domains and a backward each: slower, but BatchNorm in train mode sees them together.
+    storage: `bf16` halves the memory of the kept gradients. diagnostics: of every logged step, conflicts by module and
+    granularity.
     """
 
     def __init__(
         self,
         *,
-        n_parts: int = 10,
-        alpha: float = 0.6,
+        partition: Partition,
+        rule: Rule,
+        alpha: float = 1.0,
         alpha_schedule: Literal["constant", "log"] = "constant",
         total_steps: int | None = None,
-        order: Literal["fixed", "random"] = "fixed",
-        project_on: Literal["modified", "original"] = "modified",
-        reduction: Literal["sum", "mean"] = "sum",
-        layers: Literal["all", "weights"] = "all",
+        engine: Literal["micro_batch", "joint"] = "micro_batch",
+        storage: Literal["full", "bf16"] = "full",
+        diagnostics: bool = False,
     ) -> None:
         super().__init__()
-        self.partition = Chunk(n_parts, layers=layers)
-        self.rule = CorGrad(
-            alpha=alpha,
-            alpha_schedule=alpha_schedule,
-            total_steps=total_steps,
-            order=order,
-            project_on=project_on,
-            reduction=reduction,
-        )
+        self.partition, self.rule, self.engine, self.storage = partition, rule, engine, storage
+        self.outliers = NormOutliers(alpha, schedule=alpha_schedule, total_steps=total_steps)
+        self.diagnostics = Diagnostics() if diagnostics else None
 
     def setup(self, model: nn.Module) -> None:
         super().setup(model)
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self.surgery = Surgery([p for _, p in named], self.partition, self.rule, names=[name for name, _ in named])
+        names, params = [name for name, _ in named], [p for _, p in named]
+        options = {"outliers": self.outliers, "storage": self.storage, "names": names}
+        self.surgery = Surgery(params, self.partition, self.rule, **options)
 
     def backward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        self.domains = [batch.domain for batch in batches]
-        losses = (F.cross_entropy(self.model(batch.images), batch.labels) for batch in batches)
-        return self.surgery.backward(losses, self.domains)
+        joint = self.engine == "joint"
+        losses = self._joint_losses(batches) if joint else self._losses(batches)
+        return self.surgery.backward(losses, [batch.domain for batch in batches], shared_graph=joint)
+
+    def _losses(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
+        return (F.cross_entropy(self.model(batch.images), batch.labels) for batch in batches)
+
+    def _joint_losses(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
+        logits = self.model(torch.cat([batch.images for batch in batches])).split([len(b.labels) for b in batches])
+        return (F.cross_entropy(own, batch.labels) for own, batch in zip(logits, batches, strict=True))
+
+    def diagnose(self) -> dict:
+        return self.diagnostics(self.surgery) if self.diagnostics else {}
 
     def blame(self) -> str:
-        return self.surgery.find_nonfinite(domains=self.domains) or ""
+        return self.surgery.first_nonfinite() or ""
 
     def get_extra_state(self) -> dict:
         return self.surgery.state_dict()

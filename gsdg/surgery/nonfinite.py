@@ -39,16 +39,45 @@ def describe_nonfinite(
 
 def describe_overflow(
     squares: Tensor,
-    part_tensor: Tensor,
+    tensors: Tensor,
     shapes: Sequence[torch.Size],
     names: Sequence[str] | None,
     domains: Sequence[str] | None,
     dtype: torch.dtype,
 ) -> str:
-    """squares [K, D], the squared norms of the parts: names one that is not finite although its gradient is."""
-    k, d = (~squares.isfinite()).nonzero()[0].tolist()
+    """squares [S, D] and their tensors [S]: names one that is not finite although its gradient is."""
+    s, d = (~squares.isfinite()).nonzero()[0].tolist()
     return (
-        f"the squared norm of the gradient of {tensor_name(int(part_tensor[k]), shapes, names)} from "
+        f"the squared norm of the gradient of {tensor_name(int(tensors[s]), shapes, names)} from "
         f"{domain_name(d, domains)} overflows {dtype} though every value is finite; no update was made. "
         "Scale the losses down, or use float64 parameters"
     )
+
+
+class FirstNonFinite:
+    """Where the first non-finite gradient came from, noted on the device without reading anything there."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._found = torch.full((3,), -1, dtype=torch.int64, device=device)  # step, tensor, domain
+
+    def note(self, squares: Tensor, tensors: Tensor, step: int) -> Tensor:
+        """squares [S, D], squared norms of pieces of the gradients; tensors [S], of which -> 0-dim bool: all finite."""
+        bad = ~squares.isfinite().flatten()
+        finite, first = ~bad.any(), bad.to(torch.uint8).argmax()
+        tensor = tensors.take(first // squares.shape[1])
+        found = torch.stack((torch.full_like(first, step), tensor, first % squares.shape[1]))
+        self._found = torch.where(finite | (self._found[0] >= 0), self._found, found)
+        return finite
+
+    def describe(
+        self, shapes: Sequence[torch.Size], names: Sequence[str] | None, domains: Sequence[str] | None
+    ) -> str | None:
+        """In words; None if every gradient has been finite. Waits for the device."""
+        step, tensor, domain = self._found.tolist()
+        if step < 0:
+            return None
+        return (
+            f"the gradient of {tensor_name(tensor, shapes, names)} from {domain_name(domain, domains)} held NaN or "
+            f"inf, or its square overflowed, at step {step}; zeros went to the optimizer in its place. Look at that "
+            "domain's loss and images, or lower the learning rate"
+        )

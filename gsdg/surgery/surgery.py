@@ -15,94 +15,181 @@ up to those of one joint step exactly.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Sized
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from gsdg.errors import UserError, listing
-from gsdg.surgery.grams import combine, part_grams
-from gsdg.surgery.nonfinite import NonFiniteGradient, describe_nonfinite, describe_overflow, domain_name
-from gsdg.surgery.partition import Chunk, Layers
-from gsdg.surgery.rules.corgrad import AlphaSchedule, CorGrad, Order, ProjectOn, Reduction
+from gsdg.surgery.elements import Elements
+from gsdg.surgery.grams import kernels
+from gsdg.surgery.nonfinite import (
+    FirstNonFinite,
+    NonFiniteGradient,
+    describe_nonfinite,
+    describe_overflow,
+    domain_name,
+)
+from gsdg.surgery.outliers import AlphaSchedule, NormOutliers, modified_squares
+from gsdg.surgery.partition import Chunk, Layers, Partition, PerElement
+from gsdg.surgery.rules.base import ElementRule, Metrics, Reduction, Rule
+from gsdg.surgery.rules.corgrad import CorGrad, Order, ProjectOn
 
-EPS = {torch.float32: 1e-6, torch.float64: 1e-12}  # what the rules treat as rounding error
+Storage = Literal["full", "bf16"]
+
+EPS = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 1e-6}  # what the rules treat as rounding error
 ALIGN = 16  # elements; every row of G begins on a cache line, as vector loads want it (2 CPU cores do not notice)
 
 
 class Surgery:
-    """A partition and a rule on the gradients of `params`.
+    """A partition, a rule and the norm-outlier stage on the gradients of `params`.
 
     params: parameters of one dtype (float32 or float64) on one device; those without requires_grad are left out. Move
-    the model to its device and memory format first. names: one a parameter, for messages.
+    the model to its device and memory format first. names: one a parameter, for messages and for the granularities
+    that go by names. outliers: off if not given. storage: "bf16" keeps G in half the memory (benchmarks/storage.py
+    measures what it does to the update).
     """
 
     def __init__(
-        self, params: Iterable[Tensor], partition: Chunk, rule: CorGrad, *, names: Sequence[str] | None = None
+        self,
+        params: Iterable[Tensor],
+        partition: Partition,
+        rule: Rule,
+        *,
+        outliers: NormOutliers | None = None,
+        storage: Storage = "full",
+        names: Sequence[str] | None = None,
     ) -> None:
-        self._params, self._names = _trainable(list(params), names)
+        if storage not in get_args(Storage):
+            raise UserError(f"storage is {storage!r}; valid: {listing(get_args(Storage))}")
+        self._params, self.names = _trainable(list(params), names)
+        self.shapes = [p.shape for p in self._params]
         like = self._params[0]
-        self.rule = rule
-        self.table = partition.table([p.shape for p in self._params], like.device)
+        self.partition, self.rule = partition, rule
+        self.outliers = NormOutliers(1.0) if outliers is None else outliers
+        self.table, self._elements = None, None
+        if isinstance(partition, PerElement):
+            operated = [partition.operates_on(shape) for shape in self.shapes]
+            sizes = [p.numel() for p in self._params]
+            self._elements = Elements(sizes, operated, rule, self.outliers, like.device)
+        elif isinstance(rule, ElementRule):
+            raise UserError(
+                f"{type(rule).__name__} is an element-wise rule, and the partition is {type(partition).__name__}; "
+                "valid: element (in a config, algorithm/partition=element)"
+            )
+        else:
+            self.table = partition.table(self.shapes, like.device, self.names)
         self.step = 0
-        self.metrics: dict[str, Tensor] = {}
-        self._update = like.new_zeros(self.table.size)
+        self.metrics: Metrics = {}
+        self._update = like.new_zeros(sum(p.numel() for p in self._params))
         self._update_views = self._views(self._update)
-        self._G = like.new_empty(0, self.table.size)
+        self._G = like.new_empty(0, len(self._update), dtype=torch.bfloat16 if storage == "bf16" else like.dtype)
         self._row_views: list[list[Tensor]] = []
+        self._first_nonfinite = FirstNonFinite(like.device)
         self._n_domains, self._domains = 0, None
+        self._reading_is_free = like.device.type == "cpu"  # elsewhere the host would wait for the device
 
     @torch.no_grad()
     def combine(self, G: Tensor, domains: Sequence[str] | None = None) -> Tensor:
         """G [D, P], a domain's gradient a row, in parameter order -> the update [P], in a buffer every call reuses.
 
-        Raises NonFiniteGradient, on a CPU, if G holds NaN or inf; nothing is written then. On an accelerator that
-        check would stall the queue: NaN goes on into the update, and `find_nonfinite` says later where it came from.
+        If G holds NaN or inf: on a CPU, raises NonFiniteGradient and writes nothing. On an accelerator that would stall
+        the queue; there the update is all zeros, and `first_nonfinite` says later where it came from.
         """
         self._check(G)
         G = G if G.stride(1) == 1 else G.contiguous()
-        grams = part_grams(G, self.table)
-        if G.device.type == "cpu":
-            self._refuse_nonfinite(G, grams, domains)
-        D, n_operated = len(G), self.table.n_operated
-        weights, metrics = self.rule.weights(grams[:n_operated], self.table, step=self.step, eps=EPS[G.dtype])
-        plain = weights.new_full((self.table.n_parts - n_operated, D), 1 / D if self.rule.reduction == "mean" else 1.0)
-        weights = torch.cat((weights, plain))  # [K, D]
-        self.metrics, self.step = metrics, self.step + 1
-        return combine(G, weights, self.table, self._update)
+        self._domains = domains
+        self.rule.start_step(len(G))
+        combined = self._combine_elements if self.table is None else self._combine_parts
+        self.metrics = combined(G, EPS[G.dtype])
+        self.step += 1
+        return self._update
 
-    def backward(self, losses: Iterable[Tensor], domains: Sequence[str] | None = None) -> dict[str, Tensor]:
+    def backward(
+        self, losses: Iterable[Tensor], domains: Sequence[str] | None = None, *, shared_graph: bool = False
+    ) -> dict[str, Tensor]:
         """Run each loss backward as it comes, operate on the gradients, and leave the update in every .grad.
 
-        losses: D scalars, each of a graph of its own. A generator is asked for the next loss only when the last one's
-        graph is gone. domains: their D names, for messages. What .grad held before is discarded.
+        losses: D scalars, each of a graph of its own (or, with `shared_graph`, all of one).
+        A generator is asked for the next loss only when the last one's graph is gone. domains: their D names, for
+        messages. What .grad held before is discarded.
         Returns the mean loss and the rule's metrics: 0-dim tensors on the device, so that nothing waits for it.
         After an error every .grad is None: an optimizer step would then change nothing.
         """
         try:
-            mean_loss = self._accumulate(losses, domains)
-            self.combine(self._G[: self._n_domains], domains)
+            mean_loss = self._accumulate(losses, domains, shared_graph)
+            self.combine(self.gradients, domains)
         except BaseException:
             self._point_grads([None] * len(self._params))
             raise
         self._point_grads(self._update_views)
         return {"loss": mean_loss, **self.metrics}
 
+    @property
+    def gradients(self) -> Tensor:
+        """[D, P]: the gradients kept from the last `backward`."""
+        return self._G[: self._n_domains]
+
     def find_nonfinite(self, G: Tensor | None = None, domains: Sequence[str] | None = None) -> str | None:
         """Which domain's gradient of which tensor holds NaN or inf, in words; None if all is finite.
 
-        Looks at G [D, P], or at the gradients kept from the last `backward`. Waits for the device.
+        Looks at every value of G [D, P], or of the gradients kept from the last `backward`. Waits for the device.
         """
         if G is None:
-            G, domains = self._G[: self._n_domains], domains or self._domains
-        return describe_nonfinite(G, [p.shape for p in self._params], self._names, domains)
+            G, domains = self.gradients, domains or self._domains
+        return describe_nonfinite(G, self.shapes, self.names, domains)
 
-    def state_dict(self) -> dict[str, int]:
-        return {"step": self.step}
+    def first_nonfinite(self) -> str | None:
+        """Which gradient was the first to be replaced by zeros since the start, in words; None if none was."""
+        return self._first_nonfinite.describe(self.shapes, self.names, self._domains)
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def state_dict(self) -> dict:
+        return {"step": self.step, "rule": self.rule.state_dict()}
+
+    def load_state_dict(self, state: dict) -> None:
         self.step = int(state["step"])
+        self.rule.load_state_dict(state["rule"])
 
-    def _accumulate(self, losses: Iterable[Tensor], domains: Sequence[str] | None) -> Tensor:
+    def _combine_parts(self, G: Tensor, eps: float) -> Metrics:
+        table, ops, D = self.table, kernels(G), len(G)
+        slots = ops.slot_grams(G, table)  # [S, D, D]
+        finite = self._noted(G, slots.diagonal(dim1=1, dim2=2), table.slot_tensor)
+        grams = table.sums(slots)  # [K, D, D]
+        M = grams[: table.n_operated].permute(1, 2, 0).contiguous()  # [D, D, K]
+        if finite is not None:
+            M = torch.where(finite, M, 0.0)  # what a rule remembers stays finite
+        C, metrics = self.rule.coefficients(M, eps)
+        if not self.outliers.off:
+            norms = table.unit_sums(modified_squares(C, M)).sqrt()  # [U, D]
+            shares = self.outliers.shares(norms, self.step, eps)[table.part_unit[: table.n_operated]]  # [K, D]
+            C = C * shares.t().unsqueeze(1)
+        reduced = 1 / D if self.rule.reduction == "mean" else 1.0
+        plain = C.new_full((table.n_parts - table.n_operated, D), reduced)
+        weights = torch.cat((C.sum(0).t(), plain))  # [K, D]
+        ops.combine(G, weights, table, self._update, finite)
+        return metrics
+
+    def _combine_elements(self, G: Tensor, eps: float) -> Metrics:
+        finite = self._noted(G, self._elements.squares(G), self._elements.tensors)
+        metrics = self._elements.combine(G, self._update, self.step, eps)
+        if finite is not None:
+            self._update.masked_fill_(~finite, 0)
+            metrics = {name: torch.where(finite, value, 0.0) for name, value in metrics.items()}
+        return metrics
+
+    def _noted(self, G: Tensor, squares: Tensor, tensors: Tensor) -> Tensor | None:
+        """squares [S, D], squared norms of pieces of the gradients, and their tensors [S]. On a CPU: refuse what is not
+        finite. Elsewhere: note where it came from, and return a 0-dim bool, whether all is."""
+        if not self._reading_is_free:
+            return self._first_nonfinite.note(squares, tensors, self.step)
+        if not squares.isfinite().all():
+            raise NonFiniteGradient(
+                describe_nonfinite(G, self.shapes, self.names, self._domains)
+                or describe_overflow(squares, tensors, self.shapes, self.names, self._domains, squares.dtype)
+            )
+        return None
+
+    def _accumulate(self, losses: Iterable[Tensor], domains: Sequence[str] | None, shared_graph: bool) -> Tensor:
         """Fill one row of G a loss; returns the mean loss, 0-dim."""
         expected = len(domains) if domains is not None else len(losses) if isinstance(losses, Sized) else 0
         values = []
@@ -110,7 +197,8 @@ class Surgery:
             d = len(values)
             _check_loss(loss, d, domains)
             self._point_grads(self._zeroed_row(d, max(expected, d + 1)))
-            loss.backward()
+            loss.backward(retain_graph=shared_graph)
+            self._store(d)
             values.append(loss.detach().reshape(()))
             del loss
         if not values or (domains is not None and len(values) != len(domains)):
@@ -120,13 +208,27 @@ class Surgery:
         return torch.stack(values).mean()
 
     def _zeroed_row(self, d: int, n_rows: int) -> list[Tensor]:
-        """The parameters' views of row d, zeroed. G grows to `n_rows` if it has no such row yet."""
+        """The views that collect domain d's gradients, zeroed: row d itself, or the update where G is bf16.
+
+        G grows to `n_rows` if it has no such row yet.
+        """
         if d >= len(self._G):
-            G = self._G.new_empty(n_rows, -(-self.table.size // ALIGN) * ALIGN)[:, : self.table.size]
+            size = len(self._update)
+            G = self._G.new_empty(n_rows, -(-size // ALIGN) * ALIGN)[:, :size]
             G[:d] = self._G[:d]
-            self._G, self._row_views = G, [self._views(row) for row in G]
-        self._G[d].zero_()
-        return self._row_views[d]
+            self._G = G
+            self._row_views = [self._views(row) for row in G] if self._in_place else []
+        (self._G[d] if self._in_place else self._update).zero_()
+        return self._row_views[d] if self._in_place else self._update_views
+
+    @property
+    def _in_place(self) -> bool:
+        """Whether autograd can write into the rows of G: a .grad has its parameter's type."""
+        return self._G.dtype == self._update.dtype
+
+    def _store(self, d: int) -> None:
+        if not self._in_place:
+            self._G[d].copy_(self._update)
 
     def _views(self, flat: Tensor) -> list[Tensor]:
         """flat [P] as the parameters' gradients, each in its parameter's layout where that keeps rows in one piece."""
@@ -140,26 +242,20 @@ class Surgery:
         for p, grad in zip(self._params, grads, strict=True):
             p.grad = grad
 
-    def _refuse_nonfinite(self, G: Tensor, grams: Tensor, domains: Sequence[str] | None) -> None:
-        squares = grams.diagonal(dim1=1, dim2=2)  # [K, D]
-        if not squares.isfinite().all():
-            shapes = [p.shape for p in self._params]
-            raise NonFiniteGradient(
-                describe_nonfinite(G, shapes, self._names, domains)
-                or describe_overflow(squares, self.table.part_tensor, shapes, self._names, domains, G.dtype)
-            )
-
     def _check(self, G: Tensor) -> None:
         like = self._update
-        if G.ndim != 2 or G.shape[1] != len(like) or len(G) < 1 or G.dtype != like.dtype or G.device != like.device:
+        right_type = G.dtype in (like.dtype, torch.bfloat16)
+        if G.ndim != 2 or G.shape[1] != len(like) or len(G) < 1 or not right_type or G.device != like.device:
             raise UserError(
                 f"G is {list(G.shape)} {G.dtype} on {G.device}; it must be [D, {len(like)}] {like.dtype} on "
-                f"{like.device}: one row a domain, its gradients flattened and concatenated in parameter order"
+                f"{like.device} (or bfloat16): one row a domain, its gradients flattened and concatenated in "
+                "parameter order"
             )
 
 
 class GradSurgery(Surgery):
-    """The paper's method: `Chunk(n_parts)` x `CorGrad`. The options are described there, the verbs in `Surgery`."""
+    """The paper's method: `Chunk(n_parts)` x `CorGrad`, then `NormOutliers(alpha)`. The options are described there,
+    the verbs in `Surgery`."""
 
     def __init__(
         self,
@@ -173,17 +269,17 @@ class GradSurgery(Surgery):
         project_on: ProjectOn = "modified",
         reduction: Reduction = "sum",
         layers: Layers = "all",
+        storage: Storage = "full",
         names: Sequence[str] | None = None,
     ) -> None:
-        rule = CorGrad(
-            alpha=alpha,
-            alpha_schedule=alpha_schedule,
-            total_steps=total_steps,
-            order=order,
-            project_on=project_on,
-            reduction=reduction,
+        super().__init__(
+            params,
+            Chunk(n_parts, layers=layers),
+            CorGrad(order=order, project_on=project_on, reduction=reduction),
+            outliers=NormOutliers(alpha, schedule=alpha_schedule, total_steps=total_steps),
+            storage=storage,
+            names=names,
         )
-        super().__init__(params, Chunk(n_parts, layers=layers), rule, names=names)
 
 
 def _trainable(params: list[Tensor], names: Sequence[str] | None) -> tuple[list[Tensor], list[str] | None]:
@@ -196,7 +292,7 @@ def _trainable(params: list[Tensor], names: Sequence[str] | None) -> tuple[list[
     if len({id(params[k]) for k in kept}) < len(kept):
         raise UserError("a parameter was given twice; give each once, as model.parameters() does")
     kinds = sorted({f"{params[k].dtype} on {params[k].device}" for k in kept})
-    if len(kinds) > 1 or params[kept[0]].dtype not in EPS:
+    if len(kinds) > 1 or params[kept[0]].dtype not in (torch.float32, torch.float64):
         raise UserError(
             f"the parameters are {listing(kinds)}; they must all be float32, or all float64, on one device "
             "(for bf16 keep float32 parameters and run the forward under torch.autocast)"

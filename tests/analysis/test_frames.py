@@ -188,9 +188,24 @@ def test_a_key_that_one_config_lacks_and_equal_looking_values_still_tell_them_ap
 def test_a_class_path_is_shown_only_where_the_name_beside_it_does_not_tell(tmp_path):
     for name, model in [("r1", "one"), ("r2", "two")]:
         write_run(tmp_path, name, {**config(), "model": {"name": model, "_target_": f"m.{model}"}})
-    assert labels(tmp_path) == {"r1": "erm (model.name=one)", "r2": "erm (model.name=two)"}
+    assert labels(tmp_path) == {"r1": "erm (model=one)", "r2": "erm (model=two)"}
     write_run(tmp_path, "r3", {**config(), "model": {"name": "one", "_target_": "m.new"}})
     assert len(set(labels(tmp_path).values())) == 3
+
+
+def test_a_nodes_options_are_shown_only_where_its_name_does_not_tell(tmp_path):
+    def partition(name, **options):
+        return config("grad_surgery", partition={"name": name, "_target_": f"gsdg.surgery.{name}", **options})
+
+    write_run(tmp_path, "r1", partition("chunk", n_parts=5))
+    write_run(tmp_path, "r2", partition("model"))
+    assert labels(tmp_path) == {"r1": "grad_surgery (partition=chunk)", "r2": "grad_surgery (partition=model)"}
+    write_run(tmp_path, "r3", partition("chunk", n_parts=10))
+    assert labels(tmp_path) == {
+        "r1": "grad_surgery (partition=chunk, partition.n_parts=5)",
+        "r2": "grad_surgery (partition=model)",
+        "r3": "grad_surgery (partition=chunk, partition.n_parts=10)",
+    }
 
 
 def test_a_copied_folder_does_not_count_twice_and_the_finished_one_stays(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gsdg.errors import UserError
-from gsdg.surgery import Chunk, CorGrad, GradSurgery, Surgery
+from gsdg.surgery import Chunk, CorGrad, GradSurgery, NormOutliers, Surgery
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "corgrad_public.npz"
 # rows that 10 and 4 do and do not divide, fewer rows than chunks, vectors, a 0-dim tensor, one row
@@ -251,16 +251,16 @@ def test_layers_weights_reduces_vectors_and_operates_on_the_rest(reduction):
 
 
 def test_log_schedule_falls_from_one_to_zero_and_resumes():
-    rule = CorGrad(alpha_schedule="log", total_steps=100)
-    assert [rule.alpha_at(t) for t in (0, 9, 99, 1000)] == pytest.approx([1.0, 0.5, 0.0, 0.0])
+    stage = NormOutliers(schedule="log", total_steps=100)
+    assert [stage.alpha_at(t) for t in (0, 9, 99, 1000)] == pytest.approx([1.0, 0.5, 0.0, 0.0])
     G = draw(4, seed=11)
     surgery = surgery_on(SHAPES, alpha_schedule="log", total_steps=10)
     updates = [surgery.combine(G).clone() for _ in range(4)]
     assert_close(updates[3], plain_loops(G, SHAPES, alpha=1 - math.log(4) / math.log(10))[0], 1e-9)
     resumed = surgery_on(SHAPES, alpha_schedule="log", total_steps=10)
-    resumed.load_state_dict({"step": 3})
+    resumed.load_state_dict({"step": 3, "rule": {}})
     assert torch.equal(resumed.combine(G), updates[3])
-    assert resumed.state_dict() == surgery.state_dict() == {"step": 4}
+    assert resumed.state_dict() == surgery.state_dict() == {"step": 4, "rule": {}}
 
 
 def test_runs_without_reading_values_on_the_host():
@@ -296,9 +296,12 @@ def test_partition_and_rule_are_checked_before_any_model_exists():
     with pytest.raises(UserError, match="n_parts"):
         Chunk(0)
     with pytest.raises(UserError, match="alpha"):
-        CorGrad(alpha=2)
+        NormOutliers(2)
     G = draw(3, seed=12)
     composed = Surgery(
-        [torch.zeros(s, dtype=G.dtype, requires_grad=True) for s in SHAPES], Chunk(4), CorGrad(alpha=0.3)
+        [torch.zeros(s, dtype=G.dtype, requires_grad=True) for s in SHAPES],
+        Chunk(4),
+        CorGrad(),
+        outliers=NormOutliers(0.3),
     )
     assert torch.equal(composed.combine(G), surgery_on(SHAPES, n_parts=4, alpha=0.3).combine(G))

@@ -11,7 +11,21 @@ from torch.nn.functional import cross_entropy
 from torch.profiler import ProfilerActivity, profile
 
 from gsdg.errors import UserError
-from gsdg.surgery import GradSurgery, NonFiniteGradient
+from gsdg.surgery import (
+    Chunk,
+    CorGrad,
+    GradSurgery,
+    NonFiniteGradient,
+    PerElement,
+    PerFilter,
+    PerModule,
+    PerTensor,
+    Surgery,
+    WholeModel,
+    grams,
+    table,
+)
+from gsdg.surgery.rules import GradVac, PCGrad
 
 DOMAINS = ["art", "cartoon", "photo"]
 
@@ -292,3 +306,97 @@ def test_gradients_with_columns_outermost_are_accepted():
     surgery = GradSurgery([torch.zeros(4, 2, requires_grad=True)])
     G = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(surgery.combine(G.t().contiguous().t()).clone(), surgery.combine(G))
+
+
+def as_on_an_accelerator(surgery):
+    """Takes the path on which the host may not read a value. A mock: the real one needs a GPU."""
+    surgery._reading_is_free = False
+    return surgery
+
+
+@pytest.mark.parametrize("partition", [Chunk(3), PerElement()])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e25])
+def test_on_an_accelerator_a_nonfinite_gradient_becomes_an_update_of_zeros_and_is_named_later(partition, value):
+    params = [torch.zeros(5, 2, requires_grad=True), torch.zeros(4, requires_grad=True)]
+    rule = CorGrad() if isinstance(partition, Chunk) else PCGrad()
+    surgery = as_on_an_accelerator(Surgery(params, partition, rule, names=["w", "b"]))
+    good = torch.randn(3, 14, generator=torch.Generator().manual_seed(0))
+    assert surgery.combine(good, DOMAINS).ne(0).any()
+    assert surgery.first_nonfinite() is None
+    bad = good.clone()
+    bad[1, 12] = value
+    assert surgery.combine(bad, DOMAINS).eq(0).all()
+    assert all(metric.isfinite() for metric in surgery.metrics.values())
+    worse = good.clone()
+    worse[0, 0] = value
+    surgery.combine(worse, DOMAINS)
+    assert surgery.combine(good, DOMAINS).ne(0).any()
+    assert "gradient of 'b' of shape [4] from domain 'cartoon' held NaN or inf" in surgery.first_nonfinite()
+    assert "at step 1;" in surgery.first_nonfinite()
+
+
+def test_what_a_rule_remembers_stays_finite_on_an_accelerator():
+    surgery = as_on_an_accelerator(Surgery([torch.zeros(4, requires_grad=True)], WholeModel(), GradVac()))
+    surgery.combine(torch.full((3, 4), float("nan")))
+    assert surgery.state_dict()["rule"]["targets"].isfinite().all()
+
+
+def test_a_shared_graph_gives_the_same_gradients():
+    model, apart = small_model(dtype=torch.float64), small_model(dtype=torch.float64)
+    data = batches(3, torch.float64)
+    GradSurgery(apart.parameters()).backward(losses(apart, data))
+    logits = model(torch.cat([images for images, _ in data])).split(4)
+    own = (cross_entropy(some, labels) for some, (_, labels) in zip(logits, data, strict=True))
+    GradSurgery(model.parameters()).backward(own, shared_graph=True)
+    torch.testing.assert_close(flat_grads(model), flat_grads(apart))
+
+
+@pytest.mark.parametrize("partition", [Chunk(3), WholeModel(), PerElement()])
+def test_bf16_storage_is_the_update_of_rounded_gradients(partition):
+    model = small_model()
+    G = separate_gradients(model)
+    surgery = Surgery(model.parameters(), partition, CorGrad(), storage="bf16")
+    surgery.backward(losses(model))
+    assert surgery.gradients.dtype == torch.bfloat16
+    assert torch.equal(surgery.gradients, G.bfloat16())
+    expected = Surgery(small_model().parameters(), partition, CorGrad()).combine(G.bfloat16().float())
+    torch.testing.assert_close(flat_grads(model), expected, rtol=1e-5, atol=1e-7)
+    assert (flat_grads(model) - G.sum(0)).norm() > 1e-3 * G.norm()
+
+
+@pytest.mark.parametrize(("storage", "per_row"), [("full", 4), ("bf16", 2)])
+def test_memory_is_one_row_a_domain_and_one_for_the_update(storage, per_row, monkeypatch):
+    """Over the parameters: G [D, P] and the update [P], which takes the place of ERM's gradients; and a few blocks,
+    which are of constant size, here a small one."""
+    for module in (grams, table):
+        monkeypatch.setattr(module, "BLOCK", 2**14)
+    params = [nn.Parameter(torch.randn(300, 101)) for _ in range(20)]
+    surgery = GradSurgery(params, storage=storage)
+    n = sum(p.numel() for p in params)
+    kept = surgery._G.untyped_storage().nbytes() + surgery._update.untyped_storage().nbytes()
+    assert kept == 4 * n
+
+    def step():
+        surgery.backward((sum((p * (d + 1)).sum() for p in params) for d in range(3)), DOMAINS)
+
+    sizes = [size for size in allocations(step) if size > 4 * n / 4]
+    assert sum(sizes) <= 3 * (n + 16) * per_row
+    kept = surgery._G.untyped_storage().nbytes() + surgery._update.untyped_storage().nbytes()
+    assert kept <= 3 * (n + 16) * per_row + 4 * n
+
+
+@pytest.mark.parametrize("partition", [WholeModel(), PerModule(), PerTensor(), Chunk(3), PerFilter(), PerElement()])
+def test_rows_are_dense_in_channels_last_at_every_granularity(partition):
+    contiguous, strided = small_model(dtype=torch.float64), small_model(dtype=torch.float64)
+    strided.to(memory_format=torch.channels_last)
+    data = batches(dtype=torch.float64)
+    for model in (contiguous, strided):
+        names = [name for name, _ in model.named_parameters()]
+        Surgery(model.parameters(), partition, CorGrad(), names=names).backward(losses(model, data))
+    for p, q in zip(contiguous.parameters(), strided.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-10, atol=1e-14)
+
+
+def test_an_unknown_storage_is_refused():
+    with pytest.raises(UserError, match="storage is 'fp8'; valid: full, bf16"):
+        GradSurgery([torch.zeros(3, requires_grad=True)], storage="fp8")

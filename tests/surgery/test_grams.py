@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
-from gsdg.surgery import partition
+from gsdg.surgery import table as tables
 from gsdg.surgery.grams import combine, part_grams
-from gsdg.surgery.partition import SMALL, Chunk
+from gsdg.surgery.partition import Chunk
+from gsdg.surgery.table import SMALL
 
 SHAPES = [(64, 3, 2, 2), (7, 32), (10,), (10,), (), (3, SMALL), (2, SMALL + 7), (23, 5), (0, 4)]
 
@@ -29,11 +30,11 @@ def slices(shapes, n_parts):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("slot", [2**18, 1000, SMALL])
 def test_passes_equal_matrix_products_per_chunk(n_parts, dtype, slot, monkeypatch):
-    monkeypatch.setattr(partition, "SLOT", slot)  # 1000: parts of several slots
+    monkeypatch.setattr(tables, "SLOT", slot)  # 1000: parts of several slots
     G = torch.randn(3, sum(math.prod(s) for s in SHAPES), dtype=dtype)
     table = Chunk(n_parts).table([torch.Size(s) for s in SHAPES])
     parts = list(slices(SHAPES, n_parts))
-    assert table.part_tensor.tolist() == [tensor for tensor, _ in parts]
+    assert table.part_unit.tolist() == [tensor for tensor, _ in parts]
     grams = part_grams(G, table)
     assert grams.dtype == torch.float64
     weights = torch.randn(len(parts), 3, dtype=torch.float64)
@@ -53,7 +54,7 @@ def test_grams_are_symmetric_to_the_bit():
 
 def test_reduced_tensors_come_after_the_operated_ones():
     table = Chunk(4, layers="weights").table([torch.Size(s) for s in SHAPES])
-    ndim = [len(SHAPES[t]) for t in table.part_tensor.tolist()]
+    ndim = [len(SHAPES[t]) for t in table.part_unit.tolist()]
     assert min(ndim[: table.n_operated]) >= 2 > max(ndim[table.n_operated :])
 
 
