@@ -1,26 +1,32 @@
 """What does a whole training step cost with GradSurgery, against ERM on the same batches?
 
-    python benchmarks/step.py --output benchmarks/results/step_cpu_202611.csv
+    python benchmarks/step.py --output benchmarks/results/step_cpu.csv
 
 ResNet-18 (random weights, frozen BatchNorm, linear head), D x 32 images of 112 px that are already in memory. A step is
-gradients, surgery, Adam. Contenders take turns in one process; medians over the rounds. "gradients only" is the
-micro-batch engine with a plain sum: what is left of the ratio is the surgery.
+gradients, surgery, Adam. Contenders take turns in one process; medians over the rounds.
+
+- erm: the domains' images in one batch;
+- gradients only: the micro-batch engine with a plain sum; what is left of the ratio is the surgery;
+- grad_surgery: chunk(10) x corgrad, alpha 0.6; with the joint engine; with diagnostics in every step;
+- released form of the step: a clone of every domain's gradient, then the loops of `surgery.py`.
+
 Target: GradSurgery <= 1.15 x ERM on 2 cores of a quiet machine.
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timing import medians, provenance, report
+from surgery import released_form
+from timing import medians, options, parsed, provenance, report
 
 from gsdg.algorithms import ERM, Algorithm, GradSurgery
 from gsdg.batch import Batch
 from gsdg.models import Classifier, resnet18
+from gsdg.surgery import Chunk, CorGrad
 
 
 class MicroBatches(ERM):
@@ -33,10 +39,38 @@ class MicroBatches(ERM):
         return {"loss": loss.detach()}
 
 
-def step_of(algorithm: Algorithm, batches: list[Batch], channels_last: bool) -> Callable[[], None]:
-    """One training step of this algorithm on its own copy of the network."""
+class Released(ERM):
+    """One forward, one backward and one copy of the gradients a domain, then the rule as loops."""
+
+    def backward(self, batches):
+        params = [p for p in self.model.parameters() if p.requires_grad]
+        gradients = []
+        for batch in batches:
+            self.model.zero_grad()
+            loss = F.cross_entropy(self.model(batch.images), batch.labels)
+            loss.backward()
+            gradients.append([p.grad.clone() for p in params])
+        for p, update in zip(params, released_form(gradients, 10, 0.6), strict=True):
+            p.grad = update
+        return {"loss": loss.detach()}
+
+
+def algorithms() -> dict[str, Algorithm]:
+    method = partial(GradSurgery, partition=Chunk(10), rule=CorGrad(), alpha=0.6)
+    return {
+        "erm": ERM(),
+        "gradients only": MicroBatches(),
+        "grad_surgery": method(),
+        "grad_surgery: engine joint": method(engine="joint"),
+        "grad_surgery: diagnostics": method(diagnostics=True),
+        "released form of the step": Released(),
+    }
+
+
+def network() -> Classifier:
+    """The ResNet-18 of this benchmark, always the same."""
     torch.manual_seed(0)
-    model = Classifier(
+    return Classifier(
         backbone=resnet18,
         classes=7,
         weights=None,
@@ -47,44 +81,52 @@ def step_of(algorithm: Algorithm, batches: list[Batch], channels_last: bool) -> 
         mean=[0.485, 0.456, 0.406],
         std=[0.229, 0.224, 0.225],
     )
-    algorithm.setup(model.to(memory_format=torch.channels_last if channels_last else torch.contiguous_format))
+
+
+def random_batches(n_domains: int, device: str, layout: torch.memory_format = torch.contiguous_format) -> list[Batch]:
+    """32 images of 112 px a domain, with labels that mean nothing."""
+    drawn = [(torch.randn(32, 3, 112, 112), torch.randint(7, (32,))) for _ in range(n_domains)]
+    return [
+        Batch(images.to(device, memory_format=layout), labels.to(device), f"domain {d}")
+        for d, (images, labels) in enumerate(drawn)
+    ]
+
+
+def step_of(algorithm: Algorithm, batches: list[Batch], device: str, layout: torch.memory_format) -> Callable[[], None]:
+    """One training step of this algorithm on its own copy of the network."""
+    model = network().to(device=device, memory_format=layout)
+    algorithm.setup(model)
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-5)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
         algorithm.backward(batches)
         optimizer.step()
+        algorithm.diagnose()
 
     return step
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--output", type=Path, default=Path("benchmarks/results/step_cpu.csv"))
-    options.add_argument("--rounds", type=int, default=11)
-    options.add_argument("--threads", type=int, default=2)
-    options.add_argument("--domains", type=int, default=3)
-    options.add_argument("--channels-last", action="store_true")
-    args = options.parse_args()
-    torch.set_num_threads(args.threads)
+    parser = options(__doc__, "step.csv")
+    parser.add_argument("--domains", type=int, default=3)
+    parser.add_argument("--channels-last", action="store_true")
+    args = parsed(parser)
     layout = torch.channels_last if args.channels_last else torch.contiguous_format
-    shape = (32, 3, 112, 112)
-    batches = [
-        Batch(torch.randn(shape).to(memory_format=layout), torch.randint(7, (32,)), f"domain {d}")
-        for d in range(args.domains)
-    ]
-    algorithms = {"erm": ERM(), "gradients only": MicroBatches(), "grad_surgery": GradSurgery()}
-    steps = {name: step_of(algorithm, batches, args.channels_last) for name, algorithm in algorithms.items()}
-    times = medians(steps, args.rounds)
+    batches = random_batches(args.domains, args.device, layout)
+    steps = {name: step_of(algorithm, batches, args.device, layout) for name, algorithm in algorithms().items()}
+    times = medians(steps, args.rounds, args.device)
     rows = [
         {
             "what": name,
+            "domains": args.domains,
             "layout": "channels_last" if args.channels_last else "contiguous",
-            "median_ms": round(ms, 1),
-            "ratio_to_erm": round(ms / times["erm"], 3),
-            **provenance("cpu"),
+            "median_ms": round(time.ms, 1),
+            "rounds": time.rounds,
+            "ratio_to_erm": round(time.ms / times["erm"].ms, 3),
+            **provenance(args.device),
         }
-        for name, ms in times.items()
+        for name, time in times.items()
     ]
     report(rows, args.output)
 

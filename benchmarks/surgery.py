@@ -1,29 +1,121 @@
-"""How long does the surgery take, against the released form and against reading memory?
+"""How long does the surgery take, against reading memory, the released form, textbook loops and TorchJD?
 
-    python benchmarks/surgery.py --output benchmarks/results/surgery_cpu_202611.csv
+    python benchmarks/surgery.py --output benchmarks/results/surgery_cpu.csv
+    python benchmarks/surgery.py --device cuda --output benchmarks/results/surgery_cuda.csv
 
-ResNet-50's parameter tensors (torchvision), D random gradients, the released rule (n_parts 10, alpha 0.6, all layers).
-Contenders take turns in one process, on the same buffers; medians over the rounds:
-- floor: the fastest plain-torch way found to read G twice and write the update once: torch.sum(G, 0, out=u), G.sum();
-- surgery: `GradSurgery.combine`, and its three stages alone (grams, rule, combine);
-- released form: the same rule written as loops over tensors, chunks and pairs with host-side ifs.
-Targets: surgery <= 2.5 x floor, and >= 10 x faster than the released form, on 2 cores of a quiet machine.
+Parameter tensors of ResNet-18, ResNet-50 and ViT-B/16 (torchvision), random gradients of D = 3 and 5 domains. For each,
+contenders take turns in one process on the same gradients G; medians over the rounds (at least 3 for the slow ones).
+A contender is called `rule @ partition`; rule(0.6) has the norm-outlier stage on, with that alpha.
+
+- floor: the fastest plain-torch way found to read G twice and write the update once;
+- corgrad(0.6) at every partition; on a G kept in bfloat16; its three stages: slot_grams, sums and rule, combine;
+- every Gram rule at chunk(10), every element-wise rule at element, TorchJD's four at model;
+- released form: corgrad(0.6) @ chunk(10) as loops over tensors, chunks and pairs with host-side ifs;
+- textbook pcgrad: the same kind of loops, one part a tensor;
+- torchjd: its aggregators on the whole [D, P] matrix, as its users call them;
+- diagnostics: what Diagnostics() costs on a step whose gradients are kept.
+
+On CUDA a time runs from an idle device to an idle device, launches included, which a training step hides behind its
+backward; the lines after each table give the device's own time (torch.profiler), its launches and its bandwidth.
+
+Targets, 2 CPU cores of a quiet machine:
+- corgrad(0.6) @ chunk(10): >= 10 x faster than the released form, <= 2.5 x the floor;
+- no Gram rule above 1.3 x mean @ chunk(10) for D = 3 (nash, cagrad: 2 x);
+- the fastest TorchJD aggregator not faster than our rules @ model.
 """
 
 from __future__ import annotations
 
-import argparse
-import time
+import gc
+import sys
 from collections.abc import Callable
-from pathlib import Path
+from functools import partial
+from types import SimpleNamespace
+from typing import NamedTuple
+from unittest import mock
 
 import torch
 import torchvision
-from timing import medians, provenance, report
+from timing import Row, Time, medians, options, parsed, provenance, save, show, timed
 from torch import Tensor
+from torch.autograd import DeviceType
 
-from gsdg.surgery import GradSurgery
-from gsdg.surgery.grams import combine, part_grams
+from gsdg.surgery import (
+    Chunk,
+    Diagnostics,
+    NormOutliers,
+    Partition,
+    PerElement,
+    PerFilter,
+    PerModule,
+    PerTensor,
+    Surgery,
+    WholeModel,
+    rules,
+)
+from gsdg.surgery.grams import kernels
+from gsdg.surgery.rules import CorGrad, Rule
+from gsdg.surgery.surgery import ALIGN
+
+Calls = dict[str, Callable[[], object]]
+
+MODELS = ["resnet18", "resnet50", "vit_b_16"]
+PARTITIONS = {"model": WholeModel, "module": PerModule, "tensor": PerTensor, "chunk(10)": Chunk, "filter": PerFilter}
+GRAM_RULES = {
+    "mean": rules.Mean,
+    "sum": rules.Sum,
+    "pcgrad": rules.PCGrad,
+    "gradvac": rules.GradVac,
+    "corgrad": rules.CorGrad,
+    "mgda": rules.MGDA,
+    "cagrad": rules.CAGrad,
+    "imtl_g": rules.IMTLG,
+    "aligned_mtl": rules.AlignedMTL,
+    "upgrad": rules.UPGrad,
+    "dualproj": rules.DualProj,
+    "nash": rules.NashMTL,
+}
+ELEMENT_RULES = {
+    "agr_sum": rules.AgrSum,
+    "agr_rand": rules.AgrRand,
+    "and_mask": rules.AndMask,
+    "sand_mask": rules.SandMask,
+    "graddrop": rules.GradDrop,
+}
+TORCHJD = {"PCGrad": {}, "UPGrad": {}, "MGDA": {}, "CAGrad": {"c": 0.5}}
+ALPHA, OFF = NormOutliers(0.6), NormOutliers(1.0)
+RELEASED, METHOD, MEAN = "released form @ chunk(10)", "corgrad(0.6) @ chunk(10)", "mean @ chunk(10)"
+
+
+class Case(NamedTuple):
+    """The gradients of one model and number of domains."""
+
+    names: list[str]
+    params: list[Tensor]
+    G: Tensor  # [D, P], its rows padded as the engine pads them
+
+    def surgery(self, partition: Partition, rule: Rule, outliers: NormOutliers = OFF) -> Surgery:
+        return Surgery(self.params, partition, rule, outliers=outliers, names=self.names)
+
+    @property
+    def gradients(self) -> list[list[Tensor]]:
+        """gradients[domain][tensor], views of G."""
+        return split(self.G, self.params)
+
+
+def case_of(model: str, n_domains: int, device: str) -> Case:
+    with torch.device("meta"):
+        named = dict(getattr(torchvision.models, model)().named_parameters())
+    params = [torch.zeros(p.shape, device=device).requires_grad_() for p in named.values()]
+    size = sum(p.numel() for p in params)
+    torch.manual_seed(0)
+    G = torch.randn(n_domains, -(-size // ALIGN) * ALIGN, device=device)[:, :size]
+    return Case(list(named), params, G)
+
+
+def split(G: Tensor, params: list[Tensor]) -> list[list[Tensor]]:
+    rows = [row.split([p.numel() for p in params]) for row in G]
+    return [[g.view(p.shape) for g, p in zip(row, params, strict=True)] for row in rows]
 
 
 def released_form(gradients: list[list[Tensor]], n_parts: int, alpha: float) -> list[Tensor]:
@@ -50,13 +142,24 @@ def released_form(gradients: list[list[Tensor]], n_parts: int, alpha: float) -> 
     return update
 
 
-def timed_released_form(G: Tensor, shapes: list[torch.Size]) -> float:
+def timed_released_form(case: Case) -> float:
     """Seconds of one call; it changes its gradients, and gets its copy of them outside the clock."""
-    rows = [row.split([s.numel() for s in shapes]) for row in G.clone()]
-    gradients = [[g.view(s) for g, s in zip(row, shapes, strict=True)] for row in rows]
-    start = time.perf_counter()
-    released_form(gradients, 10, 0.6)
-    return time.perf_counter() - start
+    gradients = split(case.G.clone(), case.params)
+    return timed(lambda: released_form(gradients, 10, 0.6), case.G.device.type)
+
+
+def textbook_pcgrad(gradients: list[list[Tensor]]) -> list[Tensor]:
+    """PCGrad (arXiv 2001.06782) tensor by tensor: gradients[domain][tensor] -> one gradient a tensor."""
+    update = []
+    for tensors in zip(*gradients, strict=True):
+        modified = [g.clone() for g in tensors]
+        for i, g in enumerate(modified):
+            for j in torch.randperm(len(tensors)).tolist():
+                inner = torch.dot(g.flatten(), tensors[j].flatten())
+                if j != i and inner.item() < 0:
+                    g.sub_(inner / tensors[j].norm() ** 2 * tensors[j])
+        update.append(torch.stack(modified).sum(0))
+    return update
 
 
 def floor(G: Tensor, update: Tensor) -> None:
@@ -64,46 +167,153 @@ def floor(G: Tensor, update: Tensor) -> None:
     G.sum()
 
 
-def contenders(G: Tensor, shapes: list[torch.Size]) -> dict[str, Callable[[], object]]:
+def lent(surgery: Surgery, G: Tensor, rule: Rule, outliers: NormOutliers = OFF) -> Callable[[], object]:
+    """A step of `rule` on a surgery that several rules share: one table, one buffer for the update."""
+
+    def call() -> None:
+        surgery.rule, surgery.outliers = rule, outliers
+        surgery.combine(G)
+
+    return call
+
+
+class Stages:
+    """The three stages of a step, each alone. The middle one is the real step with its two passes over G left out."""
+
+    def __init__(self, surgery: Surgery, G: Tensor) -> None:
+        self.surgery, self.G, self.passes = surgery, G, kernels(G)
+        self.slots = self.passes.slot_grams(G, surgery.table)
+        self.update = surgery.combine(G)
+        self.middle()
+
+    def calls(self) -> Calls:
+        return {"slot_grams": self.first, "sums and rule": self.middle, "combine": self.last}
+
+    def first(self) -> None:
+        self.passes.slot_grams(self.G, self.surgery.table)
+
+    def middle(self) -> float:
+        with mock.patch("gsdg.surgery.surgery.kernels", self._no_passes):
+            return timed(lambda: self.surgery.combine(self.G), self.G.device.type)
+
+    def last(self) -> None:
+        self.passes.combine(self.G, self.weights, self.surgery.table, self.update)
+
+    def _no_passes(self, *_: object) -> SimpleNamespace:
+        return SimpleNamespace(slot_grams=lambda *_: self.slots, combine=self._keep_weights)
+
+    def _keep_weights(self, G: Tensor, weights: Tensor, *others: object) -> None:
+        self.weights = weights
+
+
+def our_contenders(case: Case) -> Calls:
+    G, calls = case.G, {}
+    surgeries = {name: case.surgery(partition(), CorGrad()) for name, partition in PARTITIONS.items()}
+    for name, surgery in surgeries.items():
+        calls[f"corgrad(0.6) @ {name}"] = lent(surgery, G, CorGrad(), ALPHA)
+    calls["corgrad(0.6) @ element"] = partial(case.surgery(PerElement(), CorGrad(), ALPHA).combine, G)
+    calls[f"{METHOD} bf16"] = lent(surgeries["chunk(10)"], G.bfloat16(), CorGrad(), ALPHA)
+    calls |= Stages(case.surgery(Chunk(), CorGrad(), ALPHA), G).calls()
+    for name, rule in GRAM_RULES.items():
+        calls[f"{name} @ chunk(10)"] = lent(surgeries["chunk(10)"], G, rule())
+    for name in (aggregator.lower() for aggregator in TORCHJD):
+        calls[f"{name} @ model"] = lent(surgeries["model"], G, GRAM_RULES[name]())
+    for name, rule in ELEMENT_RULES.items():
+        calls[f"{name} @ element"] = partial(case.surgery(PerElement(), rule()).combine, G)
+    # what Diagnostics reads of a surgery, without a second copy of G
+    kept = SimpleNamespace(gradients=G, names=case.names, shapes=[p.shape for p in case.params])
+    return calls | {"diagnostics": partial(Diagnostics(), kept)}
+
+
+def torchjd_contenders(G: Tensor) -> Calls:
+    try:
+        from torchjd import aggregation
+    except ImportError as error:
+        print(f"skipped: torchjd ({error})")
+        return {}
+    calls = {}
+    for name, arguments in TORCHJD.items():
+        try:
+            calls[f"torchjd {name} @ model"] = partial(getattr(aggregation, name)(**arguments), G)
+        except ImportError as error:
+            print(f"skipped: torchjd {name} ({error})")
+    return calls
+
+
+def contenders(case: Case) -> Calls:
     """Name -> one call."""
-    surgery = GradSurgery([torch.zeros(s, requires_grad=True) for s in shapes], n_parts=10, alpha=0.6)
-    table, update = surgery.table, surgery.combine(G)  # the buffer that every call reuses
-    grams = part_grams(G, table)
-    weights, _ = surgery.rule.weights(grams, table, step=0, eps=1e-6)
     return {
-        "floor": lambda: floor(G, update),
-        "surgery": lambda: surgery.combine(G),
-        "surgery: grams": lambda: part_grams(G, table),
-        "surgery: rule": lambda: surgery.rule.weights(grams, table, step=0, eps=1e-6),
-        "surgery: combine": lambda: combine(G, weights, table, update),
-        "released form": lambda: timed_released_form(G, shapes),
+        "floor": partial(floor, case.G, torch.zeros_like(case.G[0])),
+        **our_contenders(case),
+        RELEASED: partial(timed_released_form, case),
+        "textbook pcgrad @ tensor": lambda: textbook_pcgrad(case.gradients),
+        **torchjd_contenders(case.G),
     }
 
 
+def profiled(call: Callable[[], object]) -> tuple[int, float]:
+    """(kernels, copies and fills that one call launches on the GPU, their milliseconds there)."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        call()
+        torch.cuda.synchronize()
+    launched = [event for event in profile.events() if event.device_type == DeviceType.CUDA]
+    return len(launched), sum(event.time_range.elapsed_us() for event in launched) / 1e3
+
+
+def print_bandwidth(G: Tensor, calls: Calls, times: dict[str, Time]) -> None:
+    """A line each for the floor, the two passes and the method; on a GPU by its own clock, and with its launches."""
+    n_bytes, D = G[0].numel() * G.element_size(), len(G)
+    traffic = {"floor": (2 * D + 1) * n_bytes, "slot_grams": D * n_bytes, "combine": (D + 1) * n_bytes, METHOD: 0}
+    for name in (name for name in traffic if name in calls):
+        ms, words = times[name].ms, [f"{name}: {times[name].ms:.3f} ms"]
+        if G.is_cuda:
+            launches, device_ms = profiled(calls[name])
+            words.append(f"{launches} launches, {device_ms:.3f} ms on the device")
+            ms = device_ms or ms  # 0 where the machine forbids profiling
+        if traffic[name]:
+            words.append(f"{traffic[name] / ms / 1e6:.1f} GB/s")
+        print(", ".join(words))
+
+
+def measured(model: str, n_domains: int, only: list[str], rounds: int, device: str) -> list[Row]:
+    """The table's rows of one model and number of domains."""
+    print(f"{model}, {n_domains} domains", file=sys.stderr, flush=True)
+    case = case_of(model, n_domains, device)
+    calls = {name: call for name, call in contenders(case).items() if any(part in name for part in only)}
+    times = medians(calls, rounds, device)
+    print_bandwidth(case.G, calls, times)
+    head = {"model": model, "P": case.G.shape[1], "domains": n_domains}
+    return [{**head, **row_of(name, times), **provenance(device)} for name in calls]
+
+
+def row_of(name: str, times: dict[str, Time]) -> Row:
+    """Ratios are empty where --only left their other half out."""
+    ms, none = times[name].ms, Time(float("nan"), 0)
+    ratios = {
+        "ratio_to_floor": ms / times.get("floor", none).ms,
+        "ratio_to_mean": ms / times.get(MEAN, none).ms,
+        "faster_than_released": times.get(RELEASED, none).ms / ms,
+    }
+    ratios = {key: "" if value != value else round(value, 2) for key, value in ratios.items()}
+    return {"what": name, "median_ms": round(ms, 3), "rounds": times[name].rounds, **ratios}
+
+
 def main() -> None:
-    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options.add_argument("--output", type=Path, default=Path("benchmarks/results/surgery_cpu.csv"))
-    options.add_argument("--rounds", type=int, default=21)
-    options.add_argument("--threads", type=int, default=2)
-    options.add_argument("--domains", type=int, default=3)
-    args = options.parse_args()
-    torch.set_num_threads(args.threads)
+    parser = options(__doc__, "surgery.csv")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--domains", nargs="+", type=int, default=[3, 5])
+    parser.add_argument("--only", nargs="+", default=[""], help="contenders whose names contain one of these")
+    args = parsed(parser)
     torch.set_grad_enabled(False)
-    torch.manual_seed(0)
-    shapes = [p.shape for p in torchvision.models.resnet50().parameters()]
-    G = torch.randn(args.domains, sum(s.numel() for s in shapes))
-    times = medians(contenders(G, shapes), args.rounds)
-    rows = [
-        {
-            "what": name,
-            "median_ms": round(ms, 2),
-            "ratio_to_floor": round(ms / times["floor"], 2),
-            "faster_than_released": round(times["released form"] / ms, 2),
-            **provenance("cpu"),
-        }
-        for name, ms in times.items()
-    ]
-    report(rows, args.output)
+    rows = []
+    for model in args.models:
+        for n_domains in args.domains:
+            found = measured(model, n_domains, args.only, args.rounds, args.device)
+            gc.collect()
+            show(found)
+            rows += found
+            save(rows, args.output)
 
 
 if __name__ == "__main__":

@@ -1,39 +1,85 @@
-"""What every benchmark does: run contenders in turn, take medians, print a table of ratios, write it as CSV."""
+"""What every benchmark does: read its options, run contenders in turn, take medians, print a table, write it as CSV."""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
+FEWEST = 3  # rounds that every contender is timed in
+BUDGET = 15.0  # seconds; a contender that has spent them sits out the rounds after its third
 
-def medians(contenders: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each contender; every round runs every one once, the first round warms up.
+Row = dict[str, object]
 
-    A contender that returns a number has timed itself, in seconds: it has work to do outside the clock.
+
+class Time(NamedTuple):
+    """A median, and of how many rounds."""
+
+    ms: float
+    rounds: int
+
+
+def options(description: str, output: str, *, rounds: int | None = 11) -> argparse.ArgumentParser:
+    """A parser of the options that all benchmarks share; rounds: the default, None for a benchmark without a clock."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results") / output)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    if rounds is not None:
+        parser.add_argument("--rounds", type=int, default=rounds)
+    return parser
+
+
+def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The options; sets the threads and the seed."""
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(0)
+    return args
+
+
+def medians(contenders: dict[str, Callable[[], object]], rounds: int, device: str = "cpu") -> dict[str, Time]:
+    """Each contender's median; every round runs every one once, the first round warms up. Progress goes to stderr.
+
+    A contender that returns a float has timed itself, in seconds (by `timed`): it has work to do outside the clock. A
+    slow one takes part in the first rounds only: see BUDGET.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(rounds + 1):
+    for turn in range(rounds + 1):
+        begin = time.perf_counter()
         for name, call in contenders.items():
-            start = time.perf_counter()
-            own = call()
-            seconds[name].append(own if isinstance(own, float) else time.perf_counter() - start)
-    return {name: 1e3 * statistics.median(values[1:]) for name, values in seconds.items()}
+            values = seconds[name]
+            if len(values) <= FEWEST or sum(values[1:]) < BUDGET:
+                values.append(timed(call, device))
+        print(f"  round {turn} of {rounds}: {time.perf_counter() - begin:.1f} s", file=sys.stderr, flush=True)
+    return {name: Time(1e3 * statistics.median(values[1:]), len(values) - 1) for name, values in seconds.items()}
 
 
-def provenance(device: str) -> dict[str, object]:
+def timed(call: Callable[[], object], device: str) -> float:
+    """Seconds of one call, to the end of its work on the device; the call's own figure if it returns one."""
+    _synchronize(device)
+    start = time.perf_counter()
+    own = call()
+    _synchronize(device)
+    return own if isinstance(own, float) else time.perf_counter() - start
+
+
+def provenance(device: str) -> Row:
     """Where and when: the columns that every results file ends with."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "gsdg"]).returncode != 0
     return {
-        "device": device,
+        "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "threads": torch.get_num_threads(),
         "processor": platform.processor() or platform.machine(),
         "torch": torch.__version__,
@@ -42,14 +88,28 @@ def provenance(device: str) -> dict[str, object]:
     }
 
 
-def report(rows: list[dict[str, object]], output: Path) -> None:
-    """Print the rows and write them to `output`."""
+def show(rows: list[Row]) -> None:
+    """Print the rows as a table."""
     widths = {key: max(len(str(row[key])) for row in [*rows, {key: key}]) for key in rows[0]}
     for row in [{key: key for key in rows[0]}, *rows]:
-        print("  ".join(str(row[key]).rjust(width) for key, width in widths.items()))
+        print("  ".join(str(row[key]).rjust(width) for key, width in widths.items()), flush=True)
+
+
+def save(rows: list[Row], output: Path) -> None:
+    """Write the rows to `output`."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    print(f"written to {output}")
+    print(f"written to {output}", flush=True)
+
+
+def report(rows: list[Row], output: Path) -> None:
+    show(rows)
+    save(rows, output)
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()

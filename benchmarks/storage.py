@@ -1,0 +1,97 @@
+"""What does keeping the gradients in bfloat16 do to the update?
+
+    python benchmarks/storage.py --output benchmarks/results/storage.csv
+
+ResNet-18 (random weights, frozen BatchNorm, linear head), 3 x 32 random images of 112 px, one backward a domain. Each
+rule then makes its update of the same G twice, as it is and rounded to bfloat16. Columns:
+
+- trained: steps of ERM (Adam) on those images before; hardly any gradients conflict in an untrained network;
+- relative_error ||u_bf16 - u|| / ||u||, and cosine of the two;
+- conflict_rate, conflict_rate_bf16: as the rule counts them;
+- flipped: (part, pair) that conflict in one G only, as a share of those that conflict in the full one;
+- G_bytes, G_bytes_bf16: the memory that G takes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from step import network, random_batches
+from timing import Row, options, parsed, provenance, report
+from torch import Tensor, nn
+
+from gsdg.algorithms import ERM
+from gsdg.batch import Batch
+from gsdg.surgery import Chunk, CorGrad, NormOutliers, Partition, PerTensor, Surgery, WholeModel
+from gsdg.surgery.grams import part_grams
+from gsdg.surgery.rules import MGDA, PCGrad, Rule
+from gsdg.surgery.surgery import EPS
+
+TRAINED = 8  # steps
+CONTENDERS = {
+    "corgrad(0.6) @ chunk(10)": (Chunk(10), CorGrad(), 0.6),
+    "pcgrad @ tensor": (PerTensor(), PCGrad(), 1.0),
+    "mgda @ model": (WholeModel(), MGDA(), 1.0),
+}
+
+
+def train(model: nn.Module, batches: list[Batch], steps: int) -> None:
+    algorithm, optimizer = ERM(), torch.optim.Adam(model.parameters(), lr=3e-4)
+    algorithm.setup(model)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        algorithm.backward(batches)
+        optimizer.step()
+
+
+def gradients(model: nn.Module, batches: list[Batch]) -> Tensor:
+    """G [3, P], by one backward a domain."""
+    surgery = Surgery(model.parameters(), Chunk(10), CorGrad())
+    surgery.backward(F.cross_entropy(model(batch.images), batch.labels) for batch in batches)
+    return surgery.gradients
+
+
+@torch.no_grad()
+def compared(model: nn.Module, G: Tensor, partition: Partition, rule: Rule, alpha: float) -> Row:
+    surgery = Surgery(model.parameters(), partition, rule, outliers=NormOutliers(alpha))
+    low = G.bfloat16()
+    (u, rate), (u_low, rate_low) = (updated(surgery, kept) for kept in (G, low))
+    conflict, conflict_low = (conflicts(part_grams(kept, surgery.table), EPS[kept.dtype]) for kept in (G, low))
+    flipped = (conflict != conflict_low).sum() / conflict.sum().clamp_min(1)
+    return {
+        "relative_error": round(float((u_low - u).norm() / u.norm()), 6),
+        "cosine": round(float(u @ u_low / (u.norm() * u_low.norm())), 8),
+        "conflict_rate": round(rate, 5),
+        "conflict_rate_bf16": round(rate_low, 5),
+        "flipped": round(float(flipped), 5),
+        "G_bytes": G.numel() * G.element_size(),
+        "G_bytes_bf16": low.numel() * low.element_size(),
+    }
+
+
+def updated(surgery: Surgery, G: Tensor) -> tuple[Tensor, float]:
+    """The update, float64, and the conflict rate; the same random order of pairs every time."""
+    torch.manual_seed(0)
+    return surgery.combine(G).double(), float(surgery.metrics["conflict_rate"])
+
+
+def conflicts(grams: Tensor, eps: float) -> Tensor:
+    """grams [K, D, D] -> whether a pair has a cosine below -eps."""
+    lengths = grams.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
+    return grams < -eps * lengths.unsqueeze(2) * lengths.unsqueeze(1)
+
+
+def main() -> None:
+    args = parsed(options(__doc__, "storage.csv", rounds=None))
+    model, batches = network().to(args.device), random_batches(3, args.device)
+    rows = []
+    for trained in (0, TRAINED):
+        train(model, batches, trained)
+        G = gradients(model, batches)
+        for name, contender in CONTENDERS.items():
+            rows.append({"what": name, "trained": trained, **compared(model, G, *contender), **provenance(args.device)})
+    report(rows, args.output)
+
+
+if __name__ == "__main__":
+    main()
