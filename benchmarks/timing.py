@@ -16,8 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-FEWEST = 3  # rounds that every contender is timed in
-BUDGET = 15.0  # seconds; a contender that has spent them sits out the rounds after its third
+BUDGET = 15.0  # seconds; a contender that has spent them in timed rounds sits out the rest
 
 Row = dict[str, object]
 
@@ -52,14 +51,14 @@ def medians(contenders: dict[str, Callable[[], object]], rounds: int, device: st
     """Each contender's median; every round runs every one once, the first round warms up. Progress goes to stderr.
 
     A contender that returns a float has timed itself, in seconds (by `timed`): it has work to do outside the clock. A
-    slow one takes part in the first rounds only: see BUDGET.
+    slow one takes part in the first rounds only, see BUDGET: `Time.rounds` says in how many.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds + 1):
         begin = time.perf_counter()
         for name, call in contenders.items():
             values = seconds[name]
-            if len(values) <= FEWEST or sum(values[1:]) < BUDGET:
+            if sum(values[1:]) < BUDGET:
                 values.append(timed(call, device))
         print(f"  round {turn} of {rounds}: {time.perf_counter() - begin:.1f} s", file=sys.stderr, flush=True)
     return {name: Time(1e3 * statistics.median(values[1:]), len(values) - 1) for name, values in seconds.items()}

@@ -47,7 +47,7 @@ class GradSurgery(Algorithm):
         super().__init__()
         self.partition, self.rule, self.engine, self.storage = partition, rule, engine, storage
         self.outliers = NormOutliers(alpha, schedule=alpha_schedule, total_steps=total_steps)
-        self.diagnostics = Diagnostics() if diagnostics else None
+        self.diagnostics = Diagnostics(getattr(partition, "n_parts", 10)) if diagnostics else None
 
     def setup(self, model: nn.Module) -> None:
         super().setup(model)

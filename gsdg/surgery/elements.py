@@ -164,8 +164,9 @@ class _Means:
 def _sign_conflicts(rows: Tensor) -> tuple[Tensor, Tensor]:
     """rows [D, n] -> the share of pairs of opposite signs; of such a pair all would be removed, whence the 1."""
     D, n = rows.shape
-    positive, negative = (rows > 0).sum(0), (rows < 0).sum(0)
-    rate = (2 * positive * negative).sum() / max(1, n * D * (D - 1))
+    signs = rows.sign()
+    balance, alive = signs.sum(0), signs.abs_().sum(0)  # of an element: plus - minus, and plus + minus
+    rate = (alive.square() - balance.square()).sum() / 2 / max(1, n * D * (D - 1))
     return rate, torch.ones_like(rate)
 
 

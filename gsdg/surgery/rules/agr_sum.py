@@ -30,4 +30,4 @@ class AgrSum(ElementRule):
 
 def agreement(rows: Tensor) -> Tensor:
     """rows [D, n] -> [n], whether all are positive or all are negative."""
-    return (rows > 0).all(0) | (rows < 0).all(0)
+    return (rows.amin(0) > 0) | (rows.amax(0) < 0)

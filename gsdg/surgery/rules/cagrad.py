@@ -11,7 +11,7 @@ positive for the larger root, mu = (b1 + sqrt(b1^2 - a (b2 - k^2))) / a. Every c
 the lowest F is kept. F has a kink at g_w = 0: MGDA's w, the shortest g_w, is one candidate more.
 
 Deliberate deviations:
-- where g_w vanishes (||g_w||^2 <= eps * sum_i ||g_i||^2) the update is g_0. TorchJD makes it 0: one domain without
+- where g_w vanishes (||g_w||^2 <= eps * sum_i ||g_i||^2) d is g_0. TorchJD makes it 0: one domain without
   a gradient would then stop the part;
 - the update is divided by 1 + c, so that equal gradients g give g, as with every rule here. The authors' code offers
   that beside 1 + c^2, its default; the paper and TorchJD do not divide (`rescale=False`): (1 + c) g.
