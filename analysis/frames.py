@@ -20,7 +20,7 @@ from pathlib import Path
 import pandas as pd
 
 from gsdg.errors import UserError
-from gsdg.runs import STALE_AFTER, scientific
+from gsdg.runs import STALE_AFTER, read_lines, scientific
 
 RUN = ["run_id", "dataset", "algorithm", "model", "target", "n_targets", "trial_seed", "seed"]
 STATUS = [*RUN, "state", "step", "steps", "reason", "domains"]
@@ -73,6 +73,21 @@ def read_runs(runs_dir: str | Path, run_ids: Iterable[str] | None = None) -> Run
     copies = _copies(status, problems)
     status, records = status[~status["run_id"].isin(copies)], records[~records["run_id"].isin(copies)]
     return Runs(records.reset_index(drop=True), status.reset_index(drop=True), tuple(problems))
+
+
+def read_diagnostics(folder: str | Path) -> pd.DataFrame:
+    """diagnostics.jsonl of one run: a row per step, granularity (`level`) and module, a column per statistic.
+
+    `frame[frame.level == "chunk"].pivot(index="module", columns="step", values="conflict_rate")` is a heat map. Empty
+    where the run wrote none (algorithm.diagnostics=false); a truncated last line is left out.
+    """
+    rows = [
+        {"step": line["step"], "level": level, "module": module, **dict(zip(line["statistics"], values, strict=True))}
+        for line in read_lines(Path(folder) / "diagnostics.jsonl")
+        for level, modules in line["levels"].items()
+        for module, values in modules.items()
+    ]
+    return pd.DataFrame(rows, columns=None if rows else ["step", "level", "module"])
 
 
 class _NotARun(Exception):

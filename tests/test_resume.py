@@ -11,6 +11,8 @@ import pytest
 import torch
 from helpers import Launcher, only_run, records_without_time, status
 
+from gsdg.runs import read_lines
+
 STEPS = 40
 RUN = (
     "split.target=15",
@@ -46,7 +48,8 @@ def kill_at(launcher: Launcher, step: int, *overrides: str) -> None:
     "variant",
     [
         ("algorithm=erm", "trainer.workers=0"),
-        ("algorithm=grad_surgery", "trainer.workers=2", "algorithm.order=random", "algorithm.alpha_schedule=log"),
+        ("algorithm=grad_surgery", "trainer.workers=2", "algorithm.rule.order=random", "algorithm.alpha_schedule=log"),
+        ("algorithm=gradvac", "trainer.workers=0", "algorithm.rule.beta=0.5", "algorithm.diagnostics=true"),
     ],
     ids=lambda variant: variant[0],
 )
@@ -66,6 +69,7 @@ def test_killed_three_times_a_run_ends_as_if_nothing_had_happened(tmp_path, vari
     assert first.name == second.name
     assert status(second)["state"] == "done"
     assert records_without_time(first) == records_without_time(second)
+    assert read_lines(first / "diagnostics.jsonl") == read_lines(second / "diagnostics.jsonl")
     weights, again = (torch.load(folder / "model.pt", weights_only=True) for folder in (first, second))
     assert weights.keys() == again.keys()
     assert all(torch.equal(weights[name], again[name]) for name in weights)

@@ -10,6 +10,7 @@ from helpers import SMALL, only_run
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from analysis.frames import read_diagnostics
 from gsdg.experiment import run
 from gsdg.surgery import Diagnostics, GradSurgery
 
@@ -75,11 +76,18 @@ def test_they_change_no_update_and_are_written_at_logged_steps(compose, tmp_path
         finals.append((folder.name, torch.load(folder / "model.pt", weights_only=True)))
         if diagnostics == "false":
             assert not (folder / "diagnostics.jsonl").exists()
+            assert read_diagnostics(folder).empty
         else:
             lines = [json.loads(line) for line in (folder / "diagnostics.jsonl").read_text().splitlines()]
             assert [line["step"] for line in lines] == [0, 4, 8]
             assert list(lines[0]["levels"]) == ["filter", "chunk", "tensor", "module", "model"]
             assert list(lines[0]["levels"]["chunk"])[-1] == "head"
+            with (folder / "diagnostics.jsonl").open("a") as file:
+                file.write('{"step": 9, "lev')  # a kill in the middle of a line
+            frame = read_diagnostics(folder)
+            heat = frame[frame["level"] == "chunk"].pivot(index="module", columns="step", values="conflict_rate")
+            assert list(heat.columns) == [0, 4, 8]
+            assert heat.loc["head", 4] == lines[1]["levels"]["chunk"]["head"][0]
     (one, weights), (other, others) = finals
     assert one == other, "diagnostics must not make another experiment"
     assert all(torch.equal(weights[name], others[name]) for name in weights)

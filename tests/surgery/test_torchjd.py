@@ -15,9 +15,12 @@ from gsdg.surgery.rules.aligned_mtl import AlignedMTL
 from gsdg.surgery.rules.base import Weighting
 from gsdg.surgery.rules.cagrad import CAGrad
 from gsdg.surgery.rules.dualproj import DualProj
+from gsdg.surgery.rules.graddrop import GradDrop
+from gsdg.surgery.rules.gradvac import GradVac
 from gsdg.surgery.rules.imtl_g import IMTLG
 from gsdg.surgery.rules.mgda import MGDA
 from gsdg.surgery.rules.nash import NashMTL
+from gsdg.surgery.rules.pcgrad import PCGrad
 from gsdg.surgery.rules.torchjd import SUMS, TorchJD, _available
 from gsdg.surgery.rules.upgrad import UPGrad
 
@@ -124,6 +127,35 @@ def test_mgda_is_never_longer_than_torchjds(D):
     assert (lengths[0] <= lengths[1] + 1e-15).all()
     if D > 3:
         assert (lengths[0] < lengths[1] - 1e-6).any()
+
+
+@pytest.mark.parametrize("D", range(2, 7))
+def test_pcgrad_is_torchjds_with_the_same_draws(D):
+    rule, oracle = PCGrad(), aggregation.PCGradWeighting()
+    for seed, J in enumerate(draw(D, 3 * D, 200)):
+        torch.manual_seed(seed)
+        rule.start_step(D)
+        found = rule.coefficients((J @ J.T)[..., None], EPS)[0].sum(0).squeeze(-1)
+        torch.manual_seed(seed)
+        assert ((found - oracle(J @ J.T)) @ J).norm() <= 1e-13
+
+
+def test_gradvac_of_two_domains_is_torchjds_over_many_steps():
+    """Of more, TorchJD draws its orders in another way: test_gradvac.py has the paper's loop."""
+    rule, oracle = GradVac(beta=0.3), aggregation.GradVacWeighting(beta=0.3, eps=0.0)
+    for J in draw(2, 6, 200):
+        rule.start_step(2)
+        found = rule.coefficients((J @ J.T)[..., None], EPS)[0].sum(0).squeeze(-1)
+        assert ((found - oracle(J @ J.T)) @ J).norm() <= 1e-12
+
+
+@pytest.mark.parametrize("D", range(2, 7))
+def test_graddrop_is_torchjds_with_the_same_draws(D):
+    for seed, J in enumerate(draw(D, 50, 40)):
+        torch.manual_seed(seed)
+        found, _ = GradDrop().combine(J)
+        torch.manual_seed(seed)
+        assert (found - aggregation.GradDrop()(J)).norm() <= 1e-13
 
 
 # ---- TorchJD as a rule
