@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: small networks only lose time to more
@@ -23,6 +24,15 @@ def pacs_root() -> Path:
     if not root.is_dir():
         pytest.skip(f"real PACS images are not at {root} (set GSDG_TEST_PACS)")
     return root.parent
+
+
+@pytest.fixture(autouse=True)
+def nothing_global_is_left_behind():
+    """A run in this process switches torch's determinism on: for itself, not for the tests after it."""
+    yield
+    torch = sys.modules.get("torch")
+    if torch:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture

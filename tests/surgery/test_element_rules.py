@@ -396,7 +396,3 @@ def test_configs_hold_every_option_at_its_default(name):
     assert rule.pop("_target_") == f"gsdg.surgery.rules.{CLASSES[name].__name__}"
     options = inspect.signature(CLASSES[name]).parameters.values()
     assert dict(rule) == {option.name: option.default for option in options}
-    preset = OmegaConf.load(folder / f"{name}.yaml")
-    assert preset.name == name
-    assert preset.alpha == 1
-    assert list(preset.defaults) == [{"partition": "element"}, {"rule": name}]
