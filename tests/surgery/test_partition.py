@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -157,7 +158,7 @@ def test_rules_that_do_not_fit_a_granularity_are_refused():
 
 
 @pytest.mark.parametrize("layers", ["all", "weights"])
-@pytest.mark.parametrize("rule", [PCGrad, AgrSum])
+@pytest.mark.parametrize("rule", [PCGrad, AgrSum, partial(AgrSum, reduction="mean")])
 def test_single_elements_leave_out_what_is_not_operated_on(layers, rule, monkeypatch):
     monkeypatch.setattr("gsdg.surgery.elements.PIECE", 10)  # several pieces a tensor, and tensors in one piece
     params = [torch.zeros(shape, dtype=torch.float64, requires_grad=True) for shape in SHAPES]
@@ -166,9 +167,9 @@ def test_single_elements_leave_out_what_is_not_operated_on(layers, rule, monkeyp
     agree = (G > 0).all(0) | (G < 0).all(0)
     for found, g, same, shape in zip(update, G.split(SIZES, 1), agree.split(SIZES), SHAPES, strict=True):
         operated = layers == "all" or len(shape) >= 2
-        torch.testing.assert_close(
-            found, torch.where(same, g.sum(0), 0.0) if operated else g.sum(0), atol=1e-14, rtol=0
-        )
+        reduced = g.mean(0) if rule().reduction == "mean" else g.sum(0)
+        expected = torch.where(same, reduced, 0.0) if operated else reduced
+        torch.testing.assert_close(found, expected, atol=1e-14, rtol=0)
 
 
 def test_masks_rescale_tensor_by_tensor(monkeypatch):
