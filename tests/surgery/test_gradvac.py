@@ -85,3 +85,19 @@ def test_another_number_of_domains_begins_afresh():
 def test_beta_is_checked(beta):
     with pytest.raises(UserError, match="beta is .* a number from 0 to 1"):
         GradVac(beta=beta)
+
+
+def test_a_zero_gradient_is_neither_changed_nor_compared():
+    """Also when its targets have grown: it has no direction that could be turned towards another."""
+    surgery = surgery_with(GradVac(beta=0.5))
+    G = draw(3, 0).abs()
+    surgery.combine(G)
+    G[1] = 0
+    before = surgery.state_dict()["rule"]["targets"].clone()
+    assert (before[0, 1] > 0.1).all()
+    assert surgery.combine(G).isfinite().all()
+    after = surgery.state_dict()["rule"]["targets"]
+    assert torch.equal(after[1], before[1])
+    assert torch.equal(after[:, 1], before[:, 1])
+    assert not torch.equal(after[0, 2], before[0, 2])
+    assert torch.equal(surgery_with(GradVac()).combine(torch.zeros_like(G)), torch.zeros_like(G[0]))
