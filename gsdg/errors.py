@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import get_args
 
 
 class UserError(ValueError):
@@ -12,6 +13,12 @@ class UserError(ValueError):
 def listing(names: Iterable[object]) -> str:
     """`a, b, c`, or `(none)`: the valid choices in a message."""
     return ", ".join(str(name) for name in names) or "(none)"
+
+
+def check_literal(name: str, value: object, literal: object) -> None:
+    """UserError unless `value` is one of a Literal's."""
+    if value not in get_args(literal):
+        raise UserError(f"{name} is {value!r}; valid: {listing(get_args(literal))}")
 
 
 def explain(error: BaseException) -> str | None:

@@ -17,8 +17,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gsdg.errors import UserError
-from gsdg.surgery.rules.base import check_literal
+from gsdg.errors import UserError, check_literal
 
 AlphaSchedule = Literal["constant", "log"]
 

@@ -17,11 +17,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
 from fnmatch import fnmatchcase
 from itertools import accumulate
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
-from gsdg.errors import UserError, listing
+from gsdg.errors import UserError, check_literal, listing
 from gsdg.surgery.table import Piece, Table, build
 
 Layers = Literal["all", "weights"]
@@ -34,8 +34,7 @@ class Partition(ABC):
     spans_tensors = False  # whether a part may be more than one tensor
 
     def __init__(self, *, layers: Layers = "all") -> None:
-        if layers not in get_args(Layers):
-            raise UserError(f"layers is {layers!r}; valid: {listing(get_args(Layers))}")
+        check_literal("layers", layers, Layers)
         self.layers = layers
 
     @abstractmethod

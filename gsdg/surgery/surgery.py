@@ -15,12 +15,12 @@ up to those of one joint step exactly.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Sized
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from gsdg.errors import UserError, listing
+from gsdg.errors import UserError, check_literal, listing
 from gsdg.surgery.elements import Elements
 from gsdg.surgery.grams import kernels
 from gsdg.surgery.nonfinite import (
@@ -60,8 +60,7 @@ class Surgery:
         storage: Storage = "full",
         names: Sequence[str] | None = None,
     ) -> None:
-        if storage not in get_args(Storage):
-            raise UserError(f"storage is {storage!r}; valid: {listing(get_args(Storage))}")
+        check_literal("storage", storage, Storage)
         self._params, self.names = _trainable(list(params), names)
         self.shapes = [p.shape for p in self._params]
         like = self._params[0]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from families import GRAM_RULES
 
 from gsdg.surgery import Chunk, NormOutliers, PerElement, Surgery, WholeModel
 from gsdg.surgery import rules as R
@@ -24,20 +25,7 @@ G = torch.tensor(
 CASES = {
     **{
         f"{name} {where}": (rule, partition, 1.0)
-        for name, rule in {
-            "mean": R.Mean,
-            "sum": R.Sum,
-            "pcgrad": R.PCGrad,
-            "gradvac": lambda: R.GradVac(beta=0.5),
-            "corgrad": R.CorGrad,
-            "mgda": R.MGDA,
-            "cagrad": R.CAGrad,
-            "imtl_g": R.IMTLG,
-            "aligned_mtl": R.AlignedMTL,
-            "upgrad": R.UPGrad,
-            "dualproj": R.DualProj,
-            "nash": R.NashMTL,
-        }.items()
+        for name, rule in (GRAM_RULES | {"gradvac": lambda: R.GradVac(beta=0.5)}).items()
         for where, partition in (("model", WholeModel), ("chunk", lambda: Chunk(2)))
     },
     "corgrad chunk alpha": (R.CorGrad, lambda: Chunk(2), 0.6),

@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gsdg.surgery.rules.base import ElementRule, Reduction, check_literal
+from gsdg.errors import check_literal
+from gsdg.surgery.rules.base import ElementRule, Reduction
 
 
 class AgrSum(ElementRule):

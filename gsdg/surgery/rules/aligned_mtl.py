@@ -15,8 +15,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from gsdg.errors import check_literal
 from gsdg.surgery.rules import small
-from gsdg.surgery.rules.base import Weighting, check_literal
+from gsdg.surgery.rules.base import Weighting
 
 ScaleMode = Literal["min", "median", "rmse"]
 

@@ -7,12 +7,10 @@ may look at a value on the host (`.item()`, `if` on a tensor, boolean-mask index
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
-
-from gsdg.errors import UserError, listing
 
 Metrics = dict[str, Tensor]
 Reduction = Literal["sum", "mean"]
@@ -91,8 +89,3 @@ def conflicts(M: Tensor, eps: float) -> Metrics:
         "conflict_rate": total / max(1, K * D * (D - 1)),
         "removed_norm_ratio": -cosine.sum() / total.clamp_min(1),
     }
-
-
-def check_literal(name: str, value: object, literal: object) -> None:
-    if value not in get_args(literal):
-        raise UserError(f"{name} is {value!r}; valid: {listing(get_args(literal))}")

@@ -16,7 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gsdg.surgery.rules.base import GramRule, Metrics, Reduction, check_literal
+from gsdg.errors import check_literal
+from gsdg.surgery.rules.base import GramRule, Metrics, Reduction
 from gsdg.surgery.rules.projection import project
 
 Order = Literal["fixed", "random"]

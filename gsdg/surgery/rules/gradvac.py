@@ -20,8 +20,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from gsdg.errors import UserError
-from gsdg.surgery.rules.base import GramRule, Metrics, Reduction, check_literal, conflicts
+from gsdg.errors import UserError, check_literal
+from gsdg.surgery.rules.base import GramRule, Metrics, Reduction, conflicts
 from gsdg.surgery.rules.projection import drawn_pairs, inner, rows_of
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from gsdg.surgery.rules.base import GramRule, Metrics, Reduction, check_literal
+from gsdg.errors import check_literal
+from gsdg.surgery.rules.base import GramRule, Metrics, Reduction
 from gsdg.surgery.rules.projection import drawn_pairs, project
 
 
