@@ -28,6 +28,7 @@ pytest.importorskip("torchjd")
 from torchjd import aggregation
 from torchjd.linalg import QuadprogProjector
 
+pytestmark = pytest.mark.filterwarnings("ignore:You are solving a parameterized problem that is not DPP")
 EPS = 1e-12
 
 
