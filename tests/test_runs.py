@@ -128,12 +128,16 @@ def test_a_truncated_last_line_is_dropped_on_resume(tmp_path):
     with folder.hold():
         for step in (0, 10, 20):
             folder.append_record({"step": step})
-        with (folder.path / "records.jsonl").open("a") as file:
-            file.write('{"step": 30, "accu')
+            folder.append_diagnosis({"step": step})
+        for name in ("records.jsonl", "diagnostics.jsonl"):
+            with (folder.path / name).open("a") as file:
+                file.write('{"step": 30, "accu')
         folder.keep_lines_before(11)
         folder.append_record({"step": 20})
-    lines = (folder.path / "records.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [0, 10, 20]
+        folder.append_diagnosis({"step": 20})
+    for name in ("records.jsonl", "diagnostics.jsonl"):
+        lines = (folder.path / name).read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [0, 10, 20]
 
 
 def test_afresh_removes_what_earlier_starts_left(tmp_path):
