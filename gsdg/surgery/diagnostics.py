@@ -18,10 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gsdg.surgery.grams import kernels
+from gsdg.surgery.grams import part_grams
 from gsdg.surgery.partition import Chunk, PerFilter, PerModule, PerTensor, WholeModel, module_of, part_of_rows
 from gsdg.surgery.surgery import EPS, Surgery
-from gsdg.surgery.table import group_sums, members, wide_type
+from gsdg.surgery.table import group_sums, members
 
 STATISTICS = ["conflict_rate", "cosine", "removed_norm_ratio"]
 
@@ -51,8 +51,7 @@ class Diagnostics:
         if not self._levels:
             names = surgery.names or [str(tensor) for tensor in range(len(surgery.shapes))]
             self._tabulate(surgery.shapes, names, G.device)
-        slots = kernels(G).slot_grams(G, self._rows)
-        rows = group_sums(slots.to(wide_type(G.device)), self._rows.part_slots)  # [R, D, D]
+        rows = part_grams(G, self._rows)  # [R, D, D]
         found = {}
         for name, level in self._levels.items():
             values = statistics(group_sums(rows, level.parts), level.owners, EPS[G.dtype])

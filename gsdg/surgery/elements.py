@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gsdg.errors import UserError
+from gsdg.surgery.grams import accumulation_type
 from gsdg.surgery.outliers import NormOutliers, modified_squares
 from gsdg.surgery.rules.base import ElementRule, GramRule, Metrics, Rule
 from gsdg.surgery.table import wide_type
@@ -41,7 +42,6 @@ class Elements:
         self.rule, self.outliers = rule, outliers
         self.sizes, self.operated = list(sizes), list(operated)
         ends = list(accumulate(sizes))
-        self.size = ends[-1]
         self.tensors = torch.arange(len(ends), device=device)
         self._ends = torch.tensor(ends, device=device)
         self._longest = PIECE if device.type == "cpu" else PIECE_ACCELERATOR
@@ -49,7 +49,7 @@ class Elements:
     def squares(self, G: Tensor) -> Tensor:
         """G [D, P] -> [T, D], the squared norms of the tensors' gradients."""
         tensors = G.split(self.sizes, dim=1)
-        return torch.stack([torch.linalg.vector_norm(g, dim=1, dtype=_wide(G)) for g in tensors]).square()
+        return torch.stack([torch.linalg.vector_norm(g, dim=1, dtype=accumulation_type(G)) for g in tensors]).square()
 
     def combine(self, G: Tensor, out: Tensor, step: int, eps: float) -> Metrics:
         """G [D, P] -> out [P], and the step's metrics, means over the elements operated on."""
@@ -168,7 +168,3 @@ def _sign_conflicts(rows: Tensor) -> tuple[Tensor, Tensor]:
     balance, alive = signs.sum(0), signs.abs_().sum(0)  # of an element: plus - minus, and plus + minus
     rate = (alive.square() - balance.square()).sum() / 2 / max(1, n * D * (D - 1))
     return rate, torch.ones_like(rate)
-
-
-def _wide(G: Tensor) -> torch.dtype:
-    return torch.float64 if G.dtype == torch.float64 else torch.float32

@@ -2,8 +2,8 @@
 
 These torch functions are the definition; `triton.py` has their CUDA twins. They work on strided views of G and copy
 nothing of size P. They use no matrix product of torch: on ResNet-50's parts and 2 CPU cores torch.bmm took 50 times as
-long and torch.mv no less, with a relative error of 2e-5 on a million elements, and all of them compute in bf16 or TF32
-where a user has allowed that for matrix products.
+long; torch.mv took as long, with a relative error of 2e-5 on a million elements; and all compute in bf16 or TF32 where
+a user has allowed that for matrix products.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def part_grams(G: Tensor, table: Table) -> Tensor:
 
 def slot_grams(G: Tensor, table: Table) -> Tensor:
     """G [D, P] float32, bfloat16 or float64 -> [S, D, D], every slot's Gram matrix, float32 (float64 of float64)."""
-    D, dtype = len(G), _accumulation_type(G)
+    D, dtype = len(G), accumulation_type(G)
     slots = G.new_empty(table.n_slots, D, D, dtype=dtype)
     scratch = G.new_empty(BLOCK, dtype=dtype)
     for start, count, length, first in table.blocks:
@@ -72,7 +72,7 @@ def combine(G: Tensor, weights: Tensor, table: Table, out: Tensor, finite: Tenso
     out is float32 (float64 of a float64 G), and so is the arithmetic. finite: 0-dim bool on the device; where it is
     False all of `out` is 0, whatever G holds. Without it a NaN in G reaches `out` under any weight, zero included.
     """
-    D, dtype = len(G), _accumulation_type(G)
+    D, dtype = len(G), accumulation_type(G)
     slot_weights = weights[table.slot_part].to(dtype).unsqueeze(-1)  # [S, D, 1]
     for start, count, length, first in table.blocks:
         stop = start + count * length
@@ -87,7 +87,7 @@ def combine(G: Tensor, weights: Tensor, table: Table, out: Tensor, finite: Tenso
     return out if finite is None else out.masked_fill_(~finite, 0)
 
 
-def _accumulation_type(G: Tensor) -> torch.dtype:
+def accumulation_type(G: Tensor) -> torch.dtype:
     return torch.float64 if G.dtype == torch.float64 else torch.float32
 
 
