@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 
 class ImageSpec(NamedTuple):
-    """What a model wants: square images of `size` pixels, `channels` of them, normalised by mean and std."""
+    """What a model wants: square images of `size` pixels, normalised by mean and std, a number a channel.
+
+    channels: 1 is grey, 2 the red and the green of a colour image (ColoredMNIST), 3 all of it.
+    """
 
     size: int
     channels: int
@@ -18,12 +21,15 @@ class ImageSpec(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One domain's minibatch: images [B, C, H, W] float32, labels [B] int64, and the domain's name."""
+    """One domain's minibatch: images, labels [B] int64, and the domain's name.
 
-    images: Tensor
+    A model gets images [B, C, H, W] float32; on their way to the device they are what the transform prepared.
+    """
+
+    images: Any
     labels: Tensor
     domain: str
 
-    def to(self, device: torch.device, memory_format: torch.memory_format = torch.contiguous_format) -> Batch:
-        images = self.images.to(device, non_blocking=True, memory_format=memory_format)
+    def to(self, device: torch.device) -> Batch:
+        images = self.images.to(device, non_blocking=True)
         return Batch(images, self.labels.to(device, non_blocking=True), self.domain)

@@ -1,7 +1,8 @@
-"""Where a run was made: versions, commit, host. Standard library only."""
+"""Where a run is made: versions, commit, host, cores. Standard library only."""
 
 from __future__ import annotations
 
+import os
 import platform
 import socket
 import subprocess
@@ -50,3 +51,9 @@ def _version(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def usable_cores(most: int = 8) -> int:
+    """How many processors this process may use, `most` at most: a SLURM job has a share of the machine."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(most, count)

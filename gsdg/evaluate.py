@@ -1,14 +1,14 @@
-"""Model x domain x part -> accuracy. Each image is read once, in order; the parts of a domain share the pass."""
+"""Model x domain x part -> accuracy. One pass over all domains: each image is read once, in the order of the disk."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from gsdg.algorithms import Algorithm
+from gsdg.data.augment import Transform
 from gsdg.data.domains import DomainDataset
 from gsdg.data.loader import evaluate_loader
 from gsdg.seeding import seed_hash
@@ -25,7 +25,7 @@ class Evaluator:
         self,
         dataset: DomainDataset,
         parts: Mapping[str, Mapping[str, np.ndarray]],
-        transforms: Mapping[str, Callable],
+        transforms: Mapping[str, Transform],
         *,
         batch_size: int,
         workers: int,
@@ -34,32 +34,35 @@ class Evaluator:
         memory_format: torch.memory_format,
     ) -> None:
         self.dataset, self.parts, self.transforms = dataset, parts, transforms
-        self.batch_size, self.workers, self.seed = batch_size, workers, seed
-        self.device, self.memory_format = device, memory_format
+        self.seed = seed
+        self.loading = {
+            "batch_size": batch_size,
+            "workers": workers,
+            "device": device,
+            "memory_format": memory_format,
+        }
 
     @torch.no_grad()
     def __call__(self, algorithm: Algorithm, step: int) -> dict[str, dict[str, float]]:
         """{domain: {part: fraction of images classified correctly}}; a part without images is left out."""
         was_training = algorithm.training
         algorithm.eval()
-        accuracy = {domain: self._domain(algorithm, domain, step) for domain in self.parts}
+        hits = self._hits(algorithm, step)
         algorithm.train(was_training)
-        return accuracy
+        return {
+            domain: {part: float(hits[domain][own].mean()) for part, own in parts.items() if len(own)}
+            for domain, parts in self.parts.items()
+        }
 
-    def _domain(self, algorithm: Algorithm, domain: str, step: int) -> dict[str, float]:
-        parts = {part: indices for part, indices in self.parts[domain].items() if len(indices)}
-        hits = self._hits(algorithm, domain, np.concatenate(list(parts.values())), step)  # [sum of part sizes]
-        lengths = [len(indices) for indices in parts.values()]
-        return {part: piece.double().mean().item() for part, piece in zip(parts, hits.split(lengths), strict=True)}
-
-    def _hits(self, algorithm: Algorithm, domain: str, indices: np.ndarray, step: int) -> Tensor:
-        batches = evaluate_loader(
-            self.dataset.domains[domain],
-            indices,
-            self.transforms[domain],
-            batch_size=self.batch_size,
-            workers=self.workers,
-            seed=seed_hash("evaluate", self.seed, step, domain),
-        )
-        moved = (batch.to(self.device, self.memory_format) for batch in batches)
-        return torch.cat([algorithm.predict(batch.images).argmax(1) == batch.labels for batch in moved]).cpu()
+    def _hits(self, algorithm: Algorithm, step: int) -> dict[str, np.ndarray]:
+        """By domain, for each of its images whether it was classified correctly, float64; NaN where no part has it."""
+        hits = {name: np.full(len(self.dataset.domains[name]), np.nan) for name in self.parts}
+        wanted = {name: np.unique(np.concatenate(list(parts.values()))) for name, parts in self.parts.items()}
+        seed = seed_hash("evaluate", self.seed, step)
+        found = {name: [] for name in self.parts}
+        for batch in evaluate_loader(self.dataset, wanted, self.transforms, seed=seed, **self.loading):
+            found[batch.domain].append(algorithm.predict(batch.images).argmax(1) == batch.labels)
+        for name, batches in found.items():
+            if batches:
+                hits[name][wanted[name]] = torch.cat(batches).cpu()
+        return hits

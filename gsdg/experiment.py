@@ -7,7 +7,6 @@ the run has an id and a folder, and whatever happens is in the folder's status a
 from __future__ import annotations
 
 import logging
-import os
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,10 +18,13 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from gsdg.algorithms import Algorithm
-from gsdg.data.augment import eval_transform, train_transform
+from gsdg.data.augment import Exact
+from gsdg.data.batched import Batched
+from gsdg.data.cache import as_arrays, in_memory
+from gsdg.data.domains import DomainDataset
 from gsdg.data.loader import TrainBatches
 from gsdg.data.split import Split
-from gsdg.environment import environment
+from gsdg.environment import environment, usable_cores
 from gsdg.errors import UserError, listing
 from gsdg.evaluate import Evaluator
 from gsdg.runs import LockLost, RunFolder, append_line, run_id, write_json
@@ -33,6 +35,7 @@ from gsdg.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
+TRANSFORMS = {"exact": Exact, "batched": Batched}  # of trainer.transform
 # What the program adds to each group's own arguments.
 SUPPLIED = {
     "trainer": (),  # first: others refer to its values
@@ -91,14 +94,23 @@ def prepare(raw: DictConfig) -> Plan:
     split = build(config["split"])
     split.check(source.domains)
     config["dataset"]["domains"], config["split"]["target"] = list(source.domains), split.targets
-    if len(config["model"]["mean"]) == 1 and source.augment == "photos":
-        raise UserError(
-            f"model={config['model']['name']} looks at one grey channel, dataset={source.name} has colour photos.\n"
-            "Choose a model that takes them: model=resnet18, resnet50, efficientnet_lite0."
-        )
+    check_channels(config["model"], source)
     try_optimizer(config["optimizer"])
     algorithm, trainer = build(config["algorithm"]), build(config["trainer"])
     return Plan(config, choose_device(config["device"]), source, split, algorithm, trainer)
+
+
+def check_channels(model: dict, source: object) -> None:
+    """UserError where the model would not see the colour that the data set is about; to see more is harmless."""
+    looks_at = len(model["mean"])
+    if looks_at >= source.channels:
+        return
+    kinds = {1: "grey images", 2: "red and green digits", 3: "colour photos"}
+    fitting = {2: "convnet_2ch", 3: "resnet18, resnet50, efficientnet_lite0"}
+    raise UserError(
+        f"model={model['name']} looks at {looks_at} of 3 colour channels, dataset={source.name} has "
+        f"{kinds[source.channels]}.\nChoose a model that takes them: model={fitting[source.channels]}."
+    )
 
 
 def resolved(raw: DictConfig) -> dict:
@@ -120,9 +132,11 @@ def train(plan: Plan, folder: RunFolder) -> None:
 
     sources = plan.split.sources(plan.source.domains)
     parts = plan.split.parts(dataset)  # {domain: {"in": indices, "out": indices}}
-    augmented = train_transform(model.spec, plan.source.augment)
-    plain = eval_transform(model.spec)
-    workers = usable_cores() if trainer.workers is None else trainer.workers
+    transform = TRANSFORMS[trainer.transform]
+    augmented, plain = transform(model.spec, plan.source.augment), transform(model.spec, "none")
+    if transform is Batched:
+        dataset = as_arrays(dataset, plan.source.cache)
+    workers = needed_workers(trainer, dataset)
     batches = TrainBatches(
         dataset,
         {domain: parts[domain]["in"] for domain in sources},
@@ -143,6 +157,13 @@ def train(plan: Plan, folder: RunFolder) -> None:
         memory_format=trainer.memory_format,
     )
     trainer.fit(algorithm, optimizer, batches, evaluator, folder, workers=workers)
+
+
+def needed_workers(trainer: Trainer, dataset: DomainDataset) -> int:
+    """Processes beside this one: what the user says, else none where no image has to be decoded."""
+    if trainer.workers is not None:
+        return trainer.workers
+    return 0 if in_memory(dataset) else usable_cores()
 
 
 def summary(plan: Plan) -> str:
@@ -183,11 +204,6 @@ def device_name(device: torch.device) -> str:
     return (
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
     )
-
-
-def usable_cores(most: int = 8) -> int:
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(most, count)
 
 
 @contextmanager

@@ -39,6 +39,7 @@ NOT_SCIENTIFIC = (
     "runs_dir",
     "device",
     "force",
+    "dataset.cache",
     "trainer.checkpoint_every",
     "trainer.log_every",
     "trainer.workers",

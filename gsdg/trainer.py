@@ -60,6 +60,8 @@ class Trainer:
 
     evaluate: `all` domains' in and out parts, or `fast`: all but the sources' in.
     augment: `training` augments the training batches only; `sources` the sources' evaluation too (DomainBed).
+    transform: `exact`, torchvision on Pillow's images, decoded at every draw; or `batched`, the same draws and
+    arithmetic on the training device, from images that were decoded once (dataset.cache).
     batch_size: images per source domain and step. precision: of the forward pass.
     checkpoint_every, log_every, workers (processes that load images) and keep_weights change no result.
     """
@@ -69,6 +71,7 @@ class Trainer:
     evaluate_last: bool
     evaluate: Literal["all", "fast"]
     augment: Literal["training", "sources"]
+    transform: Literal["exact", "batched"]
     batch_size: int
     eval_batch_size: int
     class_balanced: bool
@@ -109,9 +112,10 @@ class Trainer:
         algorithm.train()
         clock = Clock(start, self.steps)
 
-        for step, drawn in enumerate(train_loader(batches, start, workers), start):
+        loading = {"workers": workers, "device": device, "memory_format": self.memory_format}
+        for step, drawn in enumerate(train_loader(batches, start, **loading), start):
             optimizer.zero_grad(set_to_none=True)
-            metrics = algorithm.backward([batch.to(device, self.memory_format) for batch in drawn])
+            metrics = algorithm.backward(drawn)
             metrics["grad_norm"] = gradient_norm(parameters)
             if device.type == "cpu" or self._reports(step):  # elsewhere, reading a number makes the host wait
                 refuse_nonfinite(metrics, step, algorithm)

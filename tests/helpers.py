@@ -46,3 +46,19 @@ def records_without_time(folder: Path) -> list[dict]:
 
 def status(folder: Path) -> dict:
     return json.loads((folder / "status.json").read_text())
+
+
+def photos(root: Path, *, domains: str = "abc", classes: str = "xy", each: int = 6, size: int = 48) -> Path:
+    """A folder tree of small colour images, no two alike."""
+    import numpy as np
+    from PIL import Image
+
+    random = np.random.RandomState(0)
+    for domain in domains:
+        for label in classes:
+            (root / domain / label).mkdir(parents=True, exist_ok=True)
+            for i in range(each):
+                coarse = random.randint(0, 256, (5, 7, 3)).astype(np.uint8)
+                image = Image.fromarray(coarse).resize((size + i, size), Image.Resampling.BICUBIC)
+                image.save(root / domain / label / f"{i}.png")
+    return root

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import multiprocessing
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +13,7 @@ import torch.nn.functional as F
 
 from gsdg.algorithms import Algorithm
 from gsdg.batch import ImageSpec
-from gsdg.data.augment import eval_transform, train_transform
+from gsdg.data.augment import Exact
 from gsdg.data.digits import RotatedDigits
 from gsdg.evaluate import Evaluator
 
@@ -32,15 +36,15 @@ class AlwaysThree(Algorithm):
         return F.one_hot(torch.full((len(images),), 3), 10).float()
 
 
-def evaluator(parts: dict, transform=None, seed: int = 0) -> Evaluator:
-    transforms = dict.fromkeys(DATASET.domains, transform or eval_transform(SPEC))
+def evaluator(parts: dict, transform=None, seed: int = 0, dataset=DATASET, workers: int = 0) -> Evaluator:
+    transforms = dict.fromkeys(DATASET.domains, transform or Exact(SPEC, "none"))
     cpu = torch.device("cpu")
     return Evaluator(
-        DATASET,
+        dataset,
         parts,
         transforms,
         batch_size=7,
-        workers=0,
+        workers=workers,
         seed=seed,
         device=cpu,
         memory_format=torch.contiguous_format,
@@ -63,10 +67,35 @@ def test_evaluation_leaves_the_training_mode_as_it_was():
 
 @pytest.mark.parametrize(("step", "same"), [(5, True), (6, False)])
 def test_augmented_evaluation_sees_the_same_pixels_at_the_same_step(step, same):
-    random = train_transform(SPEC, "photos")
+    random = Exact(SPEC, "photos")
     shown = []
     for at in (5, step):
         algorithm = AlwaysThree()
         evaluator({"0": {"out": np.arange(10)}}, random)(algorithm, at)
         shown.append(torch.cat(algorithm.seen))
     assert torch.equal(*shown) == same
+
+
+def test_a_pass_reads_each_image_once_in_the_order_of_the_disk_whatever_the_parts():
+    read = []
+
+    def load(domain, i):
+        read.append((domain.name, i))
+        return domain.load(i)
+
+    domains = {name: dataclasses.replace(d, load=partial(load, d)) for name, d in DATASET.domains.items()}
+    watched = dataclasses.replace(DATASET, domains=domains)
+    parts = {
+        "90": {"in": np.array([30, 4, 11, 7]), "out": np.array([5, 12]), "uda": np.array([2])},
+        "0": {"out": np.array([9, 1])},
+    }
+    found = evaluator(parts, dataset=watched)(AlwaysThree(), 0)
+    assert read == [("90", i) for i in (2, 4, 5, 7, 11, 12, 30)] + [("0", 1), ("0", 9)]
+    assert {name: list(own) for name, own in found.items()} == {"90": ["in", "out", "uda"], "0": ["out"]}
+
+
+def test_no_process_is_left_when_a_pass_is_over():
+    before = set(multiprocessing.active_children())
+    found = evaluator({"0": {"in": np.arange(20)}}, workers=2)(AlwaysThree(), 0)
+    assert found["0"]["in"] == evaluator({"0": {"in": np.arange(20)}})(AlwaysThree(), 0)["0"]["in"]
+    assert set(multiprocessing.active_children()) == before

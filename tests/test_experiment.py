@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
-from helpers import SMALL, only_run, records_without_time, status
+import torch
+from helpers import SMALL, only_run, photos, records_without_time, status
 
 from gsdg.algorithms import GradSurgery
 from gsdg.errors import UserError
 from gsdg.experiment import prepare, run
-from gsdg.trainer import NonFinite
+from gsdg.runs import run_id
+from gsdg.trainer import NonFinite, Trainer
 
 
 @pytest.mark.parametrize(
@@ -31,7 +33,7 @@ from gsdg.trainer import NonFinite
         ("+optimizer.momentun=1", "unknown key optimizer.momentun"),
         ("seed=one", "seed: found 'one', expected int"),
         ("device=toaster", "device=toaster cannot be used here"),
-        ("dataset=pacs split.target=photo", "one grey channel"),
+        ("dataset=pacs split.target=photo", "looks at 1 of 3 colour channels"),
     ],
 )
 def test_a_mistake_is_one_clear_message_before_data_loads(compose, override, message, tmp_path):
@@ -171,3 +173,70 @@ def test_where_the_host_may_not_look_a_bad_gradient_spares_the_weights(compose, 
 def test_the_joint_engine_trains(compose, tmp_path):
     run(compose(*SMALL, "algorithm.engine=joint", "trainer.steps=3"))
     assert status(only_run(tmp_path / "runs"))["state"] == "done"
+
+
+def test_colored_digits_ask_for_a_model_that_sees_colour(compose):
+    with pytest.raises(UserError, match=r"red and green digits.\n.*model=convnet_2ch"):
+        prepare(compose("dataset=colored_digits", "split.target=+80%"))
+    prepare(compose("dataset=colored_digits", "split.target=+80%", "model=convnet_2ch"))
+
+
+@pytest.mark.parametrize("transform", ["exact", "batched"])
+@pytest.mark.parametrize(
+    ("trainer", "augmented"), [("domainbed_2020", {"a", "c"}), ("domainbed_head", {"a", "c"}), ("swad", set())]
+)
+def test_the_presets_augment_whom_they_should_in_both_modes(
+    compose, tmp_path, monkeypatch, transform, trainer, augmented
+):
+    seen = {}
+
+    def fit(self, algorithm, optimizer, batches, evaluator, *_, **__):
+        seen.update(batches=batches, evaluator=evaluator)
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    overrides = (f"trainer={trainer}", f"trainer.transform={transform}", "model=resnet18", "model.weights=null")
+    root = photos(tmp_path / "photos")
+    run(compose("dataset=image_folder", f"dataset.root={root}", "split.target=b", *overrides, "device=cpu"))
+    batches, evaluator = seen["batches"], seen["evaluator"]
+    assert draws(batches.transform, batches.domains[0])
+    assert {
+        name for name, own in evaluator.transforms.items() if draws(own, evaluator.dataset.domains[name])
+    } == augmented
+
+
+def draws(transform, domain) -> bool:
+    """Whether a transform makes something else of the same image the next time."""
+    twice = [transform.finish(transform.prepare([domain.load(0)])) for _ in range(2)]
+    return not torch.equal(*twice)
+
+
+def test_digits_are_the_same_to_the_bit_in_both_modes(compose, tmp_path):
+    for transform in ("exact", "batched"):
+        run(compose(*SMALL, "trainer.steps=3", f"trainer.transform={transform}"))
+    first, second = (records_without_time(path.parent) for path in (tmp_path / "runs").glob("*/records.jsonl"))
+    assert first == second
+
+
+def test_photos_give_nearly_the_same_losses_in_both_modes(compose, tmp_path):
+    root = photos(tmp_path / "photos")
+    model = ("model=resnet18", "model.weights=null", "model.image_size=32", "split.target=b", "algorithm=erm")
+    for transform in ("exact", "batched"):
+        options = ("trainer.steps=3", "trainer.eval_every=1", "trainer.batch_size=8", "device=cpu", "trainer.workers=0")
+        data = ("dataset=image_folder", f"dataset.root={root}", f"dataset.cache={tmp_path / 'cache'}")
+        run(compose(*data, *model, *options, f"trainer.transform={transform}"))
+    records = [records_without_time(path.parent) for path in (tmp_path / "runs").glob("*/records.jsonl")]
+    first, second = ([record["metrics"]["loss"] for record in own] for own in records)
+    assert first == pytest.approx(second, rel=0.02)
+
+
+def test_where_decoded_images_lie_is_not_part_of_a_run(compose, tmp_path):
+    root = photos(tmp_path / "photos")
+    ids = {
+        run_id(prepare(compose("dataset=image_folder", f"dataset.root={root}", "split.target=b", *other)).config)
+        for other in (
+            ("model=resnet18",),
+            ("model=resnet18", "dataset.cache=off"),
+            ("model=resnet18", "dataset.cache=/x"),
+        )
+    }
+    assert len(ids) == 1

@@ -11,10 +11,19 @@ import pytest
 
 REPOSITORY = Path(__file__).parents[1]
 FLOORS = [
-    {"gsdg", "gsdg.errors", "gsdg.seeding", "gsdg.environment", "gsdg.runs", "gsdg.batch", "gsdg.sweeps"},
+    {
+        "gsdg",
+        "gsdg.errors",
+        "gsdg.seeding",
+        "gsdg.environment",
+        "gsdg.runs",
+        "gsdg.batch",
+        "gsdg.sweeps",
+        "gsdg.schema",
+    },
     {"gsdg.data", "gsdg.models", "gsdg.surgery"},
     {"gsdg.algorithms"},
-    {"gsdg.schema", "gsdg.checkpoint", "gsdg.evaluate", "gsdg.trainer", "gsdg.experiment"},
+    {"gsdg.checkpoint", "gsdg.evaluate", "gsdg.trainer", "gsdg.experiment"},
 ]
 NEIGHBOURS = FLOORS[1]  # they never import one another
 SIDE_HOUSE = {"gsdg.errors", "gsdg.runs"}  # all that analysis may import of gsdg

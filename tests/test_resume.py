@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Launcher, only_run, records_without_time, status
+from helpers import Launcher, only_run, photos, records_without_time, status
 
 from gsdg.runs import read_lines
 
@@ -25,6 +25,16 @@ RUN = (
     "device=cpu",
     "model.dropout=0.3",  # draws from the global generator: its state must be restored
     "optimizer.lr=1e-3",
+)
+# Colour photos, augmented in training and in the sources' evaluation: everything that is drawn.
+PHOTOS = (
+    "dataset=image_folder",
+    "dataset.root=ROOT",
+    "split.target=b",
+    "trainer.augment=sources",
+    "model=resnet18",
+    "model.weights=null",
+    "model.image_size=32",
 )
 
 
@@ -50,10 +60,13 @@ def kill_at(launcher: Launcher, step: int, *overrides: str) -> None:
         ("algorithm=erm", "trainer.workers=0"),
         ("algorithm=grad_surgery", "trainer.workers=2", "algorithm.rule.order=random", "algorithm.alpha_schedule=log"),
         ("algorithm=gradvac", "trainer.workers=0", "algorithm.rule.beta=0.5", "algorithm.diagnostics=true"),
+        ("algorithm=erm", "trainer.transform=exact", "trainer.workers=2", *PHOTOS),
+        ("algorithm=grad_surgery", "trainer.transform=batched", *PHOTOS),
     ],
-    ids=lambda variant: variant[0],
+    ids=lambda variant: "-".join(variant[:2]),
 )
 def test_killed_three_times_a_run_ends_as_if_nothing_had_happened(tmp_path, variant):
+    variant = [override.replace("ROOT", str(photos(tmp_path / "photos"))) for override in variant]
     whole, broken = Launcher(tmp_path / "whole"), Launcher(tmp_path / "broken")
     assert whole(*RUN, *variant).returncode == 0
     moments = sorted(random.sample(range(2, STEPS), 3))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,11 +11,16 @@ from PIL import Image
 
 @dataclass(frozen=True, eq=False)
 class Domain:
-    """Labelled images of one origin: labels [N] int64, and load(i) -> the i-th image, 0 <= i < N."""
+    """Labelled images of one origin: labels [N] int64, and load(i) -> the i-th image, 0 <= i < N.
+
+    An image is Pillow's, or once it has been through `gsdg.data.cache` an array [h, w, 3] uint8. `files[i]` is where
+    it comes from; None where the images are in memory.
+    """
 
     name: str
     labels: np.ndarray
-    load: Callable[[int], Image.Image]
+    load: Callable[[int], Image.Image | np.ndarray]
+    files: Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         assert self.labels.ndim == 1, self.labels.shape

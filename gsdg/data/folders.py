@@ -8,7 +8,6 @@ no class; classes that differ between domains are an error, where DomainBed woul
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -17,30 +16,42 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
+from gsdg.data.augment import check_augment
+from gsdg.data.cache import Cache
 from gsdg.data.domains import Domain, DomainDataset
+from gsdg.data.images import EXTENSIONS, read_image
 from gsdg.errors import UserError, listing
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
-# What PIL raises on a damaged file, by format; OSError covers "truncated", "cannot identify" and the disk's own.
-UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, Image.DecompressionBombError)
 
 
 class ImageFolders:
     """A data set on disk. `root` is relative to `data_dir`, or absolute; `domains=None` means every folder of the root.
 
+    cache: where decoded images are kept for `trainer.transform=batched`: `auto`, `off` or a folder; short_side: the
+    bound on the shorter side at which they are kept, in pixels. The exact transform decodes at every draw.
+
     Building one lists at most the root; `read` lists every image. Both raise UserError for what is not as it should be.
     """
 
+    channels = 3
+
     def __init__(
-        self, *, name: str, root: str, domains: Sequence[str] | None, augment: Literal["photos", "none"], data_dir: str
+        self,
+        *,
+        name: str,
+        root: str,
+        domains: Sequence[str] | None,
+        augment: Literal["photos", "none"],
+        cache: str = "auto",
+        short_side: int = 256,
+        data_dir: str,
     ) -> None:
-        if augment not in ("photos", "none"):
-            raise UserError(f"dataset.augment={augment} is unknown. Valid: photos, none.")
+        check_augment(augment)
         self.name = name
         self.augment = augment
         self.data_dir = Path(data_dir).expanduser().absolute()
         self.root = self.data_dir / Path(root).expanduser()  # an absolute root wins over data_dir
         self.domains = self._found() if domains is None else list(domains)
+        self.cache = Cache(cache, beside=self.root, short_side=short_side)
         if not self.domains or len(set(self.domains)) < len(self.domains):
             raise UserError(f"dataset.domains={self.domains}: name at least one domain, each once.")
 
@@ -60,7 +71,7 @@ class ImageFolders:
         """The folders of the root, which must be there and hold some."""
         if not self.root.is_dir():
             raise UserError(self._missing())
-        if not (names := _folders(self.root)):
+        if not (names := folders_in(self.root)):
             raise UserError(f"{self.name}: no domain folders in {self.root}. Layout: <domain>/<class>/<image>.")
         return names
 
@@ -70,7 +81,7 @@ class ImageFolders:
                 f"{self.name}: data_dir={self.data_dir} is not a folder. "
                 f"Set data_dir=... to the folder that holds {self.root.relative_to(self.data_dir)}."
             )
-        beside = _folders(self.root.parent) if self.root.parent.is_dir() else []
+        beside = folders_in(self.root.parent) if self.root.parent.is_dir() else []
         return (
             f"{self.name}: {self.root} is not a folder. {self.root.parent} holds: {listing(beside)}. "
             "Set data_dir=... to the folder that holds it, or dataset.root=... to its own name or path."
@@ -78,7 +89,7 @@ class ImageFolders:
 
     def _classes(self) -> list[str]:
         """The class names that all domains share, sorted."""
-        own = {name: _folders(self.root / name) for name in self.domains}
+        own = {name: folders_in(self.root / name) for name in self.domains}
         union = sorted({label for labels in own.values() for label in labels})
         if not union:
             raise UserError(f"{self.name}: no images in {self.root}. Layout: <domain>/<class>/<image>.")
@@ -92,20 +103,8 @@ class ImageFolders:
         return union
 
 
-def read_image(path: str) -> Image.Image:
-    """The decoded RGB image. UserError names a file that is damaged, truncated, empty or gone."""
-    try:
-        with open(path, "rb") as file:
-            return Image.open(file).convert("RGB")  # convert decodes all of it
-    except UNREADABLE as error:
-        raise UserError(
-            f"cannot read image {path} ({os.path.getsize(path) if os.path.exists(path) else 0} bytes): {error}. "
-            "Copy it again from its source; leaving it out would shift every split of its domain."
-        ) from error
-
-
 def _read_domain(folder: Path, classes: list[str]) -> Domain:
-    files = [_images(folder / label) for label in classes]
+    files = [images_in(folder / label) for label in classes]
     if empty := [label for label, paths in zip(classes, files, strict=True) if not paths]:
         raise UserError(
             f"no images in {listing(folder / label for label in empty)}. Each class of each domain needs at least one "
@@ -113,19 +112,19 @@ def _read_domain(folder: Path, classes: list[str]) -> Domain:
         )
     paths = [path for group in files for path in group]
     labels = np.repeat(np.arange(len(classes), dtype=np.int64), [len(group) for group in files])
-    return Domain(folder.name, labels, partial(_load, paths))
+    return Domain(folder.name, labels, partial(_load, paths), paths)
 
 
 def _load(paths: list[str], index: int) -> Image.Image:
     return read_image(paths[index])
 
 
-def _folders(parent: Path) -> list[str]:
+def folders_in(parent: Path) -> list[str]:
     with os.scandir(parent) as entries:
         return sorted(entry.name for entry in entries if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _images(folder: Path) -> list[str]:
+def images_in(folder: Path) -> list[str]:
     """Every image below a class folder: folders in order of their path, files in order of their name."""
     return [
         os.path.join(parent, name)

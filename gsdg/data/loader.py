@@ -1,13 +1,17 @@
-"""Minibatches. A training batch is a pure function of (seed, step, domain), so a resume replays nothing.
+"""Minibatches on the training device. A batch is a pure function of (seed, step, domain), so a resume replays nothing.
 
 Sampling is DomainBed's: one endless stream per source domain, with replacement, the same number of images each, and
 `class_balanced` weights 1 / (count_y * classes). Deviation: DomainBed's streams run on from hidden generator states;
 here every batch seeds its own, so neither the start step nor the number of workers changes an image.
+
+A batch is prepared on the host, in workers where images are decoded, then sent and finished on the device; with CUDA a
+batch ahead, from pinned memory, on a stream of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 
 import numpy as np
 import torch
@@ -68,35 +72,63 @@ def balanced(labels: np.ndarray) -> np.ndarray:
     return 1 / (counts[inverse] * len(counts))
 
 
-def train_loader(batches: TrainBatches, start_step: int, workers: int) -> Iterator[list[Batch]]:
+def train_loader(
+    batches: TrainBatches, start_step: int, *, workers: int, device: torch.device, memory_format: torch.memory_format
+) -> Iterator[list[Batch]]:
     """The batches of start_step, start_step + 1, .. steps - 1. UserError: an image that cannot be read."""
-    return _load(batches, range(start_step, len(batches)), workers)
+    transforms = dict.fromkeys(batches.indices, batches.transform)
+    prepared = _prepared(batches, range(start_step, len(batches)), workers, device)
+    return _finished(prepared, transforms, device, memory_format)
 
 
 def evaluate_loader(
-    domain: Domain, indices: np.ndarray, transform: Transform, *, batch_size: int, workers: int, seed: int
+    dataset: DomainDataset,
+    indices: Mapping[str, np.ndarray],
+    transforms: Mapping[str, Transform],
+    *,
+    batch_size: int,
+    seed: int,
+    workers: int,
+    device: torch.device,
+    memory_format: torch.memory_format,
 ) -> Iterator[Batch]:
-    """Each image of `indices` once, in their order. `seed` matters only to a transform that draws (augmented sources).
+    """Each image of `indices` once, domain after domain, in their order: one pass, its workers end with it.
 
-    Its draws are seeded per batch, so they depend on `batch_size` but not on `workers`.
+    `seed` matters only to a transform that draws (augmented sources); its draws are seeded per batch, so they depend on
+    `batch_size` but not on `workers`.
     """
-    batches = _InOrder(domain, indices, transform, batch_size, seed)
-    return _load(batches, range(-(-len(indices) // batch_size)), workers)
+    batches = _InOrder(dataset, indices, transforms, batch_size, seed)
+    prepared = _prepared(batches, range(len(batches)), workers, device)
+    return (batch for (batch,) in _finished(prepared, transforms, device, memory_format))
 
 
 class _InOrder(Dataset):
-    def __init__(self, domain: Domain, indices: np.ndarray, transform: Transform, batch_size: int, seed: int) -> None:
-        self.domain, self.indices, self.transform = domain, indices, transform
-        self.batch_size, self.seed = batch_size, seed
+    def __init__(
+        self,
+        dataset: DomainDataset,
+        indices: Mapping[str, np.ndarray],
+        transforms: Mapping[str, Transform],
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self.pieces = [
+            (dataset.domains[name], transforms[name], start // batch_size, own[start : start + batch_size])
+            for name, own in indices.items()
+            for start in range(0, len(own), batch_size)
+        ]
+        self.seed = seed
 
-    def __getitem__(self, i: int) -> Batch:
-        own = self.indices[i * self.batch_size : (i + 1) * self.batch_size]
-        return _batch(self.domain, own, self.transform, ("evaluate", self.seed, i, self.domain.name))
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def __getitem__(self, i: int) -> list[Batch]:
+        domain, transform, number, own = self.pieces[i]
+        return [_batch(domain, own, transform, ("evaluate", self.seed, number, domain.name))]
 
 
 def _batch(domain: Domain, indices: np.ndarray, transform: Transform, seed: tuple[object, ...]) -> Batch:
     with cpu_seed(seed_hash(*seed)):
-        images = torch.stack([transform(domain.load(int(i))) for i in indices])  # [B, C, S, S]
+        images = transform.prepare([domain.load(int(i)) for i in indices])
     return Batch(images, torch.from_numpy(domain.labels[indices]), domain.name)
 
 
@@ -113,16 +145,66 @@ class _Caught(Dataset):
             return error
 
 
-def _load(batches: Dataset, positions: Iterable[int], workers: int) -> Iterator:
+def _prepared(batches: Dataset, positions: Iterable[int], workers: int, device: torch.device) -> Iterator[list[Batch]]:
+    """batches[i] for each position, in host memory that CUDA can copy from by itself."""
     loader = DataLoader(
         _Caught(batches),
         batch_size=None,
         sampler=positions,
         num_workers=workers,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # its own: otherwise starting it draws from torch's global generator
     )
     for item in loader:
         if isinstance(item, UserError):
             raise item
         yield item
+
+
+def _finished(
+    prepared: Iterator[list[Batch]],
+    transforms: Mapping[str, Transform],
+    device: torch.device,
+    memory_format: torch.memory_format,
+) -> Iterator[list[Batch]]:
+    finish = partial(_finish, transforms=transforms, device=device, memory_format=memory_format)
+    return _ahead(prepared, finish, device) if device.type == "cuda" else map(finish, prepared)
+
+
+def _finish(
+    batches: list[Batch],
+    transforms: Mapping[str, Transform],
+    device: torch.device,
+    memory_format: torch.memory_format,
+) -> list[Batch]:
+    finished = []
+    for batch in batches:
+        sent = batch.to(device)
+        images = transforms[batch.domain].finish(sent.images).contiguous(memory_format=memory_format)
+        finished.append(sent._replace(images=images))
+    return finished
+
+
+def _ahead(
+    prepared: Iterator[list[Batch]], finish: Callable[[list[Batch]], list[Batch]], device: torch.device
+) -> Iterator[list[Batch]]:
+    """finish() of each, on a stream of its own and one ahead: it runs while the model is busy with the one before."""
+    stream, waiting = torch.cuda.Stream(device), None
+    for batches in prepared:
+        with torch.cuda.stream(stream):
+            coming = finish(batches), stream.record_event()
+        if waiting:
+            yield _handed_over(*waiting)
+        waiting = coming
+    if waiting:
+        yield _handed_over(*waiting)
+
+
+def _handed_over(batches: list[Batch], ready: torch.cuda.Event) -> list[Batch]:
+    """The training stream waits for the batches, and their memory is not used again before it is done with them."""
+    training = torch.cuda.current_stream()
+    training.wait_event(ready)
+    for batch in batches:
+        batch.images.record_stream(training)
+        batch.labels.record_stream(training)
+    return batches

@@ -2,6 +2,7 @@
 
 Every domain, the targets too, is cut into `out` (held out) and `in`. The cut depends on the trial seed, the domain's
 index over ALL domains and its number of images, never on the images, the targets or the algorithm. Not stratified.
+With `uda_fraction` a part `uda` is cut off each target's `in`: unlabelled images for domain adaptation.
 Deviation: domains are named, in configs and results; the index only enters the seed.
 """
 
@@ -32,12 +33,23 @@ class Split:
     """Leave the targets out. `target` is a domain's name or a list of them; None waits for `check` to refuse it."""
 
     def __init__(
-        self, *, target: str | int | Sequence[str | int] | None, trial_seed: int, holdout_fraction: float
+        self,
+        *,
+        target: str | int | Sequence[str | int] | None,
+        trial_seed: int,
+        holdout_fraction: float,
+        uda_fraction: float = 0.0,
     ) -> None:
         _check_fraction(holdout_fraction)
+        if not 0 <= uda_fraction < 1:  # also refuses nan
+            raise UserError(
+                f"split.uda_fraction={uda_fraction}: it must leave images of the target to test on. "
+                "Valid: 0 <= fraction < 1; 0 for domain generalization."
+            )
         self.targets = _names(target)
         self.trial_seed = trial_seed
         self.holdout_fraction = holdout_fraction
+        self.uda_fraction = uda_fraction
 
     def check(self, domains: Sequence[str]) -> None:
         """UserError: no target, a target that is not among `domains`, or no domain left to train on."""
@@ -57,11 +69,15 @@ class Split:
         return [name for name in domains if name not in self.targets]
 
     def parts(self, dataset: DomainDataset) -> dict[str, dict[str, np.ndarray]]:
-        """{domain: {"in": indices, "out": indices}}, for sources and targets alike."""
+        """{domain: {"in": indices, "out": indices}}; of targets, if uda_fraction > 0, "uda" too."""
         parts = {}
         for i, (name, domain) in enumerate(dataset.domains.items()):
-            inside, outside = holdout(len(domain), self.holdout_fraction, seed_hash(self.trial_seed, i))
+            seed = seed_hash(self.trial_seed, i)
+            inside, outside = holdout(len(domain), self.holdout_fraction, seed)
             parts[name] = {"in": inside, "out": outside}
+            if self.uda_fraction and name in self.targets:
+                kept, cut = holdout(len(inside), self.uda_fraction, seed)  # places in `inside`; the same seed again
+                parts[name] |= {"in": inside[kept], "uda": inside[cut]}
         return parts
 
 

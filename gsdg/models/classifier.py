@@ -91,9 +91,9 @@ def image_spec(*, size: int, mean: Sequence[float], std: Sequence[float]) -> Ima
     """What the model is fed, checked: one mean and one positive standard deviation a channel."""
     if size < 1:
         raise UserError(f"model.image_size is a number of pixels, 1 or more, found {size}")
-    if len(mean) not in (1, 3) or len(std) != len(mean):
+    if len(mean) not in (1, 2, 3) or len(std) != len(mean):
         raise UserError(
-            f"model.mean and model.std want a number a channel, 1 (grey) or 3 (colour), "
+            "model.mean and model.std want a number a channel, 1 (grey), 2 (red and green) or 3 (colour), "
             f"found {list(mean)} and {list(std)}"
         )
     if min(std) <= 0:

@@ -1,4 +1,4 @@
-"""A small convnet for 1 x 28 x 28 digits, cheap enough for a laptop.
+"""A small convnet for 28 x 28 digits, cheap enough for a laptop.
 
 Source: the idea of DomainBed's `networks.MNIST_CNN` (3 x 3 convolutions, GroupNorm, global average pooling).
 
@@ -10,15 +10,18 @@ from __future__ import annotations
 
 from torch import nn
 
+from gsdg.errors import UserError
 from gsdg.models.weights import load_weights
 
 FEATURES = 64
 
 
-def convnet(weights: str | None) -> tuple[nn.Module, int]:
-    """64 features from [B, 1, H, W]; weights: null or a state dict file. It has no BatchNorm to freeze."""
+def convnet(weights: str | None, *, channels: int = 1) -> tuple[nn.Module, int]:
+    """64 features from [B, channels, H, W]; weights: null or a state dict file. It has no BatchNorm to freeze."""
+    if channels not in (1, 2, 3):
+        raise UserError(f"model.backbone.channels={channels}: as many as model.mean has numbers. Valid: 1, 2, 3.")
     featurizer = nn.Sequential(  # shapes for 28 x 28 digits
-        *_block(1, 32, stride=2),  # [B, 32, 14, 14]
+        *_block(channels, 32, stride=2),  # [B, 32, 14, 14]
         *_block(32, FEATURES, stride=2),  # [B, 64, 7, 7]
         *_block(FEATURES, FEATURES, stride=1),
         *_block(FEATURES, FEATURES, stride=1),

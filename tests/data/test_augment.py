@@ -12,12 +12,13 @@ from torchvision import transforms as T
 from torchvision.transforms import functional as F
 
 from gsdg.batch import ImageSpec
-from gsdg.data.augment import eval_transform, train_transform
+from gsdg.data.augment import Exact, eval_transform, train_transform
 from gsdg.seeding import cpu_seed
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SPEC = ImageSpec(size=224, channels=3, mean=MEAN, std=STD)
 GREY = ImageSpec(size=28, channels=1, mean=(0.5,), std=(0.25,))
+TWO = ImageSpec(size=28, channels=2, mean=MEAN[:2], std=STD[:2])
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def by_hand(image: Image.Image, size: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("size", [112, 224])
 def test_training_photos_are_domainbeds(image, size):
-    transform = train_transform(SPEC._replace(size=size), "photos")
+    transform = train_transform(SPEC._replace(size=size))
     flat = 0
     for seed in range(30):
         with cpu_seed(seed):
@@ -66,7 +67,7 @@ def test_evaluation_is_domainbeds(image, size):
 
 
 def test_without_augmentation_training_sees_what_evaluation_sees(image):
-    torch.testing.assert_close(train_transform(SPEC, "none")(image), eval_transform(SPEC)(image), rtol=0, atol=0)
+    torch.testing.assert_close(Exact(SPEC, "none").prepare([image])[0], eval_transform(SPEC)(image), rtol=0, atol=0)
 
 
 def test_an_image_that_fits_keeps_its_pixels():
@@ -79,10 +80,29 @@ def test_an_image_that_fits_keeps_its_pixels():
 @pytest.mark.parametrize("spec", [GREY, SPEC])
 @pytest.mark.parametrize("augment", ["photos", "none"])
 def test_channels_are_the_models_whatever_the_images(image, mode, spec, augment):
-    transform = train_transform(spec, augment)
-    assert transform(image.convert(mode)).shape == (spec.channels, spec.size, spec.size)
+    exact = Exact(spec, augment)
+    batch = exact.finish(exact.prepare([image.convert(mode)] * 2))
+    assert batch.shape == (2, spec.channels, spec.size, spec.size)
 
 
 def test_transforms_can_be_sent_to_workers(image):
     transform = pickle.loads(pickle.dumps(eval_transform(SPEC)))
     torch.testing.assert_close(transform(image), eval_transform(SPEC)(image), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_two_channels_are_red_and_green(image, mode):
+    image = image.convert(mode)
+    ours, all_of_it = eval_transform(TWO)(image), eval_transform(SPEC._replace(size=28))(image)
+    torch.testing.assert_close(ours, all_of_it[:2], rtol=0, atol=0)
+    assert ours.is_contiguous()
+    torch.testing.assert_close(pickle.loads(pickle.dumps(eval_transform(TWO)))(image), ours, rtol=0, atol=0)
+
+
+def test_two_channels_of_an_augmented_photo_are_its_red_and_green(image):
+    for seed in range(5):
+        with cpu_seed(seed):
+            ours = train_transform(TWO)(image)
+        with cpu_seed(seed):
+            theirs = by_hand(image, 28)
+        torch.testing.assert_close(ours, theirs[:2], rtol=0, atol=0)

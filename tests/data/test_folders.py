@@ -13,8 +13,9 @@ from PIL import Image
 from torchvision import datasets
 
 from gsdg.batch import ImageSpec
-from gsdg.data.augment import eval_transform
-from gsdg.data.folders import EXTENSIONS, ImageFolders, read_image
+from gsdg.data.augment import Exact, eval_transform
+from gsdg.data.folders import ImageFolders
+from gsdg.data.images import EXTENSIONS, read_image
 from gsdg.data.loader import TrainBatches, evaluate_loader, train_loader
 from gsdg.errors import UserError
 
@@ -147,13 +148,13 @@ def test_a_damaged_image_is_named_with_its_path(tmp_path, how, suffix):
 def test_a_damaged_image_is_named_through_the_loaders(root, how, workers):
     path = damage(save(root / "sketch" / "dog" / "1.jpg", size=64), how)
     dataset = folders(root).read()
-    transform = eval_transform(SPEC)
+    transform = Exact(SPEC, "none")
     every = {name: np.arange(len(domain)) for name, domain in dataset.domains.items()}
     batches = TrainBatches(dataset, every, transform=transform, batch_size=8, seed=0, steps=50)
-    evaluation = evaluate_loader(
-        dataset.domains["sketch"], every["sketch"], transform, batch_size=4, workers=workers, seed=0
-    )
-    for loader in (train_loader(batches, 0, workers), evaluation):
+    here = {"workers": workers, "device": torch.device("cpu"), "memory_format": torch.contiguous_format}
+    transforms = {"sketch": transform}
+    evaluation = evaluate_loader(dataset, {"sketch": every["sketch"]}, transforms, batch_size=4, seed=0, **here)
+    for loader in (train_loader(batches, 0, **here), evaluation):
         with pytest.raises(UserError) as caught:
             list(loader)
         assert str(caught.value).startswith(f"cannot read image {path} ")

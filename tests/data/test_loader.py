@@ -11,13 +11,16 @@ import torch
 from PIL import Image
 
 from gsdg.batch import Batch, ImageSpec
-from gsdg.data.augment import eval_transform, train_transform
+from gsdg.data.augment import Exact
+from gsdg.data.batched import Batched
+from gsdg.data.cache import as_arrays
 from gsdg.data.digits import RotatedDigits
 from gsdg.data.domains import Domain, DomainDataset
 from gsdg.data.loader import TrainBatches, evaluate_loader, train_loader
 from gsdg.errors import UserError
 
 SPEC = ImageSpec(size=20, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
+HERE = {"device": torch.device("cpu"), "memory_format": torch.contiguous_format}
 RAW = ImageSpec(size=1, channels=1, mean=(0.0,), std=(1 / 255,))  # a pixel's value comes out as it went in
 
 
@@ -42,15 +45,26 @@ def every(dataset: DomainDataset) -> dict[str, np.ndarray]:
     return {name: np.arange(len(domain)) for name, domain in dataset.domains.items()}
 
 
-def augmented(dataset: DomainDataset, *, seed: int = 0, sources: tuple[str, ...] = ("0", "75")) -> TrainBatches:
+def augmented(
+    dataset: DomainDataset, *, seed: int = 0, sources: tuple[str, ...] = ("0", "75"), mode: type = Exact
+) -> TrainBatches:
     indices = {name: np.arange(50, 200) for name in sources}
-    transform = train_transform(SPEC, "photos")
-    return TrainBatches(dataset, indices, transform=transform, batch_size=4, seed=seed, steps=6)
+    dataset = as_arrays(dataset, None) if mode is Batched else dataset
+    return TrainBatches(dataset, indices, transform=mode(SPEC, "photos"), batch_size=4, seed=seed, steps=6)
+
+
+def trained_on(batches: TrainBatches, start: int = 0, workers: int = 0) -> list[list[Batch]]:
+    return list(train_loader(batches, start, workers=workers, **HERE))
+
+
+def evaluated(dataset: DomainDataset, indices: dict, transform, *, workers: int = 0, seed: int = 0, size: int = 4):
+    transforms = dict.fromkeys(indices, transform)
+    return list(evaluate_loader(dataset, indices, transforms, batch_size=size, seed=seed, workers=workers, **HERE))
 
 
 def raw(dataset: DomainDataset, **options) -> TrainBatches:
     options = {"batch_size": 32, "seed": 0, "steps": 400, **options}
-    return TrainBatches(dataset, options.pop("indices", every(dataset)), transform=eval_transform(RAW), **options)
+    return TrainBatches(dataset, options.pop("indices", every(dataset)), transform=Exact(RAW, "none"), **options)
 
 
 def values(batch: Batch) -> list[int]:
@@ -66,11 +80,40 @@ def assert_equal(ours, theirs):
             assert torch.equal(a.labels, b.labels)
 
 
+@pytest.mark.parametrize("mode", [Exact, Batched])
 @pytest.mark.parametrize("start", [0, 4])
 @pytest.mark.parametrize("workers", [0, 1, 2])
-def test_neither_workers_nor_the_start_step_change_a_batch(digits, start, workers):
-    batches = augmented(digits)
-    assert_equal(list(train_loader(batches, start, workers)), [batches[step] for step in range(start, 6)])
+def test_neither_workers_nor_the_start_step_change_a_batch(digits, start, workers, mode):
+    batches = augmented(digits, mode=mode)
+    assert_equal(trained_on(batches, start, workers), trained_on(batches)[start:])
+
+
+def test_the_modes_draw_the_same_images_and_the_same_augmentation(digits):
+    exact, batched = trained_on(augmented(digits)), trained_on(augmented(digits, mode=Batched))
+    for left, right in zip(exact, batched, strict=True):
+        for a, b in zip(left, right, strict=True):
+            assert (a.domain, a.labels.tolist()) == (b.domain, b.labels.tolist())
+            assert (a.images - b.images).abs().mean() * 255 * 0.5 < 0.1  # of 255 levels
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("mode", [Exact, Batched])
+def test_images_come_in_the_memory_format_asked_for(digits, mode, layout):
+    device = torch.device("cpu")
+    batches = next(train_loader(augmented(digits, mode=mode), 0, workers=0, device=device, memory_format=layout))
+    assert all(batch.images.is_contiguous(memory_format=layout) for batch in batches)
+    assert all(batch.images.dtype == torch.float32 for batch in batches)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("mode", [Exact, Batched])
+def test_batches_that_come_ahead_on_a_stream_of_their_own_are_the_same(digits, mode):
+    batches = augmented(digits, mode=mode)
+    there = {"device": torch.device("cuda"), "memory_format": torch.contiguous_format}
+    for left, right in zip(train_loader(batches, 0, workers=0, **there), trained_on(batches), strict=True):
+        for a, b in zip(left, right, strict=True):
+            torch.testing.assert_close(a.images.cpu(), b.images, rtol=0, atol=0.5)
+            assert torch.equal(a.labels.cpu(), b.labels)
 
 
 def test_steps_seeds_and_domains_draw_different_batches(marked):
@@ -135,9 +178,8 @@ def test_loading_leaves_the_global_generators_alone(digits, workers):
     torch.manual_seed(3)
     np.random.seed(3)
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()
-    list(train_loader(batches, 0, workers))
-    domain = digits.domains["0"]
-    list(evaluate_loader(domain, np.arange(9), batches.transform, batch_size=4, workers=workers, seed=0))
+    trained_on(batches, workers=workers)
+    evaluated(digits, {"0": np.arange(9)}, batches.transform, workers=workers)
     assert torch.equal(torch.get_rng_state(), before)
     np.testing.assert_array_equal(np.random.get_state()[1], numpy_before)
 
@@ -151,29 +193,39 @@ def test_batches_do_not_depend_on_the_global_generator(digits):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_evaluation_sees_each_image_once_in_order(marked, workers):
-    indices = np.array([9, 2, 62, 4, 50])
-    loader = evaluate_loader(marked.domains["b"], indices, eval_transform(RAW), batch_size=2, workers=workers, seed=0)
-    batches = list(loader)
-    assert [values(batch) for batch in batches] == [[79, 72], [132, 74], [120]]
-    assert [batch.labels.tolist() for batch in batches] == [[0, 0], [2, 0], [1]]
-    assert {batch.domain for batch in batches} == {"b"}
+    indices = {"b": np.array([9, 2, 62, 4, 50]), "a": np.array([], dtype=np.int64), "c": np.array([1])}
+    batches = evaluated(marked, indices, Exact(RAW, "none"), size=2, workers=workers)
+    assert [values(batch) for batch in batches] == [[79, 72], [132, 74], [120], [141]]
+    assert [batch.labels.tolist() for batch in batches] == [[0, 0], [2, 0], [1], [0]]
+    assert [batch.domain for batch in batches] == ["b", "b", "b", "c"]
 
 
 def test_evaluation_of_nothing_yields_nothing(marked):
-    nothing = np.array([], dtype=np.int64)
-    assert not list(evaluate_loader(marked.domains["b"], nothing, eval_transform(RAW), batch_size=2, workers=0, seed=0))
+    assert not evaluated(marked, {"b": np.array([], dtype=np.int64)}, Exact(RAW, "none"))
 
 
-def test_augmented_evaluation_follows_its_seed(digits):
+@pytest.mark.parametrize("mode", [Exact, Batched])
+def test_augmented_evaluation_follows_its_seed(digits, mode):
+    dataset = as_arrays(digits, None) if mode is Batched else digits
+
     def run(seed: int, workers: int) -> torch.Tensor:
-        transform = train_transform(SPEC, "photos")
-        loader = evaluate_loader(
-            digits.domains["0"], np.arange(10), transform, batch_size=4, workers=workers, seed=seed
+        indices = {"0": np.arange(10), "45": np.arange(6)}
+        return torch.cat(
+            [b.images for b in evaluated(dataset, indices, mode(SPEC, "photos"), seed=seed, workers=workers)]
         )
-        return torch.cat([batch.images for batch in loader])
 
     assert torch.equal(run(0, 0), run(0, 2))
     assert not torch.equal(run(0, 0), run(1, 0))
+
+
+def test_class_balanced_sampling_decodes_nothing():
+    def decode(i: int) -> Image.Image:
+        raise AssertionError(f"image {i} was decoded")
+
+    labels = np.array([0] * 9 + [1], dtype=np.int64)
+    dataset = DomainDataset("blind", ["x", "y"], {"a": Domain("a", labels, decode)})
+    drawn = raw(dataset, class_balanced=True)._draw(0, "a")
+    assert 4 < (labels[drawn] == 1).sum() < 28
 
 
 def test_batches_can_be_sent_to_spawned_workers(digits):

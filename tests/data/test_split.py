@@ -26,8 +26,15 @@ def make(sizes: dict[str, int], *, label: int = 0) -> DomainDataset:
     return DomainDataset("toy", ["a", "b"], {name: domain(name, n) for name, n in sizes.items()})
 
 
-def split(target: object = "sketch", *, trial_seed: int = 0, holdout_fraction: float = 0.2) -> Split:
-    return Split(target=target, trial_seed=trial_seed, holdout_fraction=holdout_fraction)
+def split(target: object = "sketch", *, trial_seed: int = 0, holdout_fraction: float = 0.2, **more) -> Split:
+    return Split(target=target, trial_seed=trial_seed, holdout_fraction=holdout_fraction, **more)
+
+
+def cut(keys: list[int], n: int, seed: int) -> tuple[list[int], list[int]]:
+    """The first n of `keys` after a shuffle of their places, and the rest: how DomainBed splits a split again."""
+    places = list(range(len(keys)))
+    np.random.RandomState(seed).shuffle(places)
+    return [keys[place] for place in places[:n]], [keys[place] for place in places[n:]]
 
 
 @pytest.mark.parametrize(("trial", "seeds"), GOLDEN_SEEDS)
@@ -112,3 +119,35 @@ def test_sources_keep_the_data_sets_order():
 def test_bad_targets_are_refused_with_what_is_valid(target, message):
     with pytest.raises(UserError, match=message):
         split(target).check(list(PACS))
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.29])
+def test_a_targets_uda_is_domainbeds_second_cut_with_the_same_seed(fraction):
+    parts = split(["photo", "sketch"], trial_seed=2, uda_fraction=fraction).parts(make(PACS))
+    for i, (name, n) in enumerate(PACS.items()):
+        out, inside = cut(list(range(n)), int(n * 0.2), seed_hash(2, i))
+        assert parts[name]["out"].tolist() == out
+        if name in ("photo", "sketch"):
+            uda, inside = cut(inside, int(len(inside) * fraction), seed_hash(2, i))
+            assert parts[name]["uda"].tolist() == uda
+        assert parts[name]["in"].tolist() == inside
+        assert parts[name].keys() == ({"in", "out", "uda"} if name in ("photo", "sketch") else {"in", "out"})
+        assert {indices.dtype for indices in parts[name].values()} == {np.dtype(np.int64)}
+
+
+def test_there_is_no_uda_unless_it_is_asked_for():
+    for parts in (split().parts(make(PACS)), split(uda_fraction=0.0).parts(make(PACS))):
+        assert all(parts[name].keys() == {"in", "out"} for name in PACS)
+        inside, _ = holdout(PACS["sketch"], 0.2, seed_hash(0, 3))
+        np.testing.assert_array_equal(parts["sketch"]["in"], inside)
+
+
+def test_uda_may_come_out_empty_and_then_nothing_is_missing_from_in():
+    parts = split("b", uda_fraction=0.05).parts(make({"a": 20, "b": 20}))["b"]
+    assert [len(parts[part]) for part in ("out", "in", "uda")] == [4, 16, 0]
+
+
+@pytest.mark.parametrize("fraction", [1, 1.5, -0.1, float("nan")])
+def test_a_uda_fraction_outside_0_to_1_is_refused(fraction):
+    with pytest.raises(UserError, match=r"uda_fraction=.*must leave images of the target.*Valid: 0 <= fraction < 1"):
+        split(uda_fraction=fraction)

@@ -103,7 +103,8 @@ def test_head_none_may_use_every_feature_as_a_class():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"mean": [0.5]}, r"want a number a channel, 1 .* or 3 .*, found \[0.5\]"),
+        ({"mean": [0.5]}, r"want a number a channel, 1 .* 2 .* or 3 .*, found \[0.5\]"),
+        ({"mean": [0.5] * 4, "std": [1.0] * 4}, "want a number a channel"),
         ({"std": [1.0, 1.0]}, "want a number a channel"),
         ({"std": [1.0, 0.0, 1.0]}, "model.std wants positive numbers"),
         ({"size": 0}, "model.image_size"),

@@ -49,3 +49,47 @@ def test_convnet_takes_a_file_and_has_no_imagenet_weights(tmp_path):
     assert torch.equal(first.featurize(batch), second.featurize(batch))
     with pytest.raises(UserError, match="no ImageNet weights"):
         convnet(classes=10, weights="imagenet", **SETTINGS)
+
+
+def test_convnet_looks_at_as_many_channels_as_it_is_told():
+    torch.manual_seed(0)
+    featurizer, features = ours.convnet(None, channels=2)
+    assert featurizer[0].weight.shape[:2] == (32, 2)
+    batch = torch.rand(4, 2, 28, 28)
+    assert featurizer(batch).shape == (4, features) == (4, 64)
+    for channel in range(2):
+        without = batch.clone()
+        without[:, channel] = 0
+        assert not torch.allclose(featurizer(without), featurizer(batch))
+
+
+def test_convnet_without_a_number_of_channels_is_grey_and_its_weights_fit_no_other(tmp_path):
+    featurizer, _ = ours.convnet(None)
+    assert featurizer[0].weight.shape[1] == 1
+    torch.save(featurizer.state_dict(), tmp_path / "grey.pth")
+    with pytest.raises(UserError, match=r"0.weight \(32, 1, 3, 3\) instead of \(32, 2, 3, 3\)"):
+        ours.convnet(str(tmp_path / "grey.pth"), channels=2)
+
+
+@pytest.mark.parametrize("channels", [0, 4, -1])
+def test_convnet_refuses_other_channels(channels):
+    with pytest.raises(UserError, match=rf"model\.backbone\.channels={channels}: .*Valid: 1, 2, 3"):
+        ours.convnet(None, channels=channels)
+
+
+def test_a_classifier_of_two_channels_learns_a_colour_and_asks_for_red_and_green():
+    torch.manual_seed(0)
+    backbone = partial(ours.convnet, channels=2)
+    settings = SETTINGS | {"mean": [0.0, 0.0], "std": [1.0, 1.0]}
+    model = ours.Classifier(backbone=backbone, classes=2, weights=None, **settings)
+    assert model.spec == ImageSpec(28, 2, (0.0, 0.0), (1.0, 1.0))
+    labels = torch.arange(16) % 2
+    batch = torch.zeros(16, 2, 28, 28)
+    batch[torch.arange(16), labels] = torch.rand(16, 28, 28)
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(20):
+        optimizer.zero_grad()
+        loss = cross_entropy(model(batch), labels)
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1
