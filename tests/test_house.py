@@ -79,3 +79,8 @@ finally:
     assert "torch" not in sys.modules, "torch was imported"
 """
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, capture_output=True)
+
+
+def test_looking_at_data_on_disk_does_not_import_torch():
+    code = "import sys, gsdg.data.__main__ as data; data.options(['verify', 'pacs']); assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, capture_output=True)

@@ -10,9 +10,14 @@ import torch
 from helpers import REPOSITORY
 from torch import nn
 
+from gsdg.data import __main__ as data_commands
+
 README = (REPOSITORY / "README.md").read_text()
 JOINED = README.replace("\\\n", " ")
 COMMANDS = [line.split("#")[0].strip() for line in JOINED.splitlines() if line.startswith("    python launch.py")]
+DATA_COMMANDS = [
+    line.split("#")[0].strip() for line in README.splitlines() if line.startswith("    python -m gsdg.data")
+]
 FLAGS = README.split("## From the release's command line")[1].split("\n## ")[0]
 OVERRIDES = [
     code
@@ -33,6 +38,12 @@ def test_a_command_composes(compose, command):
     compose(*first_values(command))
 
 
+@pytest.mark.parametrize("command", DATA_COMMANDS)
+def test_a_data_command_parses_and_composes(command):
+    options = data_commands.options(shlex.split(command)[3:])
+    assert data_commands.composed(options).data_dir == "/data"
+
+
 @pytest.mark.parametrize("override", OVERRIDES)
 def test_a_translated_flag_is_a_real_override(compose, override):
     compose("dataset=pacs", *override.replace("=D", "=/data").split())
@@ -42,6 +53,7 @@ def test_the_table_of_flags_was_found():
     assert "algorithm.n_parts=10" in OVERRIDES
     assert "model.head=none" in OVERRIDES
     assert len(COMMANDS) >= 5
+    assert len(DATA_COMMANDS) >= 4
 
 
 def test_the_lines_for_ones_own_loop_train():

@@ -19,7 +19,6 @@ from torch import Tensor
 from torchvision import transforms as T
 
 from gsdg.batch import ImageSpec
-from gsdg.errors import UserError
 
 CROP_SCALE, CROP_RATIO = (0.7, 1.0), (3 / 4, 4 / 3)  # share of the area, width / height
 JITTER = (0.3, 0.3, 0.3, 0.3)  # brightness, contrast, saturation, hue
@@ -42,7 +41,7 @@ class Exact:
     """
 
     def __init__(self, spec: ImageSpec, augment: str) -> None:
-        check_augment(augment)
+        assert augment in ("photos", "none"), augment
         self.transform = train_transform(spec) if augment == "photos" else eval_transform(spec)
 
     def prepare(self, images: Sequence[Image.Image]) -> Tensor:
@@ -50,11 +49,6 @@ class Exact:
 
     def finish(self, prepared: Tensor) -> Tensor:
         return prepared
-
-
-def check_augment(augment: str) -> None:
-    if augment not in ("photos", "none"):
-        raise UserError(f"dataset.augment={augment} is unknown. Valid: photos, none.")
 
 
 def train_transform(spec: ImageSpec) -> Callable[[Image.Image], Tensor]:

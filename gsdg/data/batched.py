@@ -23,7 +23,7 @@ from torch import Tensor
 from torchvision import transforms as T
 
 from gsdg.batch import ImageSpec
-from gsdg.data.augment import CROP_RATIO, CROP_SCALE, GREY_PROBABILITY, JITTER, check_augment
+from gsdg.data.augment import CROP_RATIO, CROP_SCALE, GREY_PROBABILITY, JITTER
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # torchvision's numbering
 
@@ -67,7 +67,7 @@ class Batched:
     """The transform of one domain, cut in two: `prepare` on the host, `finish` where the model is."""
 
     def __init__(self, spec: ImageSpec, augment: str) -> None:
-        check_augment(augment)
+        assert augment in ("photos", "none"), augment
         self.spec = spec
         self.photos = augment == "photos"
 
@@ -223,8 +223,11 @@ def grey(images: Tensor) -> Tensor:
 
 def mean_grey(own: Tensor) -> Tensor:
     """[B, 1, 1, 1]: the mean to the nearest whole number; whole numbers are summed, so in any order the same."""
-    total = own.sum(3, keepdim=True).sum(2, keepdim=True, dtype=torch.int64)  # a row's sum is below 2**24
-    return total.div(own[0].numel()).add_(0.5).floor_()
+    total, n = (
+        own.sum(3, keepdim=True).sum(2, keepdim=True, dtype=torch.int64),
+        own[0].numel(),
+    )  # a row is exact in float32
+    return (2 * total + n).div(2 * n, rounding_mode="floor").to(own.dtype)
 
 
 def turn_hue(images: Tensor, shift: Tensor | float) -> Tensor:

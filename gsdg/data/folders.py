@@ -16,11 +16,12 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from gsdg.data.augment import check_augment
 from gsdg.data.cache import Cache
 from gsdg.data.domains import Domain, DomainDataset
 from gsdg.data.images import EXTENSIONS, read_image
-from gsdg.errors import UserError, listing
+from gsdg.errors import UserError, check_literal, listing
+
+Augment = Literal["photos", "none"]
 
 
 class ImageFolders:
@@ -40,12 +41,12 @@ class ImageFolders:
         name: str,
         root: str,
         domains: Sequence[str] | None,
-        augment: Literal["photos", "none"],
+        augment: Augment,
         cache: str = "auto",
         short_side: int = 256,
         data_dir: str,
     ) -> None:
-        check_augment(augment)
+        check_literal("dataset.augment", augment, Augment)
         self.name = name
         self.augment = augment
         self.data_dir = Path(data_dir).expanduser().absolute()
