@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 from functools import partial
 
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from gsdg.batch import Batch, ImageSpec
+from gsdg.data import loader
 from gsdg.data.augment import Exact
 from gsdg.data.batched import Batched
 from gsdg.data.cache import as_arrays
@@ -114,6 +116,41 @@ def test_batches_that_come_ahead_on_a_stream_of_their_own_are_the_same(digits, m
         for a, b in zip(left, right, strict=True):
             torch.testing.assert_close(a.images.cpu(), b.images, rtol=0, atol=0.5)
             assert torch.equal(a.labels.cpu(), b.labels)
+
+
+class FakeStream:
+    """Stands in for torch.cuda.Stream where there is no GPU: it only says what was asked of it, and when."""
+
+    def __init__(self, said: list) -> None:
+        self.said = said
+
+    def record_event(self) -> str:
+        return f"event after {self.said[-1]}"
+
+    def wait_event(self, event: str) -> None:
+        self.said.append(f"wait for {event}")
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_one_batch_is_finished_ahead_and_the_model_waits_for_its_own(monkeypatch, count):
+    """The order of events on CUDA, with a stand-in for its streams; the real ones are in the test before."""
+    said = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream(said))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: FakeStream(said))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: said.append("kept"))
+
+    def finish(batches: list[Batch]) -> list[Batch]:
+        said.append(f"finish {batches[0].domain}")
+        return batches
+
+    prepared = [[Batch(torch.zeros(1), torch.zeros(1), str(i))] for i in range(count)]
+    for batches in loader._ahead(iter(prepared), finish, torch.device("cuda")):
+        said.append(f"train on {batches[0].domain}")
+    waits = [[f"wait for event after finish {i}", "kept", "kept", f"train on {i}"] for i in range(count)]
+    ahead = [[f"finish {i + 1}"] if i + 1 < count else [] for i in range(count)]
+    expected = ["finish 0"] * (count > 0) + [word for a, w in zip(ahead, waits, strict=True) for word in (*a, *w)]
+    assert said == expected
 
 
 def test_steps_seeds_and_domains_draw_different_batches(marked):
