@@ -95,6 +95,7 @@ def prepare(raw: DictConfig) -> Plan:
     split.check(source.domains)
     config["dataset"]["domains"], config["split"]["target"] = list(source.domains), split.targets
     check_channels(config["model"], source)
+    check_stored_size(config)
     try_optimizer(config["optimizer"])
     algorithm, trainer = build(config["algorithm"]), build(config["trainer"])
     return Plan(config, choose_device(config["device"]), source, split, algorithm, trainer)
@@ -111,6 +112,16 @@ def check_channels(model: dict, source: object) -> None:
         f"model={model['name']} looks at {looks_at} of 3 colour channels, dataset={source.name} has "
         f"{kinds[source.channels]}.\nChoose a model that takes them: model={fitting[source.channels]}."
     )
+
+
+def check_stored_size(config: dict) -> None:
+    """UserError where the cache would keep less of an image than the model looks at."""
+    short_side, size = config["dataset"].get("short_side"), config["model"]["image_size"]
+    if config["trainer"]["transform"] == "batched" and short_side is not None and short_side < size:
+        raise UserError(
+            f"dataset.short_side={short_side}: images would be stored smaller than model.image_size={size}.\n"
+            f"Set dataset.short_side={-(-size * 8 // 7)}: a random crop is then still as large as the model's images."
+        )
 
 
 def resolved(raw: DictConfig) -> dict:

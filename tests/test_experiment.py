@@ -240,3 +240,12 @@ def test_where_decoded_images_lie_is_not_part_of_a_run(compose, tmp_path):
         )
     }
     assert len(ids) == 1
+
+
+def test_images_are_not_stored_smaller_than_the_model_looks_at_them(compose, tmp_path):
+    data = ("dataset=image_folder", f"dataset.root={photos(tmp_path / 'photos')}", "split.target=b")
+    model = ("model=resnet18", "model.weights=null", "model.image_size=384")
+    prepare(compose(*data, *model))  # exact: nothing is stored
+    with pytest.raises(UserError, match=r"short_side=256: .*image_size=384\.\nSet dataset\.short_side=439"):
+        prepare(compose(*data, *model, "trainer.transform=batched"))
+    prepare(compose(*data, *model, "trainer.transform=batched", "dataset.short_side=439"))
