@@ -65,13 +65,13 @@ def test_evaluation_leaves_the_training_mode_as_it_was():
     assert algorithm.training
 
 
-@pytest.mark.parametrize(("step", "same"), [(5, True), (6, False)])
-def test_augmented_evaluation_sees_the_same_pixels_at_the_same_step(step, same):
+@pytest.mark.parametrize(("step", "seed", "same"), [(5, 0, True), (6, 0, False), (5, 1, False)])
+def test_augmented_evaluation_sees_the_same_pixels_at_the_same_step_of_the_same_seed(step, seed, same):
     random = Exact(SPEC, "photos")
     shown = []
-    for at in (5, step):
+    for at, own in ((5, 0), (step, seed)):
         algorithm = AlwaysThree()
-        evaluator({"0": {"out": np.arange(10)}}, random)(algorithm, at)
+        evaluator({"0": {"out": np.arange(10)}}, random, own)(algorithm, at)
         shown.append(torch.cat(algorithm.seen))
     assert torch.equal(*shown) == same
 

@@ -255,6 +255,11 @@ def test_augmented_evaluation_follows_its_seed(digits, mode):
     assert not torch.equal(run(0, 0), run(1, 0))
 
 
+def test_every_batch_of_an_augmented_evaluation_draws_for_itself(digits):
+    twice = evaluated(digits, {"0": np.array([7, 7])}, Exact(SPEC, "photos"), size=1)
+    assert not torch.equal(twice[0].images, twice[1].images)
+
+
 def test_class_balanced_sampling_decodes_nothing():
     def decode(i: int) -> Image.Image:
         raise AssertionError(f"image {i} was decoded")
