@@ -9,8 +9,10 @@ import torch
 from helpers import SMALL, only_run, photos, records_without_time, status
 
 from gsdg.algorithms import GradSurgery
+from gsdg.data.cache import as_arrays
+from gsdg.environment import usable_cores
 from gsdg.errors import UserError
-from gsdg.experiment import prepare, run
+from gsdg.experiment import needed_workers, prepare, run
 from gsdg.runs import run_id
 from gsdg.trainer import NonFinite, Trainer
 
@@ -249,3 +251,20 @@ def test_images_are_not_stored_smaller_than_the_model_looks_at_them(compose, tmp
     with pytest.raises(UserError, match=r"short_side=256: .*image_size=384\.\nSet dataset\.short_side=439"):
         prepare(compose(*data, *model, "trainer.transform=batched"))
     prepare(compose(*data, *model, "trainer.transform=batched", "dataset.short_side=439"))
+
+
+def test_processes_are_started_where_images_are_decoded_and_nowhere_else(compose, tmp_path):
+    def workers(*overrides: str) -> int:
+        plan = prepare(compose("device=cpu", *overrides))
+        dataset = plan.source.read()
+        if plan.trainer.transform == "batched":
+            dataset = as_arrays(dataset, plan.source.cache)
+        return needed_workers(plan.trainer, dataset)
+
+    root = photos(tmp_path / "photos")
+    tree = ("dataset=image_folder", f"dataset.root={root}", "split.target=b", "model=resnet18", "model.weights=null")
+    assert workers("split.target=15") == 0  # in memory
+    assert workers(*tree) == usable_cores()
+    assert workers(*tree, "trainer.transform=batched") == 0  # decoded once
+    assert workers(*tree, "trainer.transform=batched", "dataset.cache=off") == usable_cores()
+    assert workers("split.target=15", "trainer.workers=3") == 3
