@@ -148,6 +148,14 @@ def test_one_by_one_and_all_at_once_agree_on_the_colours():
     assert torch.equal(jitter(images.clone(), staged.colours), torch.cat(one_by_one))
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_batch_may_be_so_small_that_an_operation_comes_to_nobody(count):
+    for seed in range(8):
+        exact, staged = both("photos", photos([(64, 64)] * count, seed=seed), seed=seed)
+        for way in (Batched.finish, together):
+            assert levels(way(Batched(SPEC, "photos"), staged), exact).mean() < 0.1
+
+
 def test_both_ways_resize_alike():
     arrays = photos()
     staged = Batched(SPEC, "none").prepare(arrays)
