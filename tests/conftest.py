@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -24,6 +25,17 @@ def pacs_root() -> Path:
     if not root.is_dir():
         pytest.skip(f"real PACS images are not at {root} (set GSDG_TEST_PACS)")
     return root.parent
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A real file system of 4 MiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], capture_output=True).returncode:
+        pytest.skip("cannot mount a small file system here (needs root)")
+    yield place
+    subprocess.run(["umount", "--recursive", str(place)], check=True)
 
 
 @pytest.fixture(autouse=True)

@@ -20,7 +20,6 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -32,14 +31,12 @@ from PIL import Image, features
 
 from gsdg.data.domains import Domain
 from gsdg.data.images import faults_named, open_image, stored_size
-from gsdg.data.progress import Progress
-from gsdg.environment import usable_cores
+from gsdg.data.progress import in_parallel
 from gsdg.errors import UserError
 from gsdg.runs import read_json, write_json
 
 log = logging.getLogger(__name__)
 FORMAT = 1
-BLOCK = 1024  # images handed to the threads at a time
 RESERVE = 2**30  # bytes of a disk that are left free, or a twentieth of a small one
 
 
@@ -101,7 +98,7 @@ def shrunk(image: Image.Image, short_side: int | None) -> np.ndarray:
 
 def inspected(domain: Domain) -> list[File]:
     """Digest and size of every image, without decoding one. UserError as `build`'s."""
-    return _in_parallel(_inspect, domain.files, f"reading {domain.name}")
+    return _each(_inspect, domain.files, f"reading {domain.name}")
 
 
 def _inspect(path: str) -> File:
@@ -137,7 +134,7 @@ def _fill(part: Path, domain: Domain, files: Sequence[File], shapes: np.ndarray,
             image = _decoded(domain.files[index], files[index].digest)
             placed(pixels, shapes, begins, index)[:] = shrunk(image, short_side)
 
-    _in_parallel(store, range(len(files)), f"decoding {domain.name}")
+    _each(store, range(len(files)), f"decoding {domain.name}")
     pixels.flush()
     np.save(part / "shapes.npy", shapes)
     about = {"domain": domain.name, "images": len(files), "bytes": len(pixels), "content": content(files)}
@@ -161,18 +158,14 @@ def _publish(part: Path, folder: Path) -> None:
             raise
 
 
-def _in_parallel(function: Callable, items: Sequence, what: str) -> list:
-    """[function(item) ..] by threads: Pillow and hashlib let go of the interpreter's lock. All faults in one error."""
-    done, faults = [], []
-    with ThreadPoolExecutor(usable_cores()) as pool, Progress(what, len(items), "images") as progress:
-        for start in range(0, len(items), BLOCK):
-            for result in pool.map(partial(_caught, function), items[start : start + BLOCK]):
-                (faults if isinstance(result, UserError) else done).append(result)
-                progress.add(1)
+def _each(function: Callable, items: Sequence, what: str) -> list:
+    """[function(item) ..], by threads; all faults in one error."""
+    results = list(in_parallel(partial(_caught, function), items, what))
+    faults = [result for result in results if isinstance(result, UserError)]
     if faults:
         more = f"\n... and {len(faults) - 5} more: python -m gsdg.data verify lists them." if len(faults) > 5 else ""
         raise UserError("\n".join(str(fault) for fault in faults[:5]) + more)
-    return done
+    return results
 
 
 def _caught(function: Callable, item: object) -> object:

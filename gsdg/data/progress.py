@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TextIO
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TextIO
+
+from gsdg.environment import usable_cores
 
 TERMINAL, LOG = 0.2, 10.0  # seconds between lines
+BLOCK = 1024  # images handed to the threads at a time: half a million futures would take more memory than the images
 
 
 class Progress:
@@ -44,3 +49,12 @@ class Progress:
 
     def _shown(self, amount: int) -> str:
         return f"{amount / 1e6:,.1f}" if self.unit == "MB" else f"{amount:,}"
+
+
+def in_parallel(function: Callable[[Any], Any], items: Sequence, what: str) -> Iterator:
+    """function(item) of each image, in their order, by threads: Pillow and hashlib let go of the interpreter's lock."""
+    with ThreadPoolExecutor(usable_cores()) as pool, Progress(what, len(items), "images") as progress:
+        for start in range(0, len(items), BLOCK):
+            for result in pool.map(function, items[start : start + BLOCK]):
+                progress.add(1)
+                yield result

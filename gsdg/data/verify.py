@@ -11,19 +11,17 @@ import hashlib
 import io
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
 from gsdg.data.folders import ImageFolders, folders_in, images_in
 from gsdg.data.images import UNREADABLE, open_image, reason
-from gsdg.data.progress import Progress
+from gsdg.data.progress import in_parallel
 from gsdg.data.published import PUBLISHED, Counts, count_faults
 from gsdg.errors import UserError, listing
 
-BLOCK = 1024  # images handed to the threads at a time: half a million futures would take more memory than the images
 LINES, COLUMNS, MOST, NAMED = 24, 100, 5, 3  # of a report; entries per kind of fault; examples in a note
 
 
@@ -78,22 +76,13 @@ def verify(source: object) -> Report:
     labels = {domain: folders_in(source.root / domain) for domain in there}
     paths = {(domain, label): images_in(source.root / domain / label) for domain in there for label in labels[domain]}
     images = [path for own in paths.values() for path in own]
-    files = list(_read_all(source.name, source.root, images))
+    files = list(in_parallel(partial(_read, source.root), images, source.name))
     counts = {domain: {label: len(paths[domain, label]) for label in labels[domain]} for domain in there}
     report = Report(source.name, source.root, counts, files)
     _judge_folders(report, source.domains, found)
     _judge_files(report)
     _note_others(report, set(images))
     return report
-
-
-def _read_all(name: str, root: Path, paths: list[str]) -> Iterator[File]:
-    """Every file in the order given, by threads: Pillow and hashlib let go of the interpreter's lock."""
-    with ThreadPoolExecutor() as pool, Progress(name, len(paths), "images") as progress:
-        for start in range(0, len(paths), BLOCK):
-            for file in pool.map(partial(_read, root), paths[start : start + BLOCK]):
-                progress.add(1)
-                yield file
 
 
 def _read(root: Path, path: str) -> File:

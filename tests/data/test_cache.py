@@ -68,16 +68,6 @@ def root(tmp_path: Path) -> Path:
     return tree(tmp_path / "data" / "toy")
 
 
-@pytest.fixture
-def disk(tmp_path: Path):
-    """A real file system of 4 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount("-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place))
-    yield place
-    subprocess.run(["umount", "--recursive", str(place)], check=True)
-
-
 def mount(*arguments: str) -> None:
     if subprocess.run(["mount", *arguments], capture_output=True).returncode:
         pytest.skip("cannot mount file systems here (needs root)")
@@ -214,11 +204,11 @@ def test_a_set_in_memory_becomes_arrays_without_a_cache():
 
 
 def test_images_are_handled_several_at_once_and_kept_in_order(monkeypatch):
-    monkeypatch.setattr(cache_build, "usable_cores", lambda: 2)
+    monkeypatch.setattr(progress, "usable_cores", lambda: 2)
     barrier = threading.Barrier(2)  # which nobody passes alone
-    cache_build._in_parallel(lambda _: barrier.wait(timeout=20), range(2), "x")
-    many = range(2 * cache_build.BLOCK + 3)
-    assert cache_build._in_parallel(lambda i: i, many, "x") == list(many)
+    cache_build._each(lambda _: barrier.wait(timeout=20), range(2), "x")
+    many = range(2 * progress.BLOCK + 3)
+    assert cache_build._each(lambda i: i, many, "x") == list(many)
 
 
 def test_progress_is_shown_of_reading_and_of_decoding(root, capsys, monkeypatch):

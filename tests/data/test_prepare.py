@@ -297,17 +297,6 @@ def test_a_data_dir_that_cannot_be_made_is_said(given, tmp_path):
         ready(tmp_path / "file" / "data", given)
 
 
-@pytest.fixture
-def disk(tmp_path):
-    """A real file system of 4 MB."""
-    mount = tmp_path / "disk"
-    mount.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(mount)], capture_output=True).returncode:
-        pytest.skip("cannot mount a small file system here (needs root)")
-    yield mount
-    subprocess.run(["umount", str(mount)], check=True)
-
-
 def test_a_read_only_data_dir_is_said(given, disk):
     subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
     with pytest.raises(UserError, match=r"cannot write in .*disk: Read-only file system\. Set data_dir="):

@@ -18,8 +18,9 @@ from PIL import Image
 
 from gsdg.data.digits import RotatedDigits
 from gsdg.data.folders import ImageFolders
+from gsdg.data.progress import BLOCK
 from gsdg.data.published import PUBLISHED, Edition
-from gsdg.data.verify import BLOCK, COLUMNS, LINES, verify
+from gsdg.data.verify import COLUMNS, LINES, verify
 from gsdg.errors import UserError
 
 DOMAINS = {"name": "pacs", "domains": ["art_painting", "cartoon", "photo", "sketch"]}
