@@ -149,8 +149,9 @@ def _known(root: Path, seen: str, short_side: int) -> Path | None:
 
 
 def _candidates(beside: Path) -> list[Path]:
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return [beside.parent / ".gsdg_cache", home / "gsdg"]
+    """Beside the data set; then at home, where the user has one: in a container he may not."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    return [beside.parent / ".gsdg_cache", *([home / "gsdg"] if home.is_absolute() else [])]
 
 
 def _writable(folders: Sequence[Path]) -> Path:

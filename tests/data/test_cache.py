@@ -370,6 +370,19 @@ def test_a_folder_may_be_below_the_home_folder(root, tmp_path, monkeypatch):
     assert not (root.parent / ".gsdg_cache").exists()
 
 
+def test_a_user_without_a_home_has_his_cache_beside_the_data(root, monkeypatch):
+    """As in a container that runs under a number nobody has; the missing entry of the user is a stand-in."""
+
+    def nobody(number: int) -> None:
+        raise KeyError(number)
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", nobody)
+    check(opened(root), root)
+    assert len(finished(root.parent / ".gsdg_cache")) == 1
+
+
 def test_auto_goes_home_where_beside_the_data_nothing_can_be_written(disk, home, caplog):
     root = tree(disk / "toy")
     mount("-o", "remount,ro", str(disk))
