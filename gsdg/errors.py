@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from typing import get_args
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OSError: nothing more can be written
 
 
 class UserError(ValueError):

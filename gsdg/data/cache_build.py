@@ -12,7 +12,6 @@ Files that change without changing size or modification time may go unnoticed; s
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
 import json
@@ -32,7 +31,7 @@ from PIL import Image, features
 from gsdg.data.domains import Domain
 from gsdg.data.images import faults_named, open_image, stored_size
 from gsdg.data.progress import in_parallel
-from gsdg.errors import UserError
+from gsdg.errors import DISK_FULL, UserError
 from gsdg.runs import read_json, write_json
 
 log = logging.getLogger(__name__)
@@ -200,7 +199,7 @@ def _room_refused(folder: Path, needed: int, domain: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in DISK_FULL:
             raise
         raise _no_room(folder, needed, domain, shutil.disk_usage(folder).free) from error
 

@@ -15,6 +15,16 @@ convnet = partial(ours.Classifier, backbone=ours.convnet)
 SETTINGS = {"freeze_bn": False, "dropout": 0.0, "head": "linear", "image_size": 28, "mean": [0.0], "std": [1.0]}
 
 
+def loss_after(steps: int, model: nn.Module, batch: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = cross_entropy(model(batch), labels)
+        loss.backward()
+        optimizer.step()
+    return loss
+
+
 def test_convnet_is_small_and_treats_every_image_alone():
     model = convnet(classes=10, weights=None, **SETTINGS)
     batch = torch.randn(3, 1, 28, 28)
@@ -27,18 +37,12 @@ def test_convnet_is_small_and_treats_every_image_alone():
 def test_convnet_learns_where_a_bright_bar_stands():
     torch.manual_seed(0)
     model = convnet(classes=4, weights=None, **SETTINGS)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     labels = torch.arange(32) % 4
     batch = 0.1 * torch.randn(32, 1, 28, 28)
     for image, label in zip(batch, labels.tolist(), strict=True):  # vertical or horizontal, thin or thick
         bar = slice(10, 12 if label < 2 else 18)
         image[0][(bar, slice(None)) if label % 2 else (slice(None), bar)] += 1
-    for _ in range(30):
-        optimizer.zero_grad()
-        loss = cross_entropy(model(batch), labels)
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.1
+    assert loss_after(30, model, batch, labels) < 0.1
 
 
 def test_convnet_takes_a_file_and_has_no_imagenet_weights(tmp_path):
@@ -86,10 +90,4 @@ def test_a_classifier_of_two_channels_learns_a_colour_and_asks_for_red_and_green
     labels = torch.arange(16) % 2
     batch = torch.zeros(16, 2, 28, 28)
     batch[torch.arange(16), labels] = torch.rand(16, 28, 28)
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(20):
-        optimizer.zero_grad()
-        loss = cross_entropy(model(batch), labels)
-        loss.backward()
-        optimizer.step()
-    assert loss < 0.1
+    assert loss_after(20, model, batch, labels) < 0.1

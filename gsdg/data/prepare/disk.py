@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gsdg.errors import UserError
+from gsdg.errors import DISK_FULL, UserError
 
-FULL = (errno.ENOSPC, errno.EDQUOT)
 REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
 
 
@@ -84,7 +83,7 @@ def _open(path: Path) -> int:
 
 def _explained(error: OSError, final: Path) -> UserError | None:
     """What the disk refuses, as a message; None for anything else, which is a bug."""
-    if error.errno in FULL:
+    if error.errno in DISK_FULL:
         return UserError(
             f"no space left for {final}: {mega(free(final.parent))} MB are free. "
             "Free some, or set data_dir=... to another disk. Nothing was put in place."

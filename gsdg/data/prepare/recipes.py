@@ -15,6 +15,7 @@ from gsdg.data.prepare.disk import Unusable
 from gsdg.data.prepare.mnist import Mnist
 from gsdg.data.prepare.sources import Item, Source, drive, hub
 from gsdg.data.prepare.trees import Spellings, copy_tree, count, described, files, find_tree
+from gsdg.data.published import count_faults
 from gsdg.errors import UserError, listing
 
 
@@ -70,8 +71,6 @@ class Images:
         return set(lists[0].read_text().split())
 
     def inspect(self, name: str, tree: Path) -> tuple[str, list[str]]:
-        from gsdg.data.published import count_faults
-
         counts = count(tree)
         totals = {domain: sum(labels.values()) for domain, labels in counts.items()}
         every = sorted({label for labels in counts.values() for label in labels})

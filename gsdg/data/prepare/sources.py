@@ -10,9 +10,9 @@ from pathlib import Path
 from types import ModuleType
 
 from gsdg.data.prepare.archives import is_archive
-from gsdg.data.prepare.disk import FULL, check_space, mega
+from gsdg.data.prepare.disk import check_space, mega
 from gsdg.data.prepare.download import DownloadError, fetch
-from gsdg.errors import UserError
+from gsdg.errors import DISK_FULL, UserError
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def with_errors(library: str, action: Callable[[], object]) -> None:
     try:
         action()
     except Exception as error:
-        if isinstance(error, OSError) and error.errno in FULL:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
             raise
         raise DownloadError(f"{library}: {' '.join(str(error).split())[:400] or type(error).__name__}") from error
 
