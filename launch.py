@@ -6,22 +6,32 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 import hydra
+from hydra.core.hydra_config import HydraConfig
 
-from gsdg.errors import explain
-from gsdg.sweeps import SweepCallback, noted_runs
+from gsdg.errors import UserError, explain
+from gsdg.sweep.callback import SweepCallback, note_run, noted_runs
 
-CONF = "conf" if (Path(__file__).parent / "conf").is_dir() else "pkg://gsdg.conf"  # beside this file, or installed
+BESIDE = Path(__file__).parent / "conf"
+CONF = str(BESIDE) if BESIDE.is_dir() else "pkg://gsdg.conf"  # of a checkout, or installed
 
 
 @hydra.main(version_base="1.3", config_path=CONF, config_name="config")
 def job(config) -> None:
-    from gsdg.experiment import run  # imports torch: not while composing
+    from gsdg.experiment import prepare, run  # imports torch: not while composing
 
-    run(config)
+    hydra_config = HydraConfig.get()
+    sweeping = hydra_config.mode.name == "MULTIRUN"
+    if not sweeping and (launcher := hydra_config.runtime.choices["hydra/launcher"]) != "basic":
+        raise UserError(f"hydra/launcher={launcher} without -m: Hydra would run it here. Add -m, for a single run too.")
+    plan = prepare(config)
+    if sweeping:
+        note_run(Path(hydra_config.runtime.output_dir), plan.run_id)
+    run(plan)
 
 
 def main() -> None:
@@ -30,6 +40,11 @@ def main() -> None:
     failure = None
     try:
         job()
+    except KeyboardInterrupt:
+        if traceback_wanted:
+            raise
+        print("interrupted: the same command again goes on from what was saved", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except Exception as error:
         failure = error
     if SweepCallback.folder and (runs := noted_runs(SweepCallback.folder)):

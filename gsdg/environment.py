@@ -1,7 +1,9 @@
-"""Where a run is made: versions, commit, host, cores. Standard library only."""
+"""Where a run is made, and with what: code, versions, host, cores. Standard library only."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import platform
 import socket
@@ -12,7 +14,10 @@ from importlib import metadata
 from pathlib import Path
 
 from gsdg import __version__
+from gsdg.owner import slurm_job
 
+PACKAGE = Path(__file__).parent
+NOT_CODE = ("__pycache__", ".ipynb_checkpoints")
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "hydra-core", "omegaconf")
 
 
@@ -21,13 +26,31 @@ def environment() -> dict:
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "gsdg": __version__,
-        **git_state(Path(__file__).parent),
+        **code_state(),
         "python": platform.python_version(),
         "packages": {name: version for name in PACKAGES if (version := _version(name))},
         "host": socket.gethostname(),
+        "job": slurm_job(),
         "system": platform.platform(),
         "command": sys.argv,
     }
+
+
+def code_state() -> dict:
+    """{code, commit, dirty} of the gsdg that runs: of a copy made for a sweep, what was noted when it was made."""
+    noted = PACKAGE.parent / "code.json"
+    if noted.exists():
+        return json.loads(noted.read_text())
+    return {"code": fingerprint(PACKAGE), **git_state(PACKAGE)}
+
+
+def fingerprint(package: Path) -> str:
+    """Twelve hex digits: the hash of every file's name and bytes in the package."""
+    total = hashlib.sha256()
+    for path in sorted(path for path in package.rglob("*") if path.is_file() and not set(NOT_CODE) & set(path.parts)):
+        content = hashlib.sha256(path.read_bytes()).hexdigest()
+        total.update(f"{path.relative_to(package).as_posix()} {content}\n".encode())
+    return total.hexdigest()[:12]
 
 
 def git_state(folder: Path) -> dict:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -43,18 +43,25 @@ class Evaluator:
         }
 
     @torch.no_grad()
-    def __call__(self, algorithm: Algorithm, step: int) -> dict[str, dict[str, float]]:
-        """{domain: {part: fraction of images classified correctly}}; a part without images is left out."""
+    def __call__(
+        self, algorithm: Algorithm, step: int, between: Callable[[], None] = lambda: None
+    ) -> dict[str, dict[str, float]]:
+        """{domain: {part: fraction of images classified correctly}}; a part without images is left out.
+
+        `between` is called after every batch: a pass can take minutes, and it may raise to end it.
+        """
         was_training = algorithm.training
         algorithm.eval()
-        hits = self._hits(algorithm, step)
-        algorithm.train(was_training)
+        try:
+            hits = self._hits(algorithm, step, between)
+        finally:
+            algorithm.train(was_training)
         return {
             domain: {part: float(hits[domain][own].mean()) for part, own in parts.items() if len(own)}
             for domain, parts in self.parts.items()
         }
 
-    def _hits(self, algorithm: Algorithm, step: int) -> dict[str, np.ndarray]:
+    def _hits(self, algorithm: Algorithm, step: int, between: Callable[[], None]) -> dict[str, np.ndarray]:
         """By domain, for each of its images whether it was classified correctly, float64; NaN where no part has it."""
         hits = {name: np.full(len(self.dataset.domains[name]), np.nan) for name in self.parts}
         wanted = {name: np.unique(np.concatenate(list(parts.values()))) for name, parts in self.parts.items()}
@@ -62,6 +69,7 @@ class Evaluator:
         found = {name: [] for name in self.parts}
         for batch in evaluate_loader(self.dataset, wanted, self.transforms, seed=seed, **self.loading):
             found[batch.domain].append(algorithm.predict(batch.images).argmax(1) == batch.labels)
+            between()
         for name, batches in found.items():
             if batches:
                 hits[name][wanted[name]] = torch.cat(batches).cpu()

@@ -6,15 +6,13 @@ the run has an id and a folder, and whatever happens is in the folder's status a
 
 from __future__ import annotations
 
+import copy
 import logging
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from gsdg.algorithms import Algorithm
@@ -24,13 +22,15 @@ from gsdg.data.cache import as_arrays, in_memory
 from gsdg.data.domains import DomainDataset
 from gsdg.data.loader import TrainBatches
 from gsdg.data.split import Split
+from gsdg.devices import choose_device, device_name, named_device
 from gsdg.environment import environment, usable_cores
 from gsdg.errors import UserError, listing
 from gsdg.evaluate import Evaluator
-from gsdg.runs import LockLost, RunFolder, append_line, run_id, write_json
+from gsdg.outcome import logged_to, outcome_recorded
+from gsdg.runs import RunFolder, run_id
 from gsdg.schema import build, check
 from gsdg.seeding import seed_everything, seed_hash
-from gsdg.sweeps import note_run
+from gsdg.signals import Signals, Stopped, end
 from gsdg.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -52,11 +52,14 @@ class Plan:
     """A run that has been checked: its config, and the objects that need no data."""
 
     config: dict
-    device: torch.device
     source: object  # reads the data set; knows its domains' names
     split: Split
     algorithm: Algorithm
     trainer: Trainer
+
+    @cached_property
+    def run_id(self) -> str:
+        return run_id(self.config)
 
     @property
     def seed(self) -> int:
@@ -64,26 +67,55 @@ class Plan:
         return seed_hash(self.config["seed"], self.config["split"]["trial_seed"])
 
 
-def run(raw: DictConfig) -> None:
-    """Run, resume, or find done, the experiment that `raw` describes."""
-    plan = prepare(raw)
-    folder = RunFolder(Path(plan.config["runs_dir"]) / run_id(plan.config))
-    if HydraConfig.initialized() and HydraConfig.get().mode.name == "MULTIRUN":
-        note_run(Path(HydraConfig.get().runtime.output_dir), folder.path.name)
-    if folder.status.get("state") == "done" and not plan.config["force"]:
-        log.info("done already: %s (force=true to run it again)", folder.path)
+def run(plan: Plan, *, signals: Signals | None = None, submission: str | None = None, patience: float = 0.0) -> None:
+    """Run, resume, or find done, the experiment that was planned.
+
+    Stopped if one of `signals` asked for it; without them those of gsdg.signals.STOP are heard, and end the program.
+    submission: names the submission of a sweep: of `force`, only its first start is afresh, a requeued one resumes.
+    patience: seconds to wait for another host's process to be found dead. Busy if it is not, LockLost if this one is
+    thought to be.
+    """
+    heard = signals or Signals()
+    try:
+        with heard:
+            _run(plan, heard, submission, patience)
+    except Stopped as stopped:
+        if signals is None:
+            end(stopped.signal)
+        raise
+    if signals is None and heard.stop:
+        end(heard.stop)  # it came when there was nothing left to do
+
+
+def _run(plan: Plan, signals: Signals, submission: str | None, patience: float) -> None:
+    device = choose_device(plan.config["device"])
+    folder = RunFolder(Path(plan.config["runs_dir"]) / plan.run_id)
+    afresh = plan.config["force"] and (submission is None or folder.status.get("submission") != submission)
+    if done_already(folder, afresh):
         return
-    with folder.hold(afresh=plan.config["force"]), logged_to(folder), failure_recorded(folder):
-        folder.set_status(steps=plan.trainer.steps)
-        write_json(folder.path / "config.json", plan.config)
-        append_line(folder.path / "environment.jsonl", environment() | {"device": device_name(plan.device)})
-        log.info("run %s: %s", folder.path, summary(plan))
-        train(plan, folder)
-        log.info("done: %s", folder.path)
+    with folder.hold(afresh=afresh, patience=patience, steps=plan.trainer.steps, submission=submission):
+        if done_already(folder):  # by the process that we have waited for
+            return
+        with logged_to(folder), outcome_recorded(folder, signals):
+            folder.write("config.json", plan.config)
+            folder.append("environment.jsonl", environment() | {"device": device_name(device)})
+            log.info("run %s: %s", folder.path, summary(plan, device))
+            train(plan, folder, device, signals)
+            log.info("done: %s", folder.path)
 
 
-def prepare(raw: DictConfig) -> Plan:
-    """Check the whole config and build what needs no data. UserError for every mistake that can be found here."""
+def done_already(folder: RunFolder, afresh: bool = False) -> bool:
+    done = folder.status.get("state") == "done" and not afresh
+    if done:
+        log.info("done already: %s (force=true to run it again)", folder.path)
+    return done
+
+
+def prepare(raw: DictConfig | dict) -> Plan:
+    """Check the whole config and build what needs no data. UserError for every mistake that can be found here.
+
+    A Plan's config gives the same plan again: a sweep freezes it, and its jobs prepare it where they run.
+    """
     config = resolved(raw)
     for group, supplied in SUPPLIED.items():
         config[group] = check(config[group], group, supplied)
@@ -97,8 +129,9 @@ def prepare(raw: DictConfig) -> Plan:
     check_channels(config["model"], source)
     check_stored_size(config)
     try_optimizer(config["optimizer"])
+    named_device(config["device"])
     algorithm, trainer = build(config["algorithm"]), build(config["trainer"])
-    return Plan(config, choose_device(config["device"]), source, split, algorithm, trainer)
+    return Plan(config, source, split, algorithm, trainer)
 
 
 def check_channels(model: dict, source: object) -> None:
@@ -124,21 +157,25 @@ def check_stored_size(config: dict) -> None:
         )
 
 
-def resolved(raw: DictConfig) -> dict:
-    """The config as plain values, without what has done its work by now: the preset's name, and short names."""
-    config = OmegaConf.to_container(raw, resolve=True, throw_on_missing=True)
-    config.pop("experiment", None)
+def resolved(raw: DictConfig | dict) -> dict:
+    """The config as plain values, without what has done its work by now: preset, short names."""
+    if isinstance(raw, DictConfig):
+        config = OmegaConf.to_container(raw, resolve=True, throw_on_missing=True)
+    else:
+        config = copy.deepcopy(raw)
+    for key in ("experiment", "resubmit"):
+        config.pop(key, None)
     config["algorithm"].pop("n_parts", None)  # partition.n_parts took its value, or was given another
     return config
 
 
-def train(plan: Plan, folder: RunFolder) -> None:
+def train(plan: Plan, folder: RunFolder, device: torch.device, signals: Signals) -> None:
     """Read the data, build the model, fit."""
     trainer, algorithm = plan.trainer, plan.algorithm
     seed_everything(plan.seed, deterministic=plan.config["deterministic"])
     dataset = plan.source.read()
     model = build(plan.config["model"], classes=len(dataset.classes), precision=trainer.precision)
-    algorithm.setup(model.to(device=plan.device, memory_format=trainer.memory_format))
+    algorithm.setup(model.to(device=device, memory_format=trainer.memory_format))
     optimizer = build(plan.config["optimizer"], params=[p for p in algorithm.parameters() if p.requires_grad])
 
     sources = plan.split.sources(plan.source.domains)
@@ -164,10 +201,10 @@ def train(plan: Plan, folder: RunFolder) -> None:
         batch_size=trainer.eval_batch_size,
         workers=workers,
         seed=plan.seed,
-        device=plan.device,
+        device=device,
         memory_format=trainer.memory_format,
     )
-    trainer.fit(algorithm, optimizer, batches, evaluator, folder, workers=workers)
+    trainer.fit(algorithm, optimizer, batches, evaluator, folder, workers, signals)
 
 
 def needed_workers(trainer: Trainer, dataset: DomainDataset) -> int:
@@ -177,10 +214,10 @@ def needed_workers(trainer: Trainer, dataset: DomainDataset) -> int:
     return 0 if in_memory(dataset) else usable_cores()
 
 
-def summary(plan: Plan) -> str:
+def summary(plan: Plan, device: torch.device) -> str:
     """`grad_surgery on pacs (resnet18, cpu), target sketch, trial 0`."""
     names = {group: plan.config[group]["name"] for group in ("algorithm", "dataset", "model")}
-    where = f"{names['model']}, {plan.device}"
+    where = f"{names['model']}, {device}"
     targets, trial = listing(plan.split.targets), plan.config["split"]["trial_seed"]
     return f"{names['algorithm']} on {names['dataset']} ({where}), target {targets}, trial {trial}"
 
@@ -197,50 +234,3 @@ def try_optimizer(node: dict) -> None:
     except Exception as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise UserError(f"optimizer ({node['_target_']}): {reason}") from error
-
-
-def choose_device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"device={name} cannot be used here: {reason}\nValid: auto, cpu, cuda, cuda:1, mps.") from error
-    return device
-
-
-def device_name(device: torch.device) -> str:
-    return (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
-    )
-
-
-@contextmanager
-def logged_to(folder: RunFolder) -> Iterator[None]:
-    """Everything logged inside also goes to the run's log.txt."""
-    handler = logging.FileHandler(folder.path / "log.txt")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    logging.getLogger().addHandler(handler)
-    try:
-        yield
-    finally:
-        logging.getLogger().removeHandler(handler)
-        handler.close()
-
-
-@contextmanager
-def failure_recorded(folder: RunFolder) -> Iterator[None]:
-    """A failure inside is written to status and log before it goes on: SLURM and Hydra may swallow it."""
-    try:
-        yield
-    except LockLost:
-        raise
-    except BaseException as error:
-        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        with suppress(LockLost, OSError):
-            folder.set_status(state="failed", reason=reason)
-        with suppress(OSError), (folder.path / "log.txt").open("a") as file:
-            traceback.print_exc(file=file)
-        raise

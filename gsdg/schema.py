@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from functools import cache
 from typing import Any, Literal, Union
 
 from hydra.errors import InstantiationException
@@ -14,12 +15,32 @@ from hydra.utils import get_object, instantiate
 
 from gsdg.errors import UserError, listing
 
+HYDRAS_OWN = {"_partial_", "_args_", "_convert_", "_recursive_"}  # what only Hydra's own instantiate understands
+
 
 def build(node: dict, **supplied: object) -> Any:
-    """Instantiate a checked node and those inside it. `supplied` is what only the program knows."""
-    added = {key: value for key, value in supplied.items() if key in accepted(node)}
+    """Instantiate a checked node and those inside it, as Hydra does. `supplied` is what only the program knows.
+
+    InstantiationException: what a constructor raised, but for a UserError, which arrives as it is.
+    """
+    parameters = accepted(node)
+    added = {key: value for key, value in supplied.items() if key in parameters}
+    if node.keys() & HYDRAS_OWN:
+        return _by_hydra(node, added)
+    given = {key: _built(value) for key, value in node.items() if key != "_target_"}
+    if "name" not in parameters:  # for people and records
+        given.pop("name", None)
     try:
-        return instantiate(_arguments(node), **added, _convert_="all")
+        return _permitted(node["_target_"], get_object(node["_target_"]))(**given, **added)
+    except (UserError, InstantiationException):
+        raise
+    except Exception as error:
+        raise InstantiationException(f"Error in call to target '{node['_target_']}':\n{error!r}") from error
+
+
+def _by_hydra(node: dict, added: dict) -> Any:
+    try:
+        return instantiate(_nameless(node), _convert_="all", **added)
     except InstantiationException as error:
         cause = error
         while isinstance(cause, InstantiationException):  # Hydra wraps what a constructor raises, once a level
@@ -29,11 +50,27 @@ def build(node: dict, **supplied: object) -> Any:
         raise
 
 
-def _arguments(node: dict) -> dict:
-    """The node and the nodes in it without their `name`s, which are for people and records."""
+def _built(value: object) -> object:
+    """A copy: a constructor may keep what it is given, and change it."""
+    if isinstance(value, dict):
+        return build(value) if "_target_" in value else {key: _built(item) for key, item in value.items()}
+    return [_built(item) for item in value] if isinstance(value, list) else value
+
+
+@cache
+def _permitted(name: str, target: object) -> Callable:
+    """What `_target_: name` calls, which is `target`, if Hydra does not refuse it.
+
+    Hydra's instantiate itself takes milliseconds a node: it makes a config of it, twice.
+    """
+    return instantiate({"_target_": name, "_partial_": True}).func
+
+
+def _nameless(node: dict) -> dict:
+    """The node and the nodes in it without their `name`s."""
     named = "name" in accepted(node)
     return {
-        key: _arguments(value) if isinstance(value, dict) and "_target_" in value else value
+        key: _nameless(value) if isinstance(value, dict) and "_target_" in value else value
         for key, value in node.items()
         if key != "name" or named
     }
@@ -41,7 +78,12 @@ def _arguments(node: dict) -> dict:
 
 def accepted(node: dict) -> dict[str, inspect.Parameter]:
     """The parameters of the node's `_target_`."""
-    parameters = inspect.signature(get_object(node["_target_"])).parameters
+    return _parameters(get_object(node["_target_"]))
+
+
+@cache
+def _parameters(target: object) -> dict[str, inspect.Parameter]:
+    parameters = inspect.signature(target).parameters
     return {key: p for key, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
 
 
@@ -118,6 +160,7 @@ def _name(hint: object) -> str:
     return "null" if hint in (None, type(None)) else str(getattr(hint, "__name__", hint))
 
 
+@cache
 def _hints(target: object) -> dict[str, object]:
     function = target.__init__ if isinstance(target, type) and "__dataclass_fields__" not in vars(target) else target
     return typing.get_type_hints(function)

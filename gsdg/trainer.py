@@ -9,17 +9,19 @@ from __future__ import annotations
 import logging
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from gsdg.algorithms import Algorithm
-from gsdg.checkpoint import Checkpoints, random_states, restore_random_states, save_atomically
+from gsdg.checkpoint import Saver, save_atomically
 from gsdg.data.loader import TrainBatches, train_loader
 from gsdg.errors import UserError
 from gsdg.evaluate import Evaluator
 from gsdg.runs import RunFolder
+from gsdg.signals import Signals
 
 log = logging.getLogger(__name__)
 
@@ -101,16 +103,23 @@ class Trainer:
         evaluator: Evaluator,
         folder: RunFolder,
         workers: int,
+        signals: Signals | None = None,
     ) -> None:
-        """Train from the last checkpoint, or from the start, to `steps`; leave records and `model.pt` in `folder`."""
-        checkpoints = Checkpoints(folder.path / "checkpoints")
-        window = Window()
-        parts = {"algorithm": algorithm, "optimizer": optimizer, "window": window}
-        start = self._resume(checkpoints, parts, folder)
+        """Train from the last checkpoint, or from the start, to `steps`; leave records and `model.pt` in `folder`.
+
+        Stopped, with a checkpoint, after the step or in the evaluation in which `signals` noted one that asks for it.
+        """
+        window, clock = Window(), Clock(self.steps)
+        parts = {"algorithm": algorithm, "optimizer": optimizer, "window": window, "clock": clock}
+        saver = Saver(parts, folder, signals or Signals(), self.steps)
+        start, unrecorded = saver.resume()
         parameters = [p for p in algorithm.parameters() if p.requires_grad]
         device = parameters[0].device
         algorithm.train()
-        clock = Clock(start, self.steps)
+        clock.start(start)
+        saver.begin()
+        if unrecorded:
+            self._record(start - 1, window, clock, evaluator, algorithm, folder, saver)
 
         loading = {"workers": workers, "device": device, "memory_format": self.memory_format}
         for step, drawn in enumerate(train_loader(batches, start, **loading), start):
@@ -129,17 +138,13 @@ class Trainer:
                 if diagnosis := algorithm.diagnose():
                     folder.append_diagnosis({"step": step, **diagnosis})
             if self._evaluates(step):
-                self._record(step, window, clock, evaluator, algorithm, folder)
-                window.clear()
-            if self._saves(step):
-                folder.check_owner()
-                checkpoints.save(step + 1, snapshot(parts))
+                self._record(step, window, clock, evaluator, algorithm, folder, saver)
+            saver.after_step(step + 1, self._saves(step), partial(refuse_nonfinite, metrics, step, algorithm))
 
-        folder.check_owner()
         if self.keep_weights:
-            save_atomically(folder.path / "model.pt", algorithm.model.state_dict())
+            save_atomically(folder.path / "model.pt", algorithm.model.state_dict(), fence=folder.writing)
         folder.set_status(state="done", step=self.steps)
-        checkpoints.remove()  # only now: until the run is marked done, it is resumed from them
+        saver.checkpoints.remove()  # only now: until the run is marked done, it is resumed from them
 
     def _evaluates(self, step: int) -> bool:
         return step % self.eval_every == 0 or (self.evaluate_last and step == self.steps - 1)
@@ -153,30 +158,16 @@ class Trainer:
     def _reports(self, step: int) -> bool:
         return self._logs(step) or self._evaluates(step) or self._saves(step)
 
-    def _resume(self, checkpoints: Checkpoints, parts: dict, folder: RunFolder) -> int:
-        state = checkpoints.load_latest()
-        start = state["step"] if state else 0
-        folder.keep_lines_before(start)
-        if state:
-            for name, part in parts.items():
-                part.load_state_dict(state[name])
-            restore_random_states(state["random"])
-            log.info("resuming at step %d of %d", start, self.steps)
-        return start
-
-    def _record(self, step, window, clock, evaluator, algorithm, folder) -> None:
+    def _record(self, step, window, clock, evaluator, algorithm, folder, saver) -> None:
         began = time.perf_counter()
         metrics, seconds_per_step = window.means(), clock.seconds_per_step()
-        accuracy = evaluator(algorithm, step)
+        accuracy = evaluator(algorithm, step, saver.in_evaluation(step + 1))
         evaluation = time.perf_counter() - began
         clock.exclude(evaluation)
         seconds = {"step": seconds_per_step, "evaluation": evaluation}
         folder.append_record({"step": step, "accuracy": accuracy, "metrics": metrics, "seconds": seconds})
         log.info("step %d  %s", step, format_accuracy(accuracy))
-
-
-def snapshot(parts: dict) -> dict:
-    return {"random": random_states(), **{name: part.state_dict() for name, part in parts.items()}}
+        window.clear()
 
 
 def gradient_norm(parameters: list[Tensor]) -> Tensor:
@@ -205,9 +196,12 @@ def format_accuracy(accuracy: dict[str, dict[str, float]]) -> str:
 class Clock:
     """Steps per second and the time left, evaluation not counted."""
 
-    def __init__(self, start: int, steps: int) -> None:
-        self.start, self.steps, self.done = start, steps, start
-        self.began = time.perf_counter()
+    def __init__(self, steps: int) -> None:
+        self.steps, self.pace = steps, 0.0
+        self.start(0)
+
+    def start(self, done: int) -> None:
+        self.began, self.first, self.done = time.perf_counter(), done, done
 
     def tick(self, done: int) -> None:
         self.done = done
@@ -216,9 +210,18 @@ class Clock:
         self.began += seconds
 
     def seconds_per_step(self) -> float:
-        return (time.perf_counter() - self.began) / max(1, self.done - self.start)
+        """Since the start; before another step is done, what it was when the run was saved."""
+        if self.done > self.first:
+            self.pace = (time.perf_counter() - self.began) / (self.done - self.first)
+        return self.pace
 
     def line(self, loss: float) -> str:
         pace = self.seconds_per_step()
         left = time.strftime("%H:%M:%S", time.gmtime(pace * (self.steps - self.done)))
         return f"step {self.done}/{self.steps}  loss {loss:.4f}  {1 / pace:.2f} steps/s  {left} left"
+
+    def state_dict(self) -> dict:
+        return {"pace": self.pace}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.pace = state["pace"]

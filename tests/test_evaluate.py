@@ -65,6 +65,25 @@ def test_evaluation_leaves_the_training_mode_as_it_was():
     assert algorithm.training
 
 
+def test_between_two_batches_a_pass_can_be_ended():
+    calls = []
+
+    def between():
+        calls.append(len(algorithm.seen))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    algorithm = AlwaysThree().train()
+    evaluator({"0": {"in": np.arange(21)}})(algorithm, 0, between=lambda: calls.append(len(algorithm.seen)))
+    assert calls == [1, 2, 3]  # batches of 7
+    calls.clear()
+    algorithm.seen.clear()
+    with pytest.raises(KeyboardInterrupt):
+        evaluator({"0": {"in": np.arange(21)}})(algorithm, 0, between)
+    assert len(algorithm.seen) == 2
+    assert algorithm.training
+
+
 @pytest.mark.parametrize(("step", "seed", "same"), [(5, 0, True), (6, 0, False), (5, 1, False)])
 def test_augmented_evaluation_sees_the_same_pixels_at_the_same_step_of_the_same_seed(step, seed, same):
     random = Exact(SPEC, "photos")

@@ -3,18 +3,34 @@
 from __future__ import annotations
 
 import json
+import time
 
 import pytest
 import torch
-from helpers import SMALL, only_run, photos, records_without_time, status
+from helpers import REPOSITORY, SMALL, only_run, photos, records_without_time, status
 
+from gsdg import runs, schema
 from gsdg.algorithms import GradSurgery
 from gsdg.data.cache import as_arrays
 from gsdg.environment import usable_cores
 from gsdg.errors import UserError
-from gsdg.experiment import needed_workers, prepare, run
-from gsdg.runs import run_id
+from gsdg.experiment import SUPPLIED, needed_workers, prepare, run
+from gsdg.runs import LockLost, read_lines, run_id
 from gsdg.trainer import NonFinite, Trainer
+
+CONF = REPOSITORY / "conf"
+CHOICES = [
+    f"{path.parent.relative_to(CONF)}={path.stem}"
+    for group in SUPPLIED
+    for path in sorted((CONF / group).rglob("*.yaml"))
+]
+PRESETS = sorted(
+    str(path.relative_to(CONF / "experiment").with_suffix("")) for path in (CONF / "experiment").rglob("*.yaml")
+)
+NEEDED = {
+    "dataset=image_folder": ["dataset.root=x"],
+    "algorithm/partition=groups": ["algorithm.partition.patterns=['*.bias']"],
+}
 
 
 @pytest.mark.parametrize(
@@ -49,7 +65,7 @@ def test_a_missing_data_dir_is_said_with_what_to_do(compose, tmp_path):
         "dataset=pacs", "model=resnet18", "model.weights=null", "split.target=sketch", f"data_dir={tmp_path}/x"
     )
     with pytest.raises(UserError, match=r"data_dir=.*is not a folder\. Set data_dir="):
-        run(config)
+        run(prepare(config))
     folder = only_run(tmp_path / "runs")
     assert status(folder)["state"] == "failed"
     assert "data_dir" in status(folder)["reason"]
@@ -65,9 +81,9 @@ def test_a_target_is_the_same_run_as_a_list_of_it_or_as_a_number(compose):
 
 @pytest.mark.parametrize("algorithm", ["erm", "grad_surgery"])
 def test_a_run_leaves_config_environment_records_status_and_weights(compose, tmp_path, algorithm):
-    run(compose(*SMALL, f"algorithm={algorithm}", "trainer.steps=10"))
+    run(prepare(compose(*SMALL, f"algorithm={algorithm}", "trainer.steps=10")))
     folder = only_run(tmp_path / "runs")
-    left = {path.name for path in folder.iterdir()}
+    left = {path.name for path in folder.iterdir()} - {".guard"}
     assert left == {"config.json", "environment.jsonl", "log.txt", "model.pt", "records.jsonl", "status.json"}
     assert status(folder)["state"] == "done"
     assert status(folder)["step"] == status(folder)["steps"] == 10
@@ -84,7 +100,7 @@ def test_a_run_leaves_config_environment_records_status_and_weights(compose, tmp
 
 
 def test_fast_evaluation_leaves_out_the_sources_in(compose, tmp_path):
-    run(compose(*SMALL, "trainer.steps=1", "trainer.evaluate=fast"))
+    run(prepare(compose(*SMALL, "trainer.steps=1", "trainer.evaluate=fast")))
     (record,) = records_without_time(only_run(tmp_path / "runs"))
     assert {domain: list(parts) for domain, parts in record["accuracy"].items()} == {
         domain: ["in", "out"] if domain == "15" else ["out"] for domain in ("0", "15", "30", "45", "60", "75")
@@ -92,13 +108,13 @@ def test_fast_evaluation_leaves_out_the_sources_in(compose, tmp_path):
 
 
 def test_without_evaluate_last_the_last_record_is_where_eval_every_falls(compose, tmp_path):
-    run(compose(*SMALL, "trainer.steps=12", "trainer.evaluate_last=false"))
+    run(prepare(compose(*SMALL, "trainer.steps=12", "trainer.evaluate_last=false")))
     assert [record["step"] for record in records_without_time(only_run(tmp_path / "runs"))] == [0, 8]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(compose, tmp_path):
     with pytest.raises(NonFinite, match="at step"):
-        run(compose(*SMALL, "algorithm=erm", "optimizer=sgd", "optimizer.lr=1e30", "trainer.steps=20"))
+        run(prepare(compose(*SMALL, "algorithm=erm", "optimizer=sgd", "optimizer.lr=1e30", "trainer.steps=20")))
     folder = only_run(tmp_path / "runs")
     assert status(folder)["state"] == "failed"
     assert "NonFinite" in status(folder)["reason"]
@@ -107,18 +123,19 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(compose, tmp_pat
 
 
 def test_a_gradient_that_is_not_finite_names_domain_and_tensor(compose, tmp_path):
+    config = compose(*SMALL, "algorithm=grad_surgery", "optimizer=sgd", "optimizer.lr=1e30", "trainer.steps=20")
     with pytest.raises(RuntimeError, match=r"of the gradient of .*featurizer.* from domain"):
-        run(compose(*SMALL, "algorithm=grad_surgery", "optimizer=sgd", "optimizer.lr=1e30", "trainer.steps=20"))
+        run(prepare(config))
     assert "from domain" in status(only_run(tmp_path / "runs"))["reason"]
 
 
 def test_bf16_trains(compose, tmp_path):
-    run(compose(*SMALL, "trainer.steps=3", "trainer.precision=bf16"))
+    run(prepare(compose(*SMALL, "trainer.steps=3", "trainer.precision=bf16")))
     assert status(only_run(tmp_path / "runs"))["state"] == "done"
 
 
 def test_two_targets_and_a_single_source_train(compose, tmp_path):
-    run(compose(*SMALL, "split.target=[0,15,30,45,75]", "trainer.steps=2"))
+    run(prepare(compose(*SMALL, "split.target=[0,15,30,45,75]", "trainer.steps=2")))
     record = records_without_time(only_run(tmp_path / "runs"))[-1]
     assert record["metrics"]["conflict_rate"] == 0.0
 
@@ -129,24 +146,145 @@ def test_another_trial_is_another_seed_of_everything_and_so_is_another_seed(comp
     assert len({plan.seed for plan in plans}) == 4
 
 
+def test_a_device_that_is_not_here_is_refused_where_it_is_needed_and_before_the_run_has_a_folder(compose, tmp_path):
+    plan = prepare(compose(*SMALL, "device=cuda:77"))  # as on a login node
+    with pytest.raises(UserError, match="device=cuda:77 cannot be used here"):
+        run(plan)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.slow
+def test_a_plans_config_gives_the_same_plan_again(compose):
+    """Every preset and every choice: a job prepares what was frozen as JSON at submission."""
+    prepared = 0
+    for choice in (*(f"experiment={preset}" for preset in PRESETS), *CHOICES):
+        more = [*NEEDED.get(choice, []), *(["model=resnet18"] if choice.startswith("dataset=") else [])]
+        domains = compose(choice, *more).dataset.domains
+        if choice == "dataset=image_folder":
+            continue  # its domains are on disk
+        plan = prepare(compose(choice, *more, f"split.target='{domains[0]}'"))
+        frozen = json.loads(json.dumps(plan.config))
+        again = prepare(frozen)
+        assert frozen == json.loads(json.dumps(plan.config)), "it changed what it was given"
+        assert json.dumps(again.config) == json.dumps(plan.config), choice
+        assert again.run_id == plan.run_id == run_id(frozen)
+        assert (again.seed, again.split.targets, again.trainer) == (plan.seed, plan.split.targets, plan.trainer)
+        prepared += 1
+    assert prepared > 60
+
+
+def test_a_plan_of_a_folder_of_images_is_the_same_again(compose, tmp_path):
+    root = photos(tmp_path / "photos")
+    plan = prepare(compose("dataset=image_folder", f"dataset.root={root}", "split.target=b", "model=resnet18"))
+    assert plan.config["dataset"]["domains"] == ["a", "b", "c"]
+    assert prepare(json.loads(json.dumps(plan.config))).run_id == plan.run_id
+
+
+def test_hydras_instantiate_is_asked_once_a_class_not_once_a_run(compose, monkeypatch):
+    """It takes milliseconds; thousands of runs are prepared before a sweep is submitted."""
+    asked = []
+    instantiate = schema.instantiate
+    monkeypatch.setattr(schema, "instantiate", lambda node, **kw: (asked.append(node), instantiate(node, **kw))[1])
+    configs = [compose("split.target=15", f"algorithm.n_parts={n}") for n in range(1, 6)]
+    assert len({prepare(config).run_id for config in configs for _ in range(3)}) == 5
+    assert len(asked) <= 7
+
+
+def test_what_a_launcher_submits_is_not_part_of_a_run(compose):
+    plain, other = (prepare(compose("split.target=15", *more)) for more in ([], ["resubmit=all"]))
+    assert plain.run_id == other.run_id
+    assert "resubmit" not in plain.config
+    assert run_id({**plain.config, "resubmit": "all"}) == plain.run_id
+
+
+def started(folder) -> int:
+    return len(read_lines(folder / "environment.jsonl"))
+
+
+def test_forced_by_a_submission_a_run_is_made_afresh_once_however_often_it_is_requeued(compose, tmp_path, monkeypatch):
+    plan = prepare(compose(*SMALL, "trainer.steps=3", "force=true"))
+    run(plan, submission="first")
+    folder = only_run(tmp_path / "runs")
+    assert status(folder)["submission"] == "first"
+    run(plan, submission="first")
+    assert started(folder) == 1  # done already
+    with monkeypatch.context() as broken:
+        broken.setattr("gsdg.trainer.refuse_nonfinite", lambda metrics, step, algorithm: step < 2 or preempted())
+        with pytest.raises(RuntimeError, match="preempted"):
+            run(plan, submission="second")
+    assert (status(folder)["submission"], started(folder)) == ("second", 1)  # afresh: one start is noted
+    run(plan, submission="second")
+    assert (status(folder)["state"], started(folder)) == ("done", 2)  # resumed
+    run(plan)
+    assert (status(folder)["submission"], started(folder)) == (None, 1)  # without a submission: afresh
+
+
+def preempted():
+    raise RuntimeError("preempted")
+
+
+def test_a_run_that_another_process_finishes_while_it_is_waited_for_is_done(compose, tmp_path, monkeypatch):
+    plan = prepare(compose(*SMALL, "trainer.steps=2"))
+    run(plan)
+    folder = only_run(tmp_path / "runs")
+    before = (folder / "records.jsonl").read_bytes()
+    done = {**status(folder), "host": "elsewhere"}
+    lock = {"token": "t", "host": "elsewhere", "pid": 1, "process_start": "1"}
+    runs.write_json(folder / "lock", lock)
+    runs.write_json(folder / "status.json", {**done, "state": "running", "heartbeat": time.time()})
+
+    take = runs.RunFolder._take_if_free
+
+    def finish_after(self, *args):
+        taken = take(self, *args)
+        if (folder / "lock").exists() and not taken:  # its owner ends now
+            runs.write_json(folder / "status.json", done)
+            (folder / "lock").unlink()
+        return taken
+
+    monkeypatch.setattr(runs.RunFolder, "_take_if_free", finish_after)
+    run(plan, patience=20)
+    assert (folder / "records.jsonl").read_bytes() == before
+    assert status(folder)["state"] == "done"
+    assert not (folder / "checkpoints").exists()
+
+
+def test_whoever_is_taken_over_in_training_stops_and_leaves_the_folder_as_it_is(compose, tmp_path, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    left = {}
+
+    def take_over(metrics, step, algorithm):
+        if step == 2:
+            folder = only_run(tmp_path / "runs")
+            runs.write_json(folder / "lock", {"token": "new", "pid": 7, "node": "n2", "job": "3", "restart": 1})
+            left.update({path: path.read_bytes() for path in folder.rglob("*") if path.is_file()})
+
+    monkeypatch.setattr("gsdg.trainer.refuse_nonfinite", take_over)
+    with pytest.raises(LockLost, match=r"taken over by process 7 on n2 \(job 3, restart 1\)"):
+        run(prepare(compose(*SMALL, "trainer.steps=12", "trainer.checkpoint_every=2", "trainer.log_every=1")))
+    folder = only_run(tmp_path / "runs")
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == left
+    assert "step 1/12" in (folder / "log.txt").read_text()
+    assert "step 3/12" in caplog.text  # it went on to its next write, the log aside
+
+
 @pytest.mark.slow
 def test_real_pacs_images_train(compose, tmp_path, pacs_root):
-    run(
-        compose(
-            "dataset=pacs",
-            "model=resnet18",
-            "model.weights=null",
-            "model.image_size=32",
-            "split.target=sketch",
-            f"data_dir={pacs_root}",
-            "trainer.steps=3",
-            "trainer.eval_every=5",
-            "trainer.evaluate_last=false",
-            "trainer.evaluate=fast",
-            "trainer.workers=2",
-            "device=cpu",
-        )
+    config = compose(
+        "dataset=pacs",
+        "model=resnet18",
+        "model.weights=null",
+        "model.image_size=32",
+        "split.target=sketch",
+        f"data_dir={pacs_root}",
+        "trainer.steps=3",
+        "trainer.eval_every=5",
+        "trainer.evaluate_last=false",
+        "trainer.evaluate=fast",
+        "trainer.workers=2",
+        "device=cpu",
     )
+    run(prepare(config))
     (record,) = records_without_time(only_run(tmp_path / "runs"))
     assert set(record["accuracy"]) == {"art_painting", "cartoon", "photo", "sketch"}
     assert 0 < record["metrics"]["loss"] < 10
@@ -167,13 +305,13 @@ def test_where_the_host_may_not_look_a_bad_gradient_spares_the_weights(compose, 
 
     monkeypatch.setattr(GradSurgery, "setup", spoilt)
     with pytest.raises(NonFinite, match=r"noticed at step 1: the gradient of .* from domain '45' held NaN or inf"):
-        run(compose(*SMALL, "algorithm=mgda", "trainer.steps=6"))
+        run(prepare(compose(*SMALL, "algorithm=mgda", "trainer.steps=6")))
     assert "held NaN or inf" in status(only_run(tmp_path / "runs"))["reason"]
     assert all(p.isfinite().all() for p in seen["model"].parameters())
 
 
 def test_the_joint_engine_trains(compose, tmp_path):
-    run(compose(*SMALL, "algorithm.engine=joint", "trainer.steps=3"))
+    run(prepare(compose(*SMALL, "algorithm.engine=joint", "trainer.steps=3")))
     assert status(only_run(tmp_path / "runs"))["state"] == "done"
 
 
@@ -198,7 +336,7 @@ def test_the_presets_augment_whom_they_should_in_both_modes(
     monkeypatch.setattr(Trainer, "fit", fit)
     overrides = (f"trainer={trainer}", f"trainer.transform={transform}", "model=resnet18", "model.weights=null")
     root = photos(tmp_path / "photos")
-    run(compose("dataset=image_folder", f"dataset.root={root}", "split.target=b", *overrides, "device=cpu"))
+    run(prepare(compose("dataset=image_folder", f"dataset.root={root}", "split.target=b", *overrides, "device=cpu")))
     batches, evaluator = seen["batches"], seen["evaluator"]
     assert draws(batches.transform, batches.domains[0])
     assert {
@@ -214,7 +352,7 @@ def draws(transform, domain) -> bool:
 
 def test_digits_are_the_same_to_the_bit_in_both_modes(compose, tmp_path):
     for transform in ("exact", "batched"):
-        run(compose(*SMALL, "trainer.steps=3", f"trainer.transform={transform}"))
+        run(prepare(compose(*SMALL, "trainer.steps=3", f"trainer.transform={transform}")))
     first, second = (records_without_time(path.parent) for path in (tmp_path / "runs").glob("*/records.jsonl"))
     assert first == second
 
@@ -225,7 +363,7 @@ def test_photos_give_nearly_the_same_losses_in_both_modes(compose, tmp_path):
     for transform in ("exact", "batched"):
         options = ("trainer.steps=3", "trainer.eval_every=1", "trainer.batch_size=8", "device=cpu", "trainer.workers=0")
         data = ("dataset=image_folder", f"dataset.root={root}", f"dataset.cache={tmp_path / 'cache'}")
-        run(compose(*data, *model, *options, f"trainer.transform={transform}"))
+        run(prepare(compose(*data, *model, *options, f"trainer.transform={transform}")))
     records = [records_without_time(path.parent) for path in (tmp_path / "runs").glob("*/records.jsonl")]
     first, second = ([record["metrics"]["loss"] for record in own] for own in records)
     assert first == pytest.approx(second, rel=0.02)

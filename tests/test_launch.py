@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 from helpers import REPOSITORY, SMALL, Launcher, status
@@ -54,6 +56,25 @@ def test_one_failing_run_neither_stops_nor_hides_the_others(launch):
     assert states == ["done", "done", "failed", "failed"]
     assert answer.returncode == 1
     assert "failed at step" in answer.stdout
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_the_run_and_ends_the_sweep(launch):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
+    process = launch.start(
+        "-m", "algorithm=erm,grad_surgery", *SMALL, "trainer.steps=100000", "trainer.eval_every=100000"
+    )
+    while not any("step 1/" in path.read_text() for path in launch.runs_dir.glob("*/log.txt")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    signal.signal(signal.SIGINT, before)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGINT
+    assert "SIGINT: saving after this step" in errors
+    assert "the same command again goes on from what was saved" in errors
+    assert "Traceback" not in errors
+    assert [status(path.parent)["state"] for path in launch.runs_dir.glob("*/status.json")] == ["stopped"]
 
 
 @pytest.mark.slow

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import pytest
+import torch
+from hydra.errors import InstantiationException
 
 from gsdg.errors import UserError
 from gsdg.schema import build, check, coerce
@@ -87,3 +89,41 @@ def test_a_missing_argument_is_named():
 def test_a_constructors_own_refusal_arrives_as_it_is():
     with pytest.raises(UserError, match="holdout_fraction"):
         build({"_target_": "gsdg.data.split.Split", "target": "a", "trial_seed": 0, "holdout_fraction": 1.0})
+
+
+def test_what_hydra_refuses_to_call_is_refused():
+    with pytest.raises(InstantiationException, match="os.system"):
+        build({"_target_": "os.system", "command": "true"})
+
+
+def test_anything_else_a_constructor_raises_names_it():
+    with pytest.raises(InstantiationException, match="torch.optim.SGD.*\n.*Invalid learning rate") as error:
+        build(node(lr=-1.0), params=[torch.zeros(1, requires_grad=True)])
+    assert isinstance(error.value.__cause__, ValueError)
+
+
+def test_a_constructor_may_change_what_it_is_given():
+    config = {
+        "_target_": "collections.UserDict",
+        "several": [{"_target_": "collections.UserDict", "deep": [1]}],
+        "plain": {"a": [2]},
+    }
+    built = build(config)
+    assert built == {"several": [{"deep": [1]}], "plain": {"a": [2]}}
+    built["several"][0]["deep"].append(2)
+    built["plain"]["a"].append(3)
+    assert config["several"][0]["deep"] == [1]
+    assert config["plain"]["a"] == [2]
+
+
+def test_a_partial_is_hydras_and_its_refusal_the_constructors():
+    partial = build({"_target_": "gsdg.surgery.Chunk", "_partial_": True, "n_parts": 0})
+    with pytest.raises(UserError, match="n_parts is 0"):
+        partial()
+    inside = {
+        "_target_": "collections.UserDict",
+        "_partial_": True,
+        "a": {"_target_": "gsdg.surgery.Chunk", "n_parts": 0},
+    }
+    with pytest.raises(UserError, match="n_parts is 0"):
+        build(inside)

@@ -23,7 +23,7 @@ from gsdg.data import cache
 from gsdg.data.cache_build import whole
 from gsdg.data.domains import Domain
 from gsdg.data.folders import ImageFolders
-from gsdg.experiment import run
+from gsdg.experiment import prepare, run
 
 FORK = multiprocessing.get_context("fork")  # torch is imported already: a child is at work within milliseconds
 SHORT = 64
@@ -263,7 +263,7 @@ def test_jobs_of_a_sweep_on_a_cold_cache_decode_each_domain_once(tmp_path):
 def small_run(compose, tmp_path: Path, name: str, *overrides: str) -> Path:
     """The folder of a run in a place of its own."""
     runs = tmp_path / name
-    run(compose(*RUN, f"dataset.root={tmp_path / 'toy'}", *overrides, f"runs_dir={runs}"))
+    run(prepare(compose(*RUN, f"dataset.root={tmp_path / 'toy'}", *overrides, f"runs_dir={runs}")))
     return only_run(runs)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from analysis.frames import read_diagnostics
-from gsdg.experiment import run
+from gsdg.experiment import prepare, run
 from gsdg.surgery import Diagnostics, GradSurgery
 
 MODULES = {"0": [0, 1], "2": [2, 3]}  # module -> its tensors
@@ -71,7 +71,7 @@ def test_they_change_no_update_and_are_written_at_logged_steps(compose, tmp_path
     finals = []
     for diagnostics in ("true", "false"):
         runs = tmp_path / diagnostics
-        run(compose(*options, f"algorithm.diagnostics={diagnostics}", f"runs_dir={runs}"))
+        run(prepare(compose(*options, f"algorithm.diagnostics={diagnostics}", f"runs_dir={runs}")))
         folder = only_run(runs)
         finals.append((folder.name, torch.load(folder / "model.pt", weights_only=True)))
         if diagnostics == "false":

@@ -10,8 +10,6 @@ from pathlib import Path
 
 from hydra.experimental.callback import Callback
 
-from gsdg.errors import UserError
-
 
 class SweepCallback(Callback):
     """Remembers which sweep this process has launched, for the table at its end."""
@@ -20,12 +18,6 @@ class SweepCallback(Callback):
     runs_dir: Path | None = None
 
     def on_multirun_start(self, config, **kwargs) -> None:
-        for override in config.hydra.overrides.task:
-            if override.startswith("experiment=") and "," in override:
-                raise UserError(
-                    f"{override}: Hydra drops a preset's own sweep when presets are swept over.\n"
-                    "Launch them one after the other, one `experiment=` a command."
-                )
         SweepCallback.folder = Path(config.hydra.sweep.dir)
         SweepCallback.runs_dir = Path(config.runs_dir)
 
