@@ -16,14 +16,16 @@ FLOORS = [
         "gsdg.errors",
         "gsdg.seeding",
         "gsdg.environment",
+        "gsdg.signals",
+        "gsdg.owner",
         "gsdg.runs",
         "gsdg.batch",
-        "gsdg.sweeps",
         "gsdg.schema",
     },
     {"gsdg.data", "gsdg.models", "gsdg.surgery"},
     {"gsdg.algorithms"},
-    {"gsdg.checkpoint", "gsdg.evaluate", "gsdg.trainer", "gsdg.experiment"},
+    {"gsdg.checkpoint", "gsdg.evaluate", "gsdg.trainer", "gsdg.devices", "gsdg.outcome", "gsdg.experiment"},
+    {"gsdg.sweep"},
 ]
 NEIGHBOURS = FLOORS[1]  # they never import one another
 SIDE_HOUSE = {"gsdg.errors", "gsdg.runs"}  # all that analysis may import of gsdg

@@ -11,12 +11,16 @@ from helpers import REPOSITORY
 from torch import nn
 
 from gsdg.data import __main__ as data_commands
+from gsdg.sweep import __main__ as sweep_commands
 
 README = (REPOSITORY / "README.md").read_text()
 JOINED = README.replace("\\\n", " ")
 COMMANDS = [line.split("#")[0].strip() for line in JOINED.splitlines() if line.startswith("    python launch.py")]
 DATA_COMMANDS = [
     line.split("#")[0].strip() for line in README.splitlines() if line.startswith("    python -m gsdg.data")
+]
+SWEEP_COMMANDS = [
+    line.split("#")[0].strip() for line in JOINED.splitlines() if line.startswith("    python -m gsdg.sweep")
 ]
 FLAGS = README.split("## From the release's command line")[1].split("\n## ")[0]
 OVERRIDES = [
@@ -42,6 +46,13 @@ def test_a_command_composes(compose, command):
 def test_a_data_command_parses_and_composes(command):
     options = data_commands.options(shlex.split(command)[3:])
     assert data_commands.composed(options).data_dir == "/data"
+
+
+@pytest.mark.parametrize("command", SWEEP_COMMANDS)
+def test_a_sweep_command_parses_and_its_overrides_compose(compose, command):
+    chosen = sweep_commands.options(shlex.split(command)[3:])
+    if not hasattr(chosen, "runs_dir"):  # of a sweep to come: its words are launch.py's
+        compose(*first_values(command))
 
 
 @pytest.mark.parametrize("override", OVERRIDES)

@@ -1,0 +1,209 @@
+"""An enumerated sweep -> queued tasks: freeze, leave out what is done or on its way, pack, split into arrays, submit.
+
+Everything that can be refused is refused before the first task is submitted; if SLURM refuses a later array, those
+before it are withdrawn. What is queued is noted on disk before it is submitted, so nothing is ever submitted twice.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from gsdg.environment import code_state
+from gsdg.errors import UserError, listing
+from gsdg.sweep import code, slurm
+from gsdg.sweep.folder import Frozen, SweepFolder, writable
+from gsdg.sweep.job import Pack
+from gsdg.sweep.states import TO_SUBMIT, plural, standings
+from gsdg.sweep.task import Task, script
+
+log = logging.getLogger(__name__)
+
+
+def launch(
+    sweep: SweepFolder,
+    runs: list[Frozen],
+    task: Task,
+    *,
+    overrides: Sequence[str],
+    environment: Mapping[str, str],
+    resubmit: str,
+) -> list:
+    """Freeze the sweep in its folder and submit what is due; returns submitit's jobs.
+
+    `overrides` are the command's, `environment` what the runs find in theirs, `resubmit` one of TO_SUBMIT.
+    """
+    task.check()
+    if resubmit not in TO_SUBMIT:
+        raise UserError(f"resubmit={resubmit}. Valid: {listing(TO_SUBMIT)}.")
+    if sweep.path.parent.name != ".sweeps":
+        raise UserError(
+            f"hydra.sweep.dir={sweep.path}: sweeps lie in <runs_dir>/.sweeps. Leave it, and choose runs_dir."
+        )
+    if task.cluster == "slurm":
+        slurm.refuse_here()
+    with writable(sweep.runs_dir), one_at_a_time(sweep.runs_dir):
+        facts = {
+            "command": sys.argv,
+            "overrides": list(overrides),
+            "directory": os.getcwd(),
+            "environment": dict(environment),
+        }
+        facts["code"] = code_state()
+        sweep.write({**facts, "launcher": {"cluster": task.cluster, **task.parameters}}, runs)
+        return submit(sweep, runs, task, resubmit)
+
+
+def resubmit(sweep: SweepFolder, runs: list[Frozen], resubmit: str) -> list:
+    """Submit again what is due of `runs`, with the sweep's frozen configs and launcher, and today's code."""
+    parameters = dict(sweep.read()["launcher"])
+    task = Task(parameters.pop("cluster"), parameters)
+    if task.cluster == "slurm":
+        slurm.refuse_here()
+    with writable(sweep.runs_dir), one_at_a_time(sweep.runs_dir):
+        return submit(sweep, runs, task, resubmit)
+
+
+def submit(sweep: SweepFolder, runs: list[Frozen], task: Task, resubmit: str) -> list:
+    """Submit those of `runs` that `resubmit` asks for. UserError, with nothing left in the queue, if SLURM refuses."""
+    queue = slurm.queue() if task.cluster == "slurm" else None
+    chosen = {run.run_id for run in runs}
+    found = [standing for standing in standings(sweep, queue) if standing.run_id in chosen]
+    due = {standing.run_id for standing in found if standing.state in TO_SUBMIT[resubmit]}
+    counts = counted(standing.state for standing in found)
+    print(f"sweep {sweep.name}: {counts}; {len(due)} to submit (resubmit={resubmit})")
+    if not due:
+        return []
+    now = code_state()
+    _say_code(sweep, now)
+    start = code.snapshot(sweep.runs_dir / ".code", now) / "gsdg" / "sweep" / "start.py"
+    arrays = split(packed([run for run in runs if run.run_id in due], task.parameters), task)
+    jobs = _submit_arrays(sweep, task, arrays, start, now, afresh=resubmit == "all")
+    _say_next(sweep, task, arrays, jobs)
+    return jobs
+
+
+def packed(runs: list[Frozen], parameters: dict) -> list[list[Frozen]]:
+    """Runs in packs of `runs_per_task`, one pack a task; null: all in one."""
+    size = parameters["runs_per_task"] or len(runs)
+    return [runs[first : first + size] for first in range(0, len(runs), size)]
+
+
+def split(packs: list[list[Frozen]], task: Task) -> list[list[list[Frozen]]]:
+    """Packs in arrays that SLURM accepts, of nearly equal size."""
+    if task.cluster == "local":
+        return [packs]
+    count = -(-len(packs) // slurm.max_array_size())
+    return [packs[len(packs) * k // count : len(packs) * (k + 1) // count] for k in range(count)]
+
+
+def shares(arrays: list[list], parallelism: int) -> list[int]:
+    """How many tasks of each array may run at once, `parallelism` in all: SLURM counts per array, from 1."""
+    total, rest = sum(map(len, arrays)), max(0, parallelism - len(arrays))
+    ends = [round(rest * sum(map(len, arrays[: k + 1])) / total) for k in range(len(arrays))]
+    return [1 + end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _submit_arrays(sweep: SweepFolder, task: Task, arrays: list, start: Path, now: dict, *, afresh: bool) -> list:
+    first = sum(event["event"] == "submitted" for event in sweep.events())
+    names = [f"gsdg-{sweep.name}-{first + k}" for k in range(len(arrays))]
+    if task.cluster == "slurm":
+        executors = _executors(sweep, task, arrays, names, start)
+        for executor, array in zip(executors, arrays, strict=True):
+            slurm.test(script(executor, len(array)))
+    else:
+        executors = [task.executor(sweep.jobs, start)]
+    jobs: list = []
+    for name, array, executor in zip(names, arrays, executors, strict=True):
+        packs = [Pack(sweep.path, name, name, pack, **_options(sweep, task, afresh)) for pack in array]
+        ids = [[run.run_id for run in pack] for pack in array]
+        try:
+            sweep.append("submitted", cluster=task.cluster, array=name, packs=ids, code=now["code"])
+            submitted = executor.submit_array(packs)
+        except Exception as error:
+            _withdraw(sweep, task, jobs, [run for array in arrays for pack in array for run in pack], error)
+        jobs += submitted
+        with suppress(OSError):  # the queue knows the array by its name, too
+            sweep.append("accepted", array=name, jobs=[job.job_id for job in submitted], host=os.uname().nodename)
+    return jobs
+
+
+def _executors(sweep: SweepFolder, task: Task, arrays: list, names: list[str], start: Path) -> list:
+    at_once = shares(arrays, task.parameters["array_parallelism"])
+    more = {"chdir": sweep.read()["directory"], **task.parameters["additional_parameters"]}
+    return [
+        task.executor(sweep.jobs, start, name=name, array_parallelism=share, additional_parameters=more)
+        for name, share in zip(names, at_once, strict=True)
+    ]
+
+
+def _options(sweep: SweepFolder, task: Task, afresh: bool) -> dict:
+    environment: dict[str, str | None] = dict(sweep.read()["environment"])
+    if task.cluster == "slurm":
+        command = ["python", "-m", "gsdg.sweep", "prepare", *sweep.read()["overrides"]]
+        environment |= {"GSDG_OFFLINE": shlex.join(command), "HF_HUB_OFFLINE": "1"}
+    elif not task.parameters.get("gpus_per_node"):  # submitit hides every GPU from local jobs that ask for none
+        environment |= {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES")}
+    grace = max(5.0, task.parameters.get("signal_delay_s", 120) - 15.0)
+    return {
+        "side_by_side": task.parameters["side_by_side"],
+        "grace": grace,
+        "afresh": afresh,
+        "environment": environment,
+    }
+
+
+def _withdraw(sweep: SweepFolder, task: Task, jobs: list, runs: list[Frozen], error: Exception) -> None:
+    """SLURM refused an array: take back those before it, and say why."""
+    if jobs:
+        slurm.cancel([job.job_id for job in jobs])
+    with suppress(OSError):
+        sweep.append("cancelled", runs=[run.run_id for run in runs])
+    reason = slurm.explain(str(error)) if task.cluster == "slurm" else str(error)
+    withdrawn = (
+        f"\nThe {len(jobs)} tasks submitted before it were withdrawn: nothing of this sweep is queued." if jobs else ""
+    )
+    raise UserError(f"the sweep could not be submitted: {reason}{withdrawn}") from error
+
+
+def _say_code(sweep: SweepFolder, now: dict) -> None:
+    print(f"code {code.described(now)}: jobs run a copy of it, whatever happens to the checkout")
+    before = {event["code"] for event in sweep.events() if event["event"] == "submitted"} | {
+        sweep.read()["code"]["code"]
+    }
+    if others := before - {now["code"]}:
+        print(f"note: it was submitted before with other code ({listing(sorted(others))}); runs go on with today's")
+
+
+def _say_next(sweep: SweepFolder, task: Task, arrays: list, jobs: list) -> None:
+    where = "" if task.cluster == "local" else f" as job {listing(sorted({job.job_id.split('_')[0] for job in jobs}))}"
+    print(f"submitted: {plural(sum(map(len, arrays)), 'task')} in {plural(len(arrays), 'array')}{where}")
+    if task.cluster == "slurm":
+        print(f"follow it:  python -m gsdg.sweep status --watch --runs-dir {sweep.runs_dir}")
+        print(f"the table:  python -m analysis {sweep.runs_dir}")
+
+
+def counted(states: Iterable[str]) -> str:
+    """`48 runs: 12 done, 36 missing`."""
+    counts = Counter(states)
+    return f"{counts.total()} runs: {listing(f'{count} {state}' for state, count in counts.most_common())}"
+
+
+@contextmanager
+def one_at_a_time(runs_dir: Path) -> Iterator[None]:
+    """Two launches at the same moment would both find a run missing: the second waits for the first."""
+    folder = runs_dir / ".sweeps"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            log.warning("no lock on %s (%s): do not launch two sweeps at the same moment", folder, error.strerror)
+        yield
