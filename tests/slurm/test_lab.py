@@ -1,0 +1,119 @@
+"""The tests' own cluster does what its accidents' names say, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lab import Lab, free_port_base, remove_abandoned
+
+pytestmark = pytest.mark.slow
+ABANDONED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from lab import free_port_base, temporary_lab
+with temporary_lab(nodes=1, port_base=free_port_base(1)) as lab:
+    job = lab.submit(script="trap '' TERM; while :; do sleep 0.2; done")
+    lab.wait(lambda: lab.state(job) == "RUNNING")
+    print(lab.folder, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def processes(folder: Path) -> set[int]:
+    """Everything that runs with this cluster's configuration, but for the tests themselves."""
+    wanted, found = f"SLURM_CONF={folder}/etc/slurm.conf".encode(), set()
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if wanted in environ.read_bytes().split(b"\0"):
+                found.add(int(environ.parent.name))
+        except OSError:
+            continue
+    return found - {os.getpid()}
+
+
+def works(lab: Lab, node: int) -> str:
+    job = lab.submit(f"--nodelist=n{node}", "--requeue", script="echo $$ >> $HOME/pids; sleep 600")
+    lab.wait(lambda: lab.state(job) == "RUNNING")
+    return job
+
+
+def pids(file: Path) -> list[int]:
+    return [int(pid) for pid in file.read_text().split()] if file.exists() else []
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_with_its_slurmd_gone_a_node_is_lost_while_its_job_lives_on(cluster, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    job = works(cluster, 1)
+    (first,) = cluster.wait(lambda: pids(tmp_path / "pids"))
+    cluster.kill_slurmd_only(1, told=True)
+    assert cluster.state(job) == "PENDING"
+    assert is_alive(first)
+    cluster.return_node(1)
+    cluster.wait(lambda: len(pids(tmp_path / "pids")) == 2)
+    cluster.wait(lambda: not is_alive(first))
+
+
+def test_a_node_without_power_takes_its_jobs_along(cluster, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    job = works(cluster, 2)
+    (first,) = cluster.wait(lambda: pids(tmp_path / "pids"))
+    cluster.kill_node(2)
+    cluster.wait(lambda: not is_alive(first), 3)
+    assert cluster.state(job) == "RUNNING", "SLURM has not noticed"
+    cluster.wait(lambda: cluster.state(job) == "PENDING", 60)
+
+
+def test_a_controller_that_is_killed_comes_back_with_its_jobs(cluster):
+    job = cluster.submit()
+    cluster.wait(lambda: cluster.state(job) == "RUNNING")
+    cluster.wait(lambda: (cluster.folder / "spool" / "ctld" / "job_state").exists(), 10)
+    cluster.kill_controller(signal.SIGTERM)
+    assert cluster.run("squeue", check=False) == ""
+    cluster.start_controller()
+    assert cluster.state(job) == "RUNNING"
+
+
+def test_settings_can_be_changed_while_it_runs(cluster):
+    cluster.configure(user_signal=False, max_array_size=50)
+    said = cluster.run("scontrol", "show", "config")
+    assert "preempt_send_user_signal" not in said
+    assert "MaxArraySize            = 50" in said
+    with pytest.raises(TypeError, match="max_array_size"):
+        cluster.configure(max_arrays=3)
+
+
+def test_the_cluster_of_a_killed_session_is_ended_by_the_next(cluster):
+    command = [sys.executable, "-c", ABANDONED, str(Path(__file__).parent)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL
+    folder = Path(done.stdout.strip())
+    assert len(processes(folder)) >= 4
+    remove_abandoned()
+    assert processes(folder) == set()
+    assert not folder.exists()
+    assert cluster.folder.exists(), "a living session's is left alone"
+    cluster.run("squeue")
+
+
+def test_down_ends_orphans_too(cluster):
+    lab = Lab(Path(f"/tmp/gsdg-lab-{os.getpid()}"), nodes=1, port_base=free_port_base(1))
+    lab.up()
+    job = lab.submit(script="setsid sleep 600 & sleep 600")
+    lab.wait(lambda: lab.state(job) == "RUNNING")
+    lab.kill_slurmd_only(1)
+    assert len(processes(lab.folder)) >= 4
+    lab.down()
+    assert processes(lab.folder) == set()
+    subprocess.run(["rm", "-rf", str(lab.folder)], check=True)
