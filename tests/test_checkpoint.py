@@ -156,3 +156,12 @@ def test_a_signal_that_was_lost_on_the_way_stops_the_run_before_its_first_step(t
     signals.stop = signal.SIGUSR2  # noted, and its exception swallowed, as Python does in a finalizer
     with pytest.raises(Stopped, match="nothing had to be saved"):
         Saver({}, RunFolder(tmp_path), signals, 10).begin()
+
+
+def test_a_stop_is_saved_for_even_if_its_saving_was_done_a_step_before(tmp_path):
+    """A signal may come between the two questions: it is then saved for at once, and obeyed at the next step."""
+    folder, signals = RunFolder(tmp_path), Signals()
+    signals.stop = signal.SIGUSR2
+    with folder.hold(), pytest.raises(Stopped, match="saved after 3 of 10"):
+        Saver({}, folder, signals, 10).after_step(3, False, lambda: None)
+    assert Checkpoints(tmp_path / "checkpoints").load_latest()["step"] == 3

@@ -112,6 +112,17 @@ def test_without_evaluate_last_the_last_record_is_where_eval_every_falls(compose
     assert [record["step"] for record in records_without_time(only_run(tmp_path / "runs"))] == [0, 8]
 
 
+def test_a_records_metrics_are_the_means_since_the_record_before(compose, tmp_path):
+    losses = {}
+    for every in (1, 2):
+        options = ("trainer.steps=5", f"trainer.eval_every={every}", f"runs_dir={tmp_path / str(every)}")
+        run(prepare(compose(*SMALL, *options)))
+        records = records_without_time(only_run(tmp_path / str(every)))
+        losses[every] = {record["step"]: record["metrics"]["loss"] for record in records}
+    single = losses[1]
+    assert losses[2] == pytest.approx({0: single[0], 2: (single[1] + single[2]) / 2, 4: (single[3] + single[4]) / 2})
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(compose, tmp_path):
     with pytest.raises(NonFinite, match="at step"):
         run(prepare(compose(*SMALL, "algorithm=erm", "optimizer=sgd", "optimizer.lr=1e30", "trainer.steps=20")))
@@ -194,7 +205,9 @@ def test_what_a_launcher_submits_is_not_part_of_a_run(compose):
     plain, other = (prepare(compose("split.target=15", *more)) for more in ([], ["resubmit=all"]))
     assert plain.run_id == other.run_id
     assert "resubmit" not in plain.config
-    assert run_id({**plain.config, "resubmit": "all"}) == plain.run_id
+    given = {**plain.config, "resubmit": "all"}
+    assert run_id(given) == prepare(given).run_id == plain.run_id
+    assert given["resubmit"] == "all"  # what is prepared is not changed
 
 
 def started(folder) -> int:

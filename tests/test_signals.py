@@ -116,22 +116,25 @@ def test_outside_the_main_thread_nothing_changes():
     assert seen == [before]
 
 
+def load() -> None:
+    signal.signal(SIGTERM, signal.SIG_DFL)  # as torch's loaders do
+    time.sleep(60)
+
+
 def test_processes_forked_inside_do_not_hear_what_the_whole_tree_is_sent():
     fork = multiprocessing.get_context("fork")
-    before = fork.Process(target=time.sleep, args=(60,), daemon=True)
+    before, inside, after = (fork.Process(target=load, daemon=True) for _ in range(3))
     before.start()
-    with deferring(stop=(SIGUSR2, SIGINT), save=(SIGTERM,)):
-        loader = fork.Process(target=time.sleep, args=(60,), daemon=True)
-        loader.start()
+    with Signals(stop=(SIGUSR2, SIGINT), save=(SIGTERM,)):
+        inside.start()
         time.sleep(0.1)
         for number in (SIGTERM, SIGUSR2, SIGINT):
-            os.kill(loader.pid, number)
-        loader.join(0.3)
-        assert loader.is_alive()
-    loader.join(5)
-    assert loader.exitcode == -signal.SIGKILL  # forgotten inside; Python would wait for it for ever at its exit
+            os.kill(inside.pid, number)
+        inside.join(0.3)
+        assert inside.is_alive()
+    inside.join(5)
+    assert inside.exitcode == -signal.SIGKILL  # forgotten inside; Python would wait for it for ever at its exit
     assert before.is_alive()
-    after = fork.Process(target=time.sleep, args=(60,), daemon=True)
     after.start()
     for process in (before, after):
         process.terminate()

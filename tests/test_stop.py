@@ -25,7 +25,7 @@ from analysis.tables import report
 from gsdg.algorithms import ERM
 from gsdg.data.folders import ImageFolders
 from gsdg.experiment import Plan, prepare, run
-from gsdg.runs import read_lines
+from gsdg.runs import RunFolder, read_lines
 from gsdg.signals import Signals, Stopped
 
 STEPS = 12
@@ -176,12 +176,14 @@ def test_asked_to_save_it_saves_and_goes_on(monkeypatch, plan, whole, tmp_path):
     saved = []
     save = gsdg.checkpoint.Checkpoints.save
     monkeypatch.setattr(
-        gsdg.checkpoint.Checkpoints, "save", lambda self, done, state: (saved.append(done), save(self, done, state))
+        gsdg.checkpoint.Checkpoints,
+        "save",
+        lambda self, done, state: (saved.append((done, state["unrecorded"])), save(self, done, state)),
     )
     step.send(3, SIGTERM, SIGTERM)
     predict.send(2, SIGTERM)  # in the evaluation of step 0
     run(plan("saved"), signals=child())
-    assert saved == [1, 4, 7, STEPS]
+    assert saved == [(1, True), (4, False), (7, False), (STEPS, False)]
     assert_same(expected, only_run(tmp_path / "saved"))
 
 
@@ -248,12 +250,36 @@ def test_a_stop_while_data_is_read_is_obeyed_at_once_and_told(monkeypatch, plan,
     assert not (only_run(tmp_path / "early") / "lock").exists()
 
 
-def test_a_library_that_exits_is_a_failure_not_a_stop(monkeypatch, plan, tmp_path):
-    monkeypatch.setattr(ImageFolders, "read", lambda self: exit("no licence"))
+@pytest.mark.parametrize(
+    ("code", "state"), [("no licence", "failed"), (1, "failed"), (-1, "stopped"), (143, "stopped")]
+)
+def test_a_library_that_exits_is_a_failure_unless_it_does_so_for_a_signal(monkeypatch, plan, tmp_path, code, state):
+    """submitit's own handler, under its own launcher, exits with -1."""
+    monkeypatch.setattr(ImageFolders, "read", lambda self: sys.exit(code))
     with pytest.raises(SystemExit):
         run(plan("exits"))
     left = status(only_run(tmp_path / "exits"))
-    assert (left["state"], left["reason"]) == ("failed", "SystemExit: no licence")
+    assert left["state"] == state
+    assert left["reason"].startswith(f"SystemExit: {code}" if state == "failed" else "SystemExit on ")
+
+
+def test_a_failure_is_written_down_whatever_signal_comes_meanwhile(monkeypatch, plan, tmp_path):
+    def fail(self):
+        raise RuntimeError("the disk is upside down")
+
+    set_status = RunFolder.set_status
+
+    def interrupted(self, **changes):
+        if changes.get("state") == "failed":
+            os.kill(os.getpid(), SIGTERM)
+        set_status(self, **changes)
+
+    monkeypatch.setattr(ImageFolders, "read", fail)
+    monkeypatch.setattr(RunFolder, "set_status", interrupted)
+    with pytest.raises(RuntimeError, match="upside down"):
+        run(plan("fails"))
+    left = status(only_run(tmp_path / "fails"))
+    assert (left["state"], left["reason"]) == ("failed", "RuntimeError: the disk is upside down")
 
 
 def test_a_stop_is_noted_where_runs_are_listed(monkeypatch, plan, tmp_path, caplog):
@@ -271,11 +297,11 @@ def test_the_seconds_of_a_step_survive_a_stop_in_an_evaluation(monkeypatch, plan
     step, predict = At(monkeypatch, torch.optim.Adam, "step"), At(monkeypatch, ERM, "predict")
     step.moments = {0: lambda: time.sleep(0.3)}
     predict.send(0, SIGUSR2)
-    predict.moments[0] = lambda kill=predict.moments[0]: (time.sleep(0.5), kill())
+    predict.moments[0] = lambda kill=predict.moments[0]: (time.sleep(3.0), kill())
     stopped(plan("runs"))
     run(plan("runs"), signals=child())
     first = read_lines(only_run(tmp_path / "runs") / "records.jsonl")[0]
-    assert 0.3 < first["seconds"]["step"] < 0.7
+    assert 0.3 < first["seconds"]["step"] < 3.0
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from gsdg.environment import usable_cores
-from gsdg.runs import RunFolder
+from gsdg.runs import Busy, LockLost, RunFolder
 from gsdg.sweep.folder import Frozen, SweepFolder
 
 log = logging.getLogger(__name__)
@@ -99,8 +99,8 @@ class Pack:
     # ---- children -------------------------------------------------------------------------------------------------
 
     def _start(self, run: Frozen) -> None:
-        folder = RunFolder(Path(run.config["runs_dir"]) / run.run_id)
-        if folder.status.get("state") == "done" and not self._to_be_cleared(folder):
+        status = _folder(run).status
+        if status.get("state") == "done" and not (self.afresh and status.get("submission") != self.submission):
             log.info("run %s is done", run.run_id)
             return
         slot = next(number for number in range(self.side_by_side) if number not in self._children)
@@ -112,9 +112,6 @@ class Pack:
         with suppress(BrokenPipeError):  # it died at once: its exit code says so
             child.stdin.write(json.dumps(order))
             child.stdin.close()
-
-    def _to_be_cleared(self, folder: RunFolder) -> bool:
-        return self.afresh and folder.status.get("submission") != self.submission
 
     def _child_environment(self, slot: int) -> dict[str, str]:
         """One GPU for each of those side by side where there are several, and a share of the cores."""
@@ -141,10 +138,25 @@ class Pack:
                 again.append(run)  # the signal was not ours to obey: had submitit seen it, we would not be here
             elif code == BUSY:
                 log.info("run %s is being written by another process: left to it", run.run_id)
-            elif code not in (DONE, STOPPED):
+            elif code not in (DONE, STOPPED) and _folder(run).status.get("state") != "done":
                 self._failed.append(run.run_id)
-                _note_death(run, code)
+                self._note_death(run, code)
         return again
+
+    def _note_death(self, run: Frozen, code: int) -> None:
+        """A child that could not say itself why it ended: write it into the run's status."""
+        folder = _folder(run)
+        if code == FAILED and folder.status.get("state") == "failed":
+            return
+        reason = f"its process ended with exit code {code}"
+        if code < 0:
+            reason = f"its process was killed by {signal.Signals(-code).name}"
+        if code == -signal.SIGKILL:
+            time.sleep(LAST_WORDS)
+            reason += ", as the kernel does when memory runs out"
+        log.error("run %s: %s", run.run_id, reason)
+        with suppress(Busy, LockLost), folder.hold(submission=self.submission):
+            folder.set_status(state="failed", reason=reason)
 
     def _stop(self, run_ids: set[str]) -> None:
         _signal([child for run, child in self._children.values() if run.run_id in run_ids], signal.SIGUSR2)
@@ -152,11 +164,12 @@ class Pack:
     def _cancelled(self) -> set[str]:
         """The runs that were cancelled after this array was submitted."""
         cancelled: set[str] = set()
-        for event in SweepFolder(self.sweep).events():
-            if event["event"] == "submitted" and event["array"] == self.array:
-                cancelled = set()
-            elif event["event"] == "cancelled":
-                cancelled |= set(event["runs"])
+        with suppress(OSError):  # a network file system's bad moment: it is looked at again
+            for event in SweepFolder(self.sweep).events():
+                if event["event"] == "submitted" and event["array"] == self.array:
+                    cancelled = set()
+                elif event["event"] == "cancelled":
+                    cancelled |= set(event["runs"])
         return cancelled
 
     @contextmanager
@@ -178,20 +191,8 @@ def _signal(children: list[subprocess.Popen], number: signal.Signals) -> None:
             child.send_signal(number)
 
 
-def _note_death(run: Frozen, code: int) -> None:
-    """A child that could not say itself why it ended: write it into the run's status."""
-    folder = RunFolder(Path(run.config["runs_dir"]) / run.run_id)
-    if code == FAILED and folder.status.get("state") == "failed":
-        return
-    reason = f"its process ended with exit code {code}"
-    if code < 0:
-        reason = f"its process was killed by {signal.Signals(-code).name}"
-    if code == -signal.SIGKILL:
-        time.sleep(LAST_WORDS)
-        reason += ", as the kernel does when memory runs out"
-    log.error("run %s: %s", run.run_id, reason)
-    with folder.hold():
-        folder.set_status(state="failed", reason=reason)
+def _folder(run: Frozen) -> RunFolder:
+    return RunFolder(Path(run.config["runs_dir"]) / run.run_id)
 
 
 def _wait_for_controller(seconds: float) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from contextlib import suppress
 from pathlib import Path
 from signal import SIGINT, SIGTERM, SIGUSR2
 
@@ -43,15 +44,15 @@ def main(order: dict) -> int:
         return STOPPED
     except Exception as error:
         logging.getLogger(__name__).exception("run %s failed", order["run_id"])
-        _note(folder, error)
+        _note(folder, error, order["submission"])
         return FAILED
     return DONE
 
 
-def _note(folder: RunFolder, error: Exception) -> None:
+def _note(folder: RunFolder, error: Exception, submission: str) -> None:
     """What failed before the run had its folder is in its status too."""
-    if folder.status.get("state") != "failed":
-        with folder.hold():
+    if folder.status.get("state") not in ("failed", "done"):
+        with suppress(Busy, LockLost), folder.hold(submission=submission):
             folder.set_status(state="failed", reason=f"{type(error).__name__}: {str(error).splitlines()[0]}")
 
 

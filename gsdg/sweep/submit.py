@@ -10,10 +10,12 @@ import fcntl
 import logging
 import os
 import shlex
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from gsdg.environment import code_state
@@ -21,6 +23,7 @@ from gsdg.errors import UserError, listing
 from gsdg.sweep import code, slurm
 from gsdg.sweep.folder import Frozen, SweepFolder, writable
 from gsdg.sweep.job import Pack
+from gsdg.sweep.prepare import missing
 from gsdg.sweep.states import TO_SUBMIT, plural, standings
 from gsdg.sweep.task import Task, script
 
@@ -57,8 +60,27 @@ def launch(
             "environment": dict(environment),
         }
         facts["code"] = code_state()
+        runs = [on_gpu(run) for run in runs] if task.wants_gpu else runs
         sweep.write({**facts, "launcher": {"cluster": task.cluster, **task.parameters}}, runs)
-        return submit(sweep, runs, task, resubmit)
+        for line in missing([run.config for run in runs]) if task.cluster == "slurm" else ():
+            print(f"warning: {line.splitlines()[0]}\n    before the jobs start: {prepare_command(overrides)}")
+        try:
+            return submit(sweep, runs, task, resubmit)
+        except UserError:
+            if not sweep.events():  # refused: not a sweep that `status` should show
+                shutil.rmtree(sweep.path)
+            raise
+
+
+def on_gpu(run: Frozen) -> Frozen:
+    """device=auto of a task that has asked for a GPU: it must not train a night on the CPU, unnoticed."""
+    device = "cuda" if run.config["device"] == "auto" else run.config["device"]
+    return replace(run, config={**run.config, "device": device})
+
+
+def prepare_command(overrides: Sequence[str]) -> str:
+    """What brings to the login node all that the jobs will look for."""
+    return shlex.join(["python", "-m", "gsdg.sweep", "prepare", *overrides])
 
 
 def resubmit(sweep: SweepFolder, runs: list[Frozen], resubmit: str) -> list:
@@ -147,8 +169,7 @@ def _executors(sweep: SweepFolder, task: Task, arrays: list, names: list[str], s
 def _options(sweep: SweepFolder, task: Task, afresh: bool) -> dict:
     environment: dict[str, str | None] = dict(sweep.read()["environment"])
     if task.cluster == "slurm":
-        command = ["python", "-m", "gsdg.sweep", "prepare", *sweep.read()["overrides"]]
-        environment |= {"GSDG_OFFLINE": shlex.join(command), "HF_HUB_OFFLINE": "1"}
+        environment |= {"GSDG_OFFLINE": prepare_command(sweep.read()["overrides"]), "HF_HUB_OFFLINE": "1"}
     elif not task.parameters.get("gpus_per_node"):  # submitit hides every GPU from local jobs that ask for none
         environment |= {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES")}
     grace = max(5.0, task.parameters.get("signal_delay_s", 120) - 15.0)

@@ -34,6 +34,11 @@ class Task:
     cluster: str
     parameters: dict
 
+    @property
+    def wants_gpu(self) -> bool:
+        given = self.parameters
+        return bool(given.get("gpus_per_node") or given.get("gpus_per_task") or "gpu" in (given.get("gres") or ""))
+
     def check(self) -> None:
         """UserError for what would lose work later."""
         for name in ("tasks_per_node", "nodes"):

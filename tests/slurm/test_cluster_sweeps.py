@@ -202,6 +202,15 @@ def test_a_job_without_its_weights_fails_at_once_and_says_what_to_run_where(swee
     assert "python -m gsdg.sweep prepare" in sweeps.log()
 
 
+def test_a_gpu_that_does_not_work_is_a_failure_not_a_night_on_the_cpu(sweeps):
+    """The pretend nodes give a task a GPU that is not there."""
+    without_device = [text for text in SHORT if text != "device=cpu"]
+    sweeps.launch(*without_device, "hydra.launcher.gpus_per_node=1")
+    sweeps.wait_until_over()
+    assert sweeps.states() == ["failed"]
+    assert "device=cuda cannot be used here" in sweeps.command("status", check=False).stdout
+
+
 def make_photos(tmp_path: Path) -> Path:
     from helpers import photos
 
@@ -232,7 +241,7 @@ def test_a_mistake_is_refused_before_anything_is_submitted(sweeps, overrides, sa
     assert said in answer.stderr
     assert "Traceback" not in answer.stderr
     assert not sweeps.lab.states()
-    assert not submitted(sweeps)
+    assert not all_sweeps(sweeps.runs_dir)
 
 
 def test_submitting_from_inside_a_job_is_refused(sweeps, monkeypatch):

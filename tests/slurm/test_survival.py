@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from pathlib import Path
@@ -88,15 +87,17 @@ def test_the_orphan_of_a_lost_node_stops_and_the_new_copy_goes_on(sweeps, undist
     same_result(undisturbed, run)
 
 
-def test_out_of_time_again_and_again(sweeps, undisturbed):
-    """A limit of one minute: SLURM signals some time before it, the run saves, stops and is queued again."""
-    slow = [text for text in RUN if not text.startswith("trainer.checkpoint_every")]
+def test_out_of_time_it_saves_and_comes_back(sweeps, tmp_path):
+    """A limit of one minute: SLURM signals some time before it. No checkpoint is due before the end."""
+    slow = (*RUN, "trainer.checkpoint_every=100000", "trainer.steps=1200", "trainer.eval_every=600")
     limit = ("hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=11")
-    sweeps.launch(*slow, "trainer.checkpoint_every=100000", "trainer.steps=20000", "trainer.eval_every=20000", *limit)
-    sweeps.lab.wait(lambda: "resuming at step" in sweeps.log(), 180)
-    (run,) = sweeps.runs
-    assert "saved after" in sweeps.log() or "SIGUSR2" in sweeps.task_logs()
-    assert json.loads((run / "environment.jsonl").read_text().splitlines()[0])
+    whole = Sweeps(sweeps.lab, tmp_path / "whole")
+    whole.launch(*slow, "hydra.launcher.timeout_min=10")
+    sweeps.launch(*slow, *limit)
+    sweeps.wait_until_over(400)
+    assert "resuming at step" in sweeps.log()
+    assert "this job is timed-out" in sweeps.task_logs()
+    same_result(*whole.runs, *sweeps.runs)
 
 
 def test_cancelled_by_scancel_its_status_says_so_and_the_same_command_finishes_it(sweeps, undisturbed):

@@ -135,7 +135,7 @@ def test_a_presets_last_run_is_composed_as_by_hydra(sweep, preset):
 def test_the_runs_of_every_preset_are_composed_as_by_hydra(sweep, preset):
     jobs = from_command_line([f"experiment={preset}"])[1]
     pair = sweep(f"experiment={preset}")
-    for job in random.Random(0).sample(jobs, min(len(jobs), 6)):
+    for job in random.Random(0).sample(jobs, min(len(jobs), 3)):
         assert_same(pair, job)
 
 
@@ -153,9 +153,9 @@ def test_runs_of_the_issues_sweep_are_composed_as_by_hydra(sweep):
 
 
 @pytest.mark.slow
-def test_all_192_runs_of_the_issues_sweep_are_composed_as_by_hydra(sweep):
+def test_every_fifth_of_the_issues_192_runs_is_composed_as_by_hydra(sweep):
     pair = sweep(*ISSUE)
-    for job in from_command_line(ISSUE)[1]:
+    for job in from_command_line(ISSUE)[1][::5]:
         assert_same(pair, job)
 
 
@@ -326,11 +326,11 @@ DELETIONS = ["~optimizer", "~experiment", "~optimizer=sgd", "+optimizer@second=s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", range(10))
+@pytest.mark.parametrize("block", range(4))
 def test_random_mixtures_are_composed_as_by_hydra(plain, block):
     draw = random.Random(block)
     groups = [*CHOICES, *(f"experiment={preset}" for preset in PRESETS)]
-    for _ in range(30):
+    for _ in range(20):
         chosen = draw.choices(groups, k=draw.randrange(4)) + draw.choices(DELETIONS, k=draw.random() < 0.2)
         job = chosen + draw.choices(VALUES, k=draw.randrange(6))
         draw.shuffle(job)

@@ -112,6 +112,18 @@ def test_a_child_that_is_killed_is_failed_and_says_by_what(pack):
     assert status(folder(work, 1))["state"] == "done"
 
 
+def test_a_run_that_was_done_before_its_process_crashed_is_done(pack):
+    work = pack("trainer.steps=2")
+    work()
+    work._failed.clear()
+    child = subprocess.Popen([sys.executable, "-c", "import os; os.abort()"])
+    child.wait()
+    work._children[0] = work.runs[0], child
+    assert work._ended() == []
+    assert status(folder(work, 0))["state"] == "done"
+    assert not work._failed
+
+
 def test_a_cancelled_run_stops_and_leaves_its_place_to_the_next(pack):
     work = pack(" ".join(LONG), "seed=1 trainer.steps=2", "seed=2 trainer.steps=2")
     SweepFolder(work.sweep).append("cancelled", runs=[work.runs[2].run_id])

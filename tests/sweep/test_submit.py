@@ -8,7 +8,7 @@ from gsdg.errors import UserError
 from gsdg.sweep import slurm
 from gsdg.sweep.folder import Frozen
 from gsdg.sweep.freeze import absolute
-from gsdg.sweep.submit import counted, packed, shares, split
+from gsdg.sweep.submit import counted, on_gpu, packed, shares, split
 from gsdg.sweep.task import Task
 
 GOOD = {
@@ -92,3 +92,19 @@ def test_folders_are_frozen_as_seen_from_anywhere(tmp_path, monkeypatch):
 
 def test_states_are_counted_most_frequent_first():
     assert counted(["done", "missing", "done"]) == "3 runs: 2 done, 1 missing"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "wants"),
+    [({}, False), ({"gpus_per_node": 1}, True), ({"gpus_per_task": 2}, True), ({"gres": "gpu:a100:1"}, True)],
+    ids=str,
+)
+def test_a_task_that_asks_for_a_gpu_is_known(parameters, wants):
+    assert Task("slurm", {**GOOD, **parameters}).wants_gpu == wants
+
+
+@pytest.mark.parametrize(("asked", "frozen"), [("auto", "cuda"), ("cpu", "cpu"), ("cuda:1", "cuda:1")])
+def test_what_asked_for_a_gpu_never_falls_back_to_the_cpu(asked, frozen):
+    run = Frozen("a", ["x=1"], {"device": asked, "seed": 3})
+    assert on_gpu(run) == Frozen("a", ["x=1"], {"device": frozen, "seed": 3})
+    assert run.config["device"] == asked
