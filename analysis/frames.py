@@ -31,9 +31,9 @@ RECORDS = [*RUN, "step", "domain", "part", "accuracy"]
 class Runs:
     """What is on disk.
 
-    `status`: a row a run (columns STATUS). state is running, done, failed, stopped (by a signal, and saved), dead
-    (running, but without a heartbeat) or unknown; reason is "" where none is noted; domains is the tuple of the dataset's domains in order, () where
-    its config does not name them.
+    `status`: a row a run (columns STATUS). state is running, done, failed, stopped (by a signal: it saved itself), dead
+    (running, but without a heartbeat) or unknown; reason is "" where none is noted; domains is the tuple of the
+    dataset's domains in order, () where its config does not name them.
     `records`: a row per run, step, domain and part (columns RECORDS); accuracy is a fraction.
     `problems`: (folder, what was left out and why).
     A run with several targets has them joined by "+" in `target`; names may hold a "+": ask `n_targets`.

@@ -50,13 +50,21 @@ class LocalSweep(LocalLauncher):
     composes = True
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from gsdg.errors import UserError
         from gsdg.sweep.callback import note_run
+        from gsdg.sweep.states import plural, statuses
 
+        folder, runs_dir = Path(self.config.hydra.sweep.dir), Path(self.config.runs_dir)
         runs, jobs = _submit(self, job_overrides)
         for job in jobs:
             job.wait()
         for run in runs:  # for the table at the end
-            note_run(Path(self.config.hydra.sweep.dir), run.run_id)
+            note_run(folder, run.run_id)
+        states = [status.get("state") for status in statuses(runs_dir, [run.run_id for run in runs]).values()]
+        if left := len(states) - states.count("done"):
+            raise UserError(
+                f"{plural(left, 'run')} of {len(runs)} not done: python -m gsdg.sweep status --runs-dir {runs_dir}"
+            )
         return []
 
 
