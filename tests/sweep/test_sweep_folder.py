@@ -63,6 +63,8 @@ def test_a_sweep_is_found_by_a_part_of_its_name_and_the_latest_without_one(sweep
     assert [found.name for found in all_sweeps(sweep.runs_dir)] == [sweep.name, later.name]
     assert find(sweep.runs_dir).name == later.name
     assert find(sweep.runs_dir, "01-01").name == sweep.name
+    longer = SweepFolder(sweep.path.with_name(f"{later.name}1"))
+    longer.write({}, RUNS[:1])
     assert find(sweep.runs_dir, later.name).name == later.name
     with pytest.raises(UserError, match="several sweeps.*2026-01-01"):
         find(sweep.runs_dir, "2026")
