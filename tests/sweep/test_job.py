@@ -84,7 +84,6 @@ def test_asked_by_submitit_every_child_saves_and_the_next_start_goes_on(pack):
     assert [status(folder(work, number))["state"] for number in (0, 1)] == ["stopped", "stopped"]
     saved = [int(next((folder(work, n) / "checkpoints").glob("*.pt")).stem.removeprefix("step_")) for n in (0, 1)]
     again = pickle.loads(pickle.dumps(delayed)).function
-    os.environ["GSDG_TEST"] = "1"
     thread.join(1)  # it starts them again: nobody has ended it as submitit would
     for child in [child for _, child in work._children.values()]:
         child.kill()
@@ -95,7 +94,7 @@ def test_asked_by_submitit_every_child_saves_and_the_next_start_goes_on(pack):
     for number, step in enumerate(saved):
         wait_for_step(again, number, step + 3)
         assert f"resuming at step {step} " in (folder(work, number) / "log.txt").read_text()
-    again.sweep and SweepFolder(again.sweep).append("cancelled", runs=[run.run_id for run in again.runs])
+    SweepFolder(again.sweep).append("cancelled", runs=[run.run_id for run in again.runs])
     thread.join(60)
     assert not thread.is_alive()
 
@@ -122,6 +121,19 @@ def test_a_run_that_was_done_before_its_process_crashed_is_done(pack):
     assert work._ended() == []
     assert status(folder(work, 0))["state"] == "done"
     assert not work._failed
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM, signal.SIGINT])
+def test_a_child_that_was_signalled_before_it_could_listen_is_started_again(pack, number):
+    """It imports torch for some seconds: nothing is lost, and nothing has failed."""
+    work = pack("trainer.steps=2")
+    child = subprocess.Popen([sys.executable, "-c", f"import os, signal; signal.signal({number}, signal.SIG_DFL); "
+                                                     f"os.kill(os.getpid(), {number})"])  # fmt: skip
+    child.wait()
+    work._children[0] = work.runs[0], child
+    assert work._ended() == work.runs
+    assert not work._failed
+    assert not folder(work, 0).exists()
 
 
 def test_a_cancelled_run_stops_and_leaves_its_place_to_the_next(pack):
