@@ -7,9 +7,10 @@ the run has an id and a folder, and whatever happens is in the folder's status a
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -128,7 +129,7 @@ def prepare(raw: DictConfig | dict) -> Plan:
     config["dataset"]["domains"], config["split"]["target"] = list(source.domains), split.targets
     check_channels(config["model"], source)
     check_stored_size(config)
-    try_optimizer(config["optimizer"])
+    try_optimizer(json.dumps(config["optimizer"]))
     named_device(config["device"])
     algorithm, trainer = build(config["algorithm"]), build(config["trainer"])
     return Plan(config, source, split, algorithm, trainer)
@@ -227,8 +228,10 @@ def evaluated(trainer: Trainer, parts: dict, is_source: bool) -> dict:
     return {part: parts[part] for part in parts if not (trainer.evaluate == "fast" and is_source and part == "in")}
 
 
-def try_optimizer(node: dict) -> None:
-    """Build the optimizer on one number, so that what torch refuses is said before data loads."""
+@cache
+def try_optimizer(text: str) -> None:
+    """Build the optimizer (its node as JSON) on one number, so that what torch refuses is said before data loads."""
+    node = json.loads(text)
     try:
         build(node, params=[torch.zeros(1, requires_grad=True)])
     except Exception as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
 from functools import cache
 from typing import Any, Literal, Union
@@ -15,32 +15,12 @@ from hydra.utils import get_object, instantiate
 
 from gsdg.errors import UserError, listing
 
-HYDRAS_OWN = {"_partial_", "_args_", "_convert_", "_recursive_"}  # what only Hydra's own instantiate understands
-
 
 def build(node: dict, **supplied: object) -> Any:
-    """Instantiate a checked node and those inside it, as Hydra does. `supplied` is what only the program knows.
-
-    InstantiationException: what a constructor raised, but for a UserError, which arrives as it is.
-    """
-    parameters = accepted(node)
-    added = {key: value for key, value in supplied.items() if key in parameters}
-    if node.keys() & HYDRAS_OWN:
-        return _by_hydra(node, added)
-    given = {key: _built(value) for key, value in node.items() if key != "_target_"}
-    if "name" not in parameters:  # for people and records
-        given.pop("name", None)
+    """Instantiate a checked node and those inside it. `supplied` is what only the program knows."""
+    added = {key: value for key, value in supplied.items() if key in accepted(node)}
     try:
-        return _permitted(node["_target_"], get_object(node["_target_"]))(**given, **added)
-    except (UserError, InstantiationException):
-        raise
-    except Exception as error:
-        raise InstantiationException(f"Error in call to target '{node['_target_']}':\n{error!r}") from error
-
-
-def _by_hydra(node: dict, added: dict) -> Any:
-    try:
-        return instantiate(_nameless(node), _convert_="all", **added)
+        return instantiate(_arguments(node), **added, _convert_="all")
     except InstantiationException as error:
         cause = error
         while isinstance(cause, InstantiationException):  # Hydra wraps what a constructor raises, once a level
@@ -50,27 +30,11 @@ def _by_hydra(node: dict, added: dict) -> Any:
         raise
 
 
-def _built(value: object) -> object:
-    """A copy: a constructor may keep what it is given, and change it."""
-    if isinstance(value, dict):
-        return build(value) if "_target_" in value else {key: _built(item) for key, item in value.items()}
-    return [_built(item) for item in value] if isinstance(value, list) else value
-
-
-@cache
-def _permitted(name: str, target: object) -> Callable:
-    """What `_target_: name` calls, which is `target`, if Hydra does not refuse it.
-
-    Hydra's instantiate itself takes milliseconds a node: it makes a config of it, twice.
-    """
-    return instantiate({"_target_": name, "_partial_": True}).func
-
-
-def _nameless(node: dict) -> dict:
-    """The node and the nodes in it without their `name`s."""
+def _arguments(node: dict) -> dict:
+    """The node and the nodes in it without their `name`s, which are for people and records."""
     named = "name" in accepted(node)
     return {
-        key: _nameless(value) if isinstance(value, dict) and "_target_" in value else value
+        key: _arguments(value) if isinstance(value, dict) and "_target_" in value else value
         for key, value in node.items()
         if key != "name" or named
     }

@@ -191,16 +191,6 @@ def test_a_plan_of_a_folder_of_images_is_the_same_again(compose, tmp_path):
     assert prepare(json.loads(json.dumps(plan.config))).run_id == plan.run_id
 
 
-def test_hydras_instantiate_is_asked_once_a_class_not_once_a_run(compose, monkeypatch):
-    """It takes milliseconds; thousands of runs are prepared before a sweep is submitted."""
-    asked = []
-    instantiate = schema.instantiate
-    monkeypatch.setattr(schema, "instantiate", lambda node, **kw: (asked.append(node), instantiate(node, **kw))[1])
-    configs = [compose("split.target=15", f"algorithm.n_parts={n}") for n in range(1, 6)]
-    assert len({prepare(config).run_id for config in configs for _ in range(3)}) == 5
-    assert len(asked) <= 7
-
-
 def test_what_a_launcher_submits_is_not_part_of_a_run(compose):
     plain, other = (prepare(compose("split.target=15", *more)) for more in ([], ["resubmit=all"]))
     assert plain.run_id == other.run_id

@@ -97,23 +97,9 @@ def test_what_hydra_refuses_to_call_is_refused():
 
 
 def test_anything_else_a_constructor_raises_names_it():
-    with pytest.raises(InstantiationException, match="torch.optim.SGD.*\n.*Invalid learning rate") as error:
+    with pytest.raises(InstantiationException, match="SGD.*\n.*Invalid learning rate") as error:
         build(node(lr=-1.0), params=[torch.zeros(1, requires_grad=True)])
     assert isinstance(error.value.__cause__, ValueError)
-
-
-def test_a_constructor_may_change_what_it_is_given():
-    config = {
-        "_target_": "collections.UserDict",
-        "several": [{"_target_": "collections.UserDict", "deep": [1]}],
-        "plain": {"a": [2]},
-    }
-    built = build(config)
-    assert built == {"several": [{"deep": [1]}], "plain": {"a": [2]}}
-    built["several"][0]["deep"].append(2)
-    built["plain"]["a"].append(3)
-    assert config["several"][0]["deep"] == [1]
-    assert config["plain"]["a"] == [2]
 
 
 def test_a_partial_is_hydras_and_its_refusal_the_constructors():
