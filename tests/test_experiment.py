@@ -9,7 +9,7 @@ import pytest
 import torch
 from helpers import REPOSITORY, SMALL, only_run, photos, records_without_time, status
 
-from gsdg import runs, schema
+from gsdg import runs
 from gsdg.algorithms import GradSurgery
 from gsdg.data.cache import as_arrays
 from gsdg.environment import usable_cores
