@@ -146,7 +146,7 @@ class Pack:
     def _note_death(self, run: Frozen, code: int) -> None:
         """A child that could not say itself why it ended: write it into the run's status."""
         folder = _folder(run)
-        if code == FAILED and folder.status.get("state") == "failed":
+        if code == FAILED and has_told(folder.status, self.submission):
             return
         reason = f"its process ended with exit code {code}"
         if code < 0:
@@ -189,6 +189,11 @@ def _signal(children: list[subprocess.Popen], number: signal.Signals) -> None:
     for child in children:
         if child.poll() is None:
             child.send_signal(number)
+
+
+def has_told(status: dict, submission: str) -> bool:
+    """Whether a run's status says how this submission of it ended; what an earlier one said is old."""
+    return status.get("state") == "done" or (status.get("state"), status.get("submission")) == ("failed", submission)
 
 
 def _folder(run: Frozen) -> RunFolder:

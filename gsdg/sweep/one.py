@@ -15,7 +15,7 @@ from signal import SIGINT, SIGTERM, SIGUSR2
 from gsdg.errors import UserError
 from gsdg.runs import STALE_AFTER, Busy, LockLost, RunFolder
 from gsdg.signals import Signals, Stopped
-from gsdg.sweep.job import BUSY, DONE, FAILED, LOST, STOPPED
+from gsdg.sweep.job import BUSY, DONE, FAILED, LOST, STOPPED, has_told
 
 PATIENCE = STALE_AFTER + 30.0  # seconds to wait for the heartbeat of a process that was killed elsewhere to go stale
 
@@ -51,9 +51,10 @@ def main(order: dict) -> int:
 
 def _note(folder: RunFolder, error: Exception, submission: str) -> None:
     """What failed before the run had its folder is in its status too."""
-    if folder.status.get("state") not in ("failed", "done"):
+    if not has_told(folder.status, submission):
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         with suppress(Busy, LockLost), folder.hold(submission=submission):
-            folder.set_status(state="failed", reason=f"{type(error).__name__}: {str(error).splitlines()[0]}")
+            folder.set_status(state="failed", reason=reason)
 
 
 if __name__ == "__main__":

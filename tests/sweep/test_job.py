@@ -205,6 +205,19 @@ def test_those_side_by_side_share_the_gpus_in_turn(pack):
     assert "HOME" not in alone._child_environment(0)
 
 
+def test_an_old_failure_does_not_hide_the_new_one(pack):
+    """The second submission fails before the run has its folder."""
+    work = pack("trainer.steps=9 optimizer=sgd optimizer.lr=1e30")
+    with pytest.raises(PackFailed):
+        work()
+    assert "NonFinite" in status(folder(work, 0))["reason"]
+    again = pack("trainer.steps=9 optimizer=sgd optimizer.lr=1e30 device=cuda:99")
+    again.submission = "gsdg-s-1"
+    with pytest.raises(PackFailed):
+        again()
+    assert "device=cuda:99" in status(folder(work, 0))["reason"]
+
+
 def test_a_config_whose_id_is_not_its_own_is_refused(pack):
     work = pack("trainer.steps=2")
     work.runs = [Frozen("0123456789ab", [], work.runs[0].config)]
