@@ -136,7 +136,8 @@ def test_a_child_that_was_signalled_before_it_could_listen_is_started_again(pack
     assert not folder(work, 0).exists()
 
 
-def test_a_cancelled_run_stops_and_leaves_its_place_to_the_next(pack):
+def test_a_cancelled_run_stops_and_leaves_its_place_to_the_next(pack, caplog):
+    caplog.set_level("INFO")
     work = pack(" ".join(LONG), "seed=1 trainer.steps=2", "seed=2 trainer.steps=2")
     SweepFolder(work.sweep).append("cancelled", runs=[work.runs[2].run_id])
     thread, raised = in_background(work)
@@ -146,7 +147,21 @@ def test_a_cancelled_run_stops_and_leaves_its_place_to_the_next(pack):
     assert not raised
     assert status(folder(work, 0))["state"] == "stopped"
     assert status(folder(work, 1))["state"] == "done"
-    assert not folder(work, 2).exists()
+    assert f"run {work.runs[1].run_id} starts" in caplog.text
+    assert f"run {work.runs[2].run_id} starts" not in caplog.text
+
+
+def test_what_was_cancelled_before_this_submission_is_wanted_again(pack):
+    work = pack("trainer.steps=2")
+    sweep, ids = SweepFolder(work.sweep), [run.run_id for run in work.runs]
+    sweep.append("cancelled", runs=ids)
+    assert work._cancelled() == set(ids)
+    sweep.append("submitted", array="gsdg-s-7", packs=[ids])
+    assert work._cancelled() == set(ids), "another array's submission is not this one's"
+    sweep.append("submitted", array=work.array, packs=[ids])
+    assert work._cancelled() == set()
+    sweep.append("cancelled", runs=ids)
+    assert work._cancelled() == set(ids)
 
 
 def test_a_run_taken_over_by_another_copy_of_the_task_ends_this_one(pack, compose):
