@@ -25,7 +25,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
 sys.path[:0] = [str(REPOSITORY), str(REPOSITORY / "tests" / "slurm")]
-from lab import Lab, missing, temporary_lab  # noqa: E402
+from lab import HALF_A_NODE, Lab, missing, temporary_lab  # noqa: E402
 
 from gsdg.runs import read_json, read_lines  # noqa: E402
 
@@ -38,13 +38,6 @@ RUN = (
     "model.dropout=0.3",
     "optimizer.lr=1e-3",
     "device=cpu",
-)
-TASK = (
-    "hydra/launcher=slurm_cpu",
-    "hydra.launcher.cpus_per_task=1",
-    "hydra.launcher.mem_gb=1",
-    "hydra.launcher.timeout_min=10",
-    "hydra.launcher.signal_delay_s=60",
 )
 
 
@@ -66,7 +59,7 @@ class Sweep:
 
     def start(self) -> subprocess.Popen:
         self.launches += 1
-        command = [sys.executable, "launch.py", "-m", *TASK, *self.overrides, f"runs_dir={self.runs_dir}"]
+        command = [sys.executable, "launch.py", "-m", *HALF_A_NODE, *self.overrides, f"runs_dir={self.runs_dir}"]
         pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
         return subprocess.Popen(command, cwd=REPOSITORY, env=self.environment, **pipes)
 

@@ -12,8 +12,7 @@ import os
 import shlex
 import shutil
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from gsdg.sweep.folder import Frozen, SweepFolder, writable
 from gsdg.sweep.job import Pack
 from gsdg.sweep.prepare import missing
 from gsdg.sweep.states import TO_SUBMIT, plural, standings
+from gsdg.sweep.table import counts
 from gsdg.sweep.task import Task, script
 
 log = logging.getLogger(__name__)
@@ -99,8 +99,8 @@ def submit(sweep: SweepFolder, runs: list[Frozen], task: Task, resubmit: str) ->
     chosen = {run.run_id for run in runs}
     found = [standing for standing in standings(sweep, queue) if standing.run_id in chosen]
     due = {standing.run_id for standing in found if standing.state in TO_SUBMIT[resubmit]}
-    counts = counted(standing.state for standing in found)
-    print(f"sweep {sweep.name}: {counts}; {len(due)} to submit (resubmit={resubmit})")
+    runs_now = f"{plural(len(found), 'run')}: {counts(found)}"
+    print(f"sweep {sweep.name}: {runs_now}; {len(due)} to submit (resubmit={resubmit})")
     if not due:
         return []
     now = code_state()
@@ -209,12 +209,6 @@ def _say_next(sweep: SweepFolder, task: Task, arrays: list, jobs: list) -> None:
     if task.cluster == "slurm":
         print(f"follow it:  python -m gsdg.sweep status --watch --runs-dir {sweep.runs_dir}")
         print(f"the table:  python -m analysis {sweep.runs_dir}")
-
-
-def counted(states: Iterable[str]) -> str:
-    """`48 runs: 12 done, 36 missing`."""
-    counts = Counter(states)
-    return f"{counts.total()} runs: {listing(f'{count} {state}' for state, count in counts.most_common())}"
 
 
 @contextmanager

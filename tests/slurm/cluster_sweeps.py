@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from helpers import REPOSITORY, records_without_time, status
-from lab import Lab
+from lab import HALF_A_NODE, Lab
 
 # A run of some ten seconds on one core, with everything that is drawn; interrupted ones repeat 25 steps at most.
 RUN = (
@@ -24,14 +24,6 @@ RUN = (
     "optimizer.lr=1e-3",
     "device=cpu",
 )
-# A task takes half a pretend node: eight at once. A minute is the shortest limit SLURM has.
-TASK = (
-    "hydra/launcher=slurm_cpu",
-    "hydra.launcher.cpus_per_task=1",
-    "hydra.launcher.mem_gb=1",
-    "hydra.launcher.timeout_min=10",
-    "hydra.launcher.signal_delay_s=60",
-)
 
 
 class Sweeps:
@@ -44,7 +36,7 @@ class Sweeps:
     def launch(self, *overrides: str, check: bool = True) -> subprocess.CompletedProcess:
         """Submit a sweep."""
         return self._python(
-            str(self.checkout / "launch.py"), "-m", *TASK, *overrides, f"runs_dir={self.runs_dir}", check=check
+            str(self.checkout / "launch.py"), "-m", *HALF_A_NODE, *overrides, f"runs_dir={self.runs_dir}", check=check
         )
 
     def command(self, verb: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:

@@ -26,6 +26,13 @@ PROGRAMS = ("slurmctld", "slurmd", "sbatch", "squeue", "munged", "tini")
 PACKAGES = "slurmctld slurmd slurm-client munge tini"
 SETTINGS = {"max_array_size": 1001, "max_jobs": 100000, "kill_wait": 3, "grace_time": 10, "user_signal": True}
 PREFIX = "gsdg-slurm-"
+HALF_A_NODE = (  # overrides of a sweep whose tasks fit two on a pretend node
+    "hydra/launcher=slurm_cpu",
+    "hydra.launcher.cpus_per_task=1",
+    "hydra.launcher.mem_gb=1",
+    "hydra.launcher.timeout_min=10",
+    "hydra.launcher.signal_delay_s=60",
+)
 Value = TypeVar("Value")
 
 

@@ -12,8 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
-from cluster_sweeps import RUN, TASK, Sweeps, same_result
+from cluster_sweeps import RUN, Sweeps, same_result
 from helpers import REPOSITORY, Launcher, only_run, records_without_time, status
+from lab import HALF_A_NODE
 
 from gsdg.sweep.folder import all_sweeps, find
 
@@ -132,7 +133,7 @@ def test_runs_packed_into_one_task_are_each_their_own(sweeps, tmp_path, at_once)
 def test_the_launching_process_may_die_at_any_moment(sweeps):
     """It is killed at random moments, then the command is repeated: every run is submitted once."""
     sweep = (*SHORT, "split.trial_seed=0,1,2,3,4,5")
-    command = [sys.executable, str(REPOSITORY / "launch.py"), "-m", *TASK, *sweep, f"runs_dir={sweeps.runs_dir}"]
+    command = [sys.executable, str(REPOSITORY / "launch.py"), "-m", *HALF_A_NODE, *sweep, f"runs_dir={sweeps.runs_dir}"]
     for seconds in (3.0, 5.0, 6.0):
         process = subprocess.Popen(command, cwd=REPOSITORY, env=sweeps.environment, stdout=subprocess.DEVNULL)
         time.sleep(seconds)
@@ -186,7 +187,7 @@ def test_plan_says_what_would_run_and_submits_nothing(sweeps):
     sweep = (*SHORT, "split.trial_seed=0,1,2")
     sweeps.launch(*SHORT, "split.trial_seed=0")
     sweeps.wait_until_over()
-    answer = sweeps._python("-m", "gsdg.sweep", "plan", *TASK, *sweep, f"runs_dir={sweeps.runs_dir}", check=True)
+    answer = sweeps._python("-m", "gsdg.sweep", "plan", *HALF_A_NODE, *sweep, f"runs_dir={sweeps.runs_dir}", check=True)
     assert "1 done" in answer.stdout
     assert "2 to submit" in answer.stdout
     assert not sweeps.lab.states()

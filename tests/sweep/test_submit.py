@@ -8,7 +8,7 @@ from gsdg.errors import UserError
 from gsdg.sweep import slurm
 from gsdg.sweep.folder import Frozen
 from gsdg.sweep.freeze import absolute
-from gsdg.sweep.submit import counted, on_gpu, packed, shares, split
+from gsdg.sweep.submit import on_gpu, packed, shares, split
 from gsdg.sweep.task import Task
 
 GOOD = {
@@ -89,10 +89,6 @@ def test_folders_are_frozen_as_seen_from_anywhere(tmp_path, monkeypatch):
     given = {**config, "dataset": {"cache": "c"}}
     assert absolute(given)["dataset"]["cache"] == f"{tmp_path}/c"
     assert given["dataset"] == {"cache": "c"}, "what was given is left as it was"
-
-
-def test_states_are_counted_most_frequent_first():
-    assert counted(["missing", "done", "done"]) == "3 runs: 2 done, 1 missing"
 
 
 @pytest.mark.parametrize(
