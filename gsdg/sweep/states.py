@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gsdg.runs import RunFolder, read_json
-from gsdg.sweep.folder import Frozen, SweepFolder
+from gsdg.sweep.folder import Frozen
 from gsdg.sweep.history import SILENT, History, Submitted
 
 STATES = ("done", "running", "pending", "cancelled", "stopped", "failed", "lost", "missing")
@@ -41,13 +41,11 @@ class Standing:
     overrides: list[str]
 
 
-def standings(sweep: SweepFolder, queue: dict | None) -> list[Standing]:
-    """How every run of `sweep` stands. queue: of `slurm.queue()`; None where SLURM is absent or silent."""
-    return stand(sweep.runs(), sweep.runs_dir, queue)
-
-
 def stand(runs: list[Frozen], runs_dir: Path, queue: dict | None) -> list[Standing]:
-    """How these runs stand in `runs_dir`, whether or not they were ever submitted."""
+    """How these runs stand in `runs_dir`, whether or not they were ever submitted.
+
+    queue: of `slurm.queue()`; None where SLURM is absent or silent.
+    """
     return stand_in(History(runs_dir, queue), runs)
 
 

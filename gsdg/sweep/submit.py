@@ -23,7 +23,7 @@ from gsdg.sweep import code, slurm
 from gsdg.sweep.folder import Frozen, SweepFolder, writable
 from gsdg.sweep.job import Pack
 from gsdg.sweep.prepare import missing
-from gsdg.sweep.states import TO_SUBMIT, plural, standings
+from gsdg.sweep.states import TO_SUBMIT, plural, stand
 from gsdg.sweep.table import counts
 from gsdg.sweep.task import Task, script
 
@@ -96,8 +96,7 @@ def resubmit(sweep: SweepFolder, runs: list[Frozen], resubmit: str) -> list:
 def submit(sweep: SweepFolder, runs: list[Frozen], task: Task, resubmit: str) -> list:
     """Submit those of `runs` that `resubmit` asks for. UserError, with nothing left in the queue, if SLURM refuses."""
     queue = slurm.queue() if task.cluster == "slurm" else None
-    chosen = {run.run_id for run in runs}
-    found = [standing for standing in standings(sweep, queue) if standing.run_id in chosen]
+    found = stand(runs, sweep.runs_dir, queue)
     due = {standing.run_id for standing in found if standing.state in TO_SUBMIT[resubmit]}
     runs_now = f"{plural(len(found), 'run')}: {counts(found)}"
     print(f"sweep {sweep.name}: {runs_now}; {len(due)} to submit (resubmit={resubmit})")
@@ -142,9 +141,9 @@ def _submit_arrays(sweep: SweepFolder, task: Task, arrays: list, start: Path, no
             slurm.test(script(executor, len(array)))
     else:
         executors = [task.executor(sweep.jobs, start)]
-    jobs: list = []
+    options, jobs = _options(sweep, task, afresh), []
     for name, array, executor in zip(names, arrays, executors, strict=True):
-        packs = [Pack(sweep.path, name, name, pack, **_options(sweep, task, afresh)) for pack in array]
+        packs = [Pack(sweep.path, name, name, pack, **options) for pack in array]
         ids = [[run.run_id for run in pack] for pack in array]
         try:
             sweep.append("submitted", cluster=task.cluster, array=name, packs=ids, code=now["code"])

@@ -13,9 +13,14 @@ from helpers import REPOSITORY
 
 from gsdg.sweep import slurm
 from gsdg.sweep.slurm import Queued
-from gsdg.sweep.states import STATES, TO_SUBMIT, stand, standings
+from gsdg.sweep.states import STATES, TO_SUBMIT, stand
 
 LATER = "2026-02-02_10-00-00-222222"
+
+
+def standings(sweep, queue):
+    """How every run of the sweep stands."""
+    return stand(sweep.runs(), sweep.runs_dir, queue)
 
 
 @pytest.fixture
