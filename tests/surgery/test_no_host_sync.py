@@ -11,17 +11,36 @@ import torch
 from families import ELEMENT_RULES, GRAM_RULES, NAMES, RULES, SHAPES, SIZE, surgery_of
 from torch import nn
 from torch.nn.functional import cross_entropy
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gsdg.surgery import Chunk, Diagnostics, GradSurgery, PerElement, PerFilter, PerModule, WholeModel
 
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "is_nonzero", "equal", "item"}
-READS |= {"lift_fresh"}  # torch.tensor([...], device=...) carries the list there
+CARRIES = (torch.tensor, torch.as_tensor, torch.asarray)  # a list, to the device: no operator in some versions of torch
 PARTITIONS = {"model": WholeModel, "module": PerModule, "chunk": lambda: Chunk(3), "filter": PerFilter}
+
+
+class NothingIsCarried(TorchFunctionMode):
+    """Raises at a function that carries numbers of Python's to the device."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        assert function not in CARRIES or made.device.type == "cpu", f"{function.__name__} carries data to the device"
+        return made
 
 
 class NothingWaits(TorchDispatchMode):
     """Raises at an operator that would read a value on the host, or carry data to or from it."""
+
+    def __enter__(self):
+        self._functions = NothingIsCarried()
+        self._functions.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self._functions.__exit__(*error)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
