@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -28,12 +32,47 @@ def sweeps(cluster, tmp_path) -> Sweeps:
     return Sweeps(cluster, tmp_path / "runs")
 
 
-def started(sweeps: Sweeps) -> str:
-    """The job of the sweep's only task, once its run has made some steps."""
-    sweeps.launch(*RUN)
+@contextmanager
+def caught(sweeps: Sweeps, *overrides: str) -> Iterator[str]:
+    """The job of a sweep of one run that is stopped (SIGSTOP) after some 60 steps, between two writes; then it goes on.
+
+    So the accident meets it in the middle, however fast this machine trains. (SLURM itself sends SIGCONT when it ends
+    a job.)
+    """
+    sweeps.launch(*RUN, *overrides)
     sweeps.wait_for_step(60)
-    (job,) = sweeps.lab.states()
-    return job
+    (job,), (run,) = sweeps.lab.states(), sweeps.runs
+    pid = status(run)["pid"]
+    stop(pid)
+    while is_writing(run):
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(0.01)
+        stop(pid)
+    try:
+        yield job
+    finally:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGCONT)
+
+
+def stop(pid: int) -> None:
+    os.kill(pid, signal.SIGSTOP)
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        time.sleep(0.01)
+
+
+def is_writing(run: Path) -> bool:
+    """Whether somebody is inside the run's guard: stopped there, he would keep everybody else out."""
+    with (run / ".guard").open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def asked_to_stop(sweeps: Sweeps) -> bool:
+    return "asked to stop" in sweeps.task_logs()
 
 
 def resumed_once(sweeps: Sweeps) -> bool:
@@ -47,7 +86,8 @@ def test_undisturbed(sweeps, undisturbed):
 
 
 def test_requeued_by_hand(sweeps, undisturbed):
-    sweeps.lab.run("scontrol", "requeue", started(sweeps))
+    with caught(sweeps) as job:
+        sweeps.lab.run("scontrol", "requeue", job)
     sweeps.wait_until_over()
     assert resumed_once(sweeps)
     same_result(undisturbed, *sweeps.runs)
@@ -55,53 +95,54 @@ def test_requeued_by_hand(sweeps, undisturbed):
 
 @pytest.mark.parametrize("user_signal", [True, False], ids=["with USR2", "TERM then KILL"])
 def test_preempted(sweeps, undisturbed, user_signal):
-    """Partition high takes every core: with USR2 the run saves and asks to be queued again, without it SLURM does."""
-    sweeps.lab.configure(user_signal=user_signal, grace_time=10 if user_signal else 0)
-    started(sweeps)
-    for _ in range(sweeps.lab.nodes):
-        sweeps.lab.submit("--partition=high", "--exclusive", "--nodes=1", "--mem=0", script="sleep 12")
-    sweeps.lab.wait(lambda: list(sweeps.lab.states().values()).count("RUNNING") >= sweeps.lab.nodes, 60)
+    """A job of partition high wants its node: with USR2 the run saves and asks to be queued again, or SLURM does."""
+    lab: Lab = sweeps.lab
+    lab.configure(user_signal=user_signal, grace_time=10 if user_signal else 0)
+    with caught(sweeps) as job:
+        high = ("--partition=high", "--exclusive", f"--nodelist=n{lab.node_of(job)}", "--mem=0")
+        above = lab.submit(*high, script="sleep 3")
+        lab.wait(lambda: asked_to_stop(sweeps) if user_signal else lab.state(above) == "RUNNING", 60)
     sweeps.wait_until_over()
+    assert asked_to_stop(sweeps) == user_signal
     assert resumed_once(sweeps)
     same_result(undisturbed, *sweeps.runs)
 
 
 def test_its_node_loses_power(sweeps, undisturbed):
-    node = sweeps.lab.node_of(started(sweeps))
-    sweeps.lab.kill_node(node, told=True)
+    with caught(sweeps) as job:
+        sweeps.lab.kill_node(sweeps.lab.node_of(job), told=True)
     sweeps.wait_until_over()
     assert resumed_once(sweeps)
     same_result(undisturbed, *sweeps.runs)
 
 
 def test_the_orphan_of_a_lost_node_stops_and_the_new_copy_goes_on(sweeps, undisturbed):
-    """Only slurmd dies: SLURM starts the task elsewhere while the old process still trains."""
-    node = sweeps.lab.node_of(started(sweeps))
-    (run,) = sweeps.runs
-    orphan = status(run)["pid"]
-    sweeps.lab.kill_slurmd_only(node, told=True)
-    sweeps.lab.wait(lambda: status(run)["pid"] != orphan, 60)
+    """Only slurmd dies: SLURM starts the task elsewhere while the old process lives, and wants to write again."""
+    with caught(sweeps) as job:
+        (run,) = sweeps.runs
+        orphan = status(run)["pid"]
+        sweeps.lab.kill_slurmd_only(sweeps.lab.node_of(job), told=True)
+        sweeps.lab.wait(lambda: status(run)["pid"] != orphan, 60)
     sweeps.lab.wait(lambda: not Path(f"/proc/{orphan}").exists(), 30)
     assert "was taken over" in sweeps.task_logs()
     sweeps.wait_until_over()
     same_result(undisturbed, run)
 
 
-def test_out_of_time_it_saves_and_comes_back(sweeps, tmp_path):
+def test_out_of_time_it_saves_and_comes_back(sweeps, undisturbed):
     """A limit of one minute: SLURM signals some time before it. No checkpoint is due before the end."""
-    slow = (*RUN, "trainer.checkpoint_every=100000", "trainer.steps=1200", "trainer.eval_every=600")
     limit = ("hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=11")
-    whole = Sweeps(sweeps.lab, tmp_path / "whole")
-    whole.launch(*slow, "hydra.launcher.timeout_min=10")
-    sweeps.launch(*slow, *limit)
-    sweeps.wait_until_over(400)
-    assert "resuming at step" in sweeps.log()
+    with caught(sweeps, "trainer.checkpoint_every=100000", *limit):
+        sweeps.lab.wait(lambda: asked_to_stop(sweeps), 90)
+    sweeps.wait_until_over()
     assert "this job is timed-out" in sweeps.task_logs()
-    same_result(*whole.runs, *sweeps.runs)
+    assert resumed_once(sweeps)
+    same_result(undisturbed, *sweeps.runs)
 
 
 def test_cancelled_by_scancel_its_status_says_so_and_the_same_command_finishes_it(sweeps, undisturbed):
-    sweeps.lab.run("scancel", started(sweeps))
+    with caught(sweeps) as job:
+        sweeps.lab.run("scancel", job)
     sweeps.wait_until_over()
     answer = sweeps.command("status", check=False)
     assert answer.returncode == 1
@@ -113,9 +154,9 @@ def test_cancelled_by_scancel_its_status_says_so_and_the_same_command_finishes_i
 
 
 def test_killed_by_the_kernel_as_when_memory_runs_out(sweeps, undisturbed):
-    started(sweeps)
-    (run,) = sweeps.runs
-    os.kill(status(run)["pid"], signal.SIGKILL)
+    with caught(sweeps):
+        (run,) = sweeps.runs
+        os.kill(status(run)["pid"], signal.SIGKILL)
     sweeps.wait_until_over()
     assert status(run)["state"] == "failed"
     assert "SIGKILL" in status(run)["reason"]
@@ -143,10 +184,9 @@ def test_an_exception_is_a_failed_run_and_a_failed_task(sweeps):
     assert "NonFinite" in answer.stdout
 
 
-def test_the_controller_dies_and_comes_back(sweeps: Sweeps, undisturbed):
-    started(sweeps)
-    lab: Lab = sweeps.lab
-    lab.kill_controller()
-    lab.start_controller()
+def test_the_controller_dies_and_comes_back(sweeps, undisturbed):
+    with caught(sweeps):
+        sweeps.lab.kill_controller()
+        sweeps.lab.start_controller()
     sweeps.wait_until_over()
     same_result(undisturbed, *sweeps.runs)
