@@ -64,11 +64,9 @@ def test_of_a_log_only_the_tail_is_read(tmp_path):
     log = tmp_path / "log"
     with log.open("wb") as file:
         file.write(CANCELLED.encode())
-        file.seek(8 << 30)  # a sparse file: reading it all would take minutes, and the memory
+        file.seek(1 << 40)  # a sparse file: no memory could hold it all
         file.write(b"\xff\xfe half a letter\n" + LOGS[6][0].encode())
-    start = time.monotonic()
     assert slurm.last_words(log) == "killed by SLURM: time limit"
-    assert time.monotonic() - start < 1
     log.write_text(CANCELLED + "x" * slurm.TAIL)
     assert slurm.last_words(log) == ""
     assert slurm.last_words(tmp_path / "absent") == ""
@@ -104,7 +102,7 @@ def test_the_ends_of_real_jobs_are_read_from_their_logs(cluster):
     [(True, "stopped by SLURM: queued again"), (False, "killed by SLURM: preempted")],
 )
 def test_both_kinds_of_preemption_can_be_told_from_the_log(cluster, signal, words):
-    cluster.configure(user_signal=signal, grace_time=2)
+    cluster.configure(user_signal=signal, grace_time=20 if signal else 2)
     stop = "trap 'scontrol requeue $SLURM_JOB_ID' USR2; sleep 600 & wait; wait"  # as submitit does
     jobs = [cluster.submit("--exclusive", "--requeue", "--signal=B:USR2@60", script=stop) for _ in range(4)]
     _running(cluster, *jobs)
