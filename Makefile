@@ -5,6 +5,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 RUN = $(VENV)/bin/python
+# Three at a time, on two cores too: much of it waits for other processes and for SLURM (each worker starts its own).
+PYTEST = $(RUN) -m pytest -n 3 --dist worksteal
 
 .PHONY: demo test check
 
@@ -21,9 +23,9 @@ demo: $(VENV)/core
 	$(RUN) launch.py experiment=quickstart
 
 test: $(VENV)/everything
-	$(RUN) -m pytest
+	$(PYTEST)
 
 check: $(VENV)/everything
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
-	$(RUN) -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"

@@ -313,7 +313,7 @@ def test_a_process_tree_that_is_signalled_as_a_whole_ends_as_if_nothing_had_happ
     whole, broken = Launcher(tmp_path / "whole"), Launcher(tmp_path / "broken")
     assert whole(*overrides).returncode == 0
     process = alone(broken, *overrides)
-    seen, wanted = "", random.randint(1, 50)
+    seen, wanted = "", random.randint(1, 30)  # of 60: later it may be done before the signal
     while f"step {wanted}/" not in seen and process.poll() is None:
         time.sleep(0.005)
         seen = "".join(path.read_text() for path in broken.runs_dir.glob("*/log.txt"))

@@ -24,7 +24,7 @@ from typing import TypeVar
 HERE = Path(__file__).parent
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "squeue", "munged", "tini")
 PACKAGES = "slurmctld slurmd slurm-client munge tini"
-SETTINGS = {"max_array_size": 1001, "max_jobs": 100000, "kill_wait": 3, "grace_time": 10, "user_signal": True}
+SETTINGS = {"max_array_size": 1001, "max_jobs": 100000, "kill_wait": 2, "grace_time": 10, "user_signal": True}
 PREFIX = "gsdg-slurm-"
 HALF_A_NODE = (  # overrides of a sweep whose tasks fit two on a pretend node
     "hydra/launcher=slurm_cpu",
@@ -33,6 +33,7 @@ HALF_A_NODE = (  # overrides of a sweep whose tasks fit two on a pretend node
     "hydra.launcher.timeout_min=10",
     "hydra.launcher.signal_delay_s=60",
 )
+RESERVED: list[socket.socket] = []  # of the labs of this process
 Value = TypeVar("Value")
 
 
@@ -50,22 +51,37 @@ def search_path() -> str:
 
 
 def free_port_base(nodes: int) -> int:
-    """A number below the ports that the system hands out itself, with the lab's ports above it free."""
+    """A number below the ports that the system hands out itself, with the lab's ports above it free.
+
+    The port of that number, which no daemon uses, is kept as long as this process lives: no other lab gets the same.
+    """
     for _ in range(100):
         base = random.SystemRandom().randrange(16800, 32000, 200)
-        if all(_free(base + offset) for offset in (17, *range(101, 101 + nodes))):
-            return base
+        if reserved := _listening(base):
+            if all(_free(base + offset) for offset in (17, *range(101, 101 + nodes))):
+                RESERVED.append(reserved)
+                return base
+            reserved.close()
     raise RuntimeError("no free ports for a test cluster between 16800 and 32200")
 
 
 def _free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-        return True
+    if probe := _listening(port):
+        probe.close()
+    return probe is not None
+
+
+def _listening(port: int) -> socket.socket | None:
+    """A socket that listens at the port; None where that is taken."""
+    ours = socket.socket()
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what a dead daemon's connections leave is no obstacle
+    try:
+        ours.bind(("127.0.0.1", port))
+        ours.listen()  # two that are merely bound do not see one another
+    except OSError:
+        ours.close()
+        return None
+    return ours
 
 
 class Lab:
