@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gsdg.errors import UserError, explain, listing
 from gsdg.sweep import slurm
-from gsdg.sweep.folder import Frozen, SweepFolder, find, matching
+from gsdg.sweep.folder import Frozen, SweepFolder, find, matching, owners
 from gsdg.sweep.history import SILENT, History, Submitted
 from gsdg.sweep.states import TO_COME, TO_SUBMIT, Standing, plural, stand, stand_in, states_in
 
@@ -82,7 +82,7 @@ def _status(chosen: argparse.Namespace) -> int:
     sweep, runs = chosen_runs(chosen)
 
     def look() -> list[Standing]:
-        return stand(runs, sweep.runs_dir, queue())
+        return stand(runs, sweep.runs_dir, queue(sweep.runs_dir))
 
     def draw(found: list[Standing]) -> str:
         return table.status(sweep, found, every=chosen.all)
@@ -99,7 +99,7 @@ def _status(chosen: argparse.Namespace) -> int:
 
 def _cancel(chosen: argparse.Namespace) -> int:
     sweep, runs = chosen_runs(chosen)
-    held = queue()
+    held = queue(sweep.runs_dir)
     history = History(sweep.runs_dir, held)
     found = [one for one in stand_in(history, runs) if one.state in (*TO_COME, "cancelled")]
     tasks = history.holding(one.run_id for one in found)
@@ -154,10 +154,13 @@ def chosen_runs(chosen: argparse.Namespace) -> tuple[SweepFolder, list[Frozen]]:
     return sweep, matching(sweep.runs(), [word for word in chosen.words if "=" in word])
 
 
-def queue() -> dict | None:
-    """SLURM's queue; None where there is no SLURM or it does not answer: what is on disk is shown all the same."""
+def queue(runs_dir: Path) -> dict | None:
+    """What SLURM has of those who submitted from `runs_dir`.
+
+    None where there is no SLURM or it does not answer: what is on disk is shown all the same.
+    """
     try:
-        return slurm.queue()
+        return slurm.queue(owners=owners(runs_dir))
     except UserError:
         return None
 
@@ -171,7 +174,7 @@ def _plan(chosen: argparse.Namespace) -> int:
 
     runs, resubmit, launcher = enumerated(chosen.words)
     runs_dir = Path(runs[0].config["runs_dir"])
-    found = stand(runs, runs_dir, queue())
+    found = stand(runs, runs_dir, queue(runs_dir))
     due = [one for one in found if one.state in TO_SUBMIT[resubmit]]
     afresh = resubmit == "all"
     cost = estimate([one.config for one in due], runs_dir, [0 if afresh else one.step for one in due])

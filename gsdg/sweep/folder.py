@@ -76,6 +76,11 @@ def all_sweeps(runs_dir: Path) -> list[SweepFolder]:
     return [SweepFolder(path.parent) for path in sorted(Path(runs_dir).glob(".sweeps/*/runs.jsonl"))]
 
 
+def owners(runs_dir: Path) -> set[int]:
+    """User ids of those who submitted from `runs_dir`: a group may share it, and anybody may look."""
+    return {sweep.path.stat().st_uid for sweep in all_sweeps(runs_dir)}
+
+
 def find(runs_dir: Path, name: str | None = None) -> SweepFolder:
     """The sweep whose name contains `name`; the latest without one. UserError if there is none, or several."""
     sweeps = all_sweeps(runs_dir)

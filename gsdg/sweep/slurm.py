@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -70,15 +71,18 @@ def max_array_size() -> int:
     return max(1, int(found[1])) if found else 1001
 
 
-def queue(prefix: str = "gsdg-") -> dict[tuple[str, int], Queued]:
-    """This user's tasks whose job name starts with `prefix`, by (name, index in the array; 0 outside arrays).
+def queue(prefix: str = "gsdg-", owners: Iterable[int] = ()) -> dict[tuple[str, int], Queued]:
+    """Tasks whose job name starts with `prefix`, by (name, index in the array; 0 outside arrays).
+
+    Of this user and of `owners`, user ids, as far as the cluster shows their jobs (some hide those of others).
 
     All that will still start or is at work. A task that is over and only being cleaned up is not among them; one that
     is requeued while its last start is being cleaned up is PENDING. SlurmSilent if SLURM does not answer.
     """
-    whole = _squeue()  # first: what starts in between is then in the second answer
+    users = ",".join(map(str, {os.geteuid(), *owners}))  # squeue passes over one who has left the cluster
+    whole = _squeue(users)  # first: what starts in between is then in the second answer
     found = {}
-    for job, index, state, end, node, reason, name in _squeue("--array"):
+    for job, index, state, end, node, reason, name in _squeue(users, "--array"):
         if state == "COMPLETING":
             if _is_past(end):
                 continue
@@ -91,9 +95,9 @@ def queue(prefix: str = "gsdg-") -> dict[tuple[str, int], Queued]:
     return {key: queued for key, queued in found.items() if key[0].startswith(prefix)}
 
 
-def _squeue(*options: str) -> list[list[str]]:
+def _squeue(users: str, *options: str) -> list[list[str]]:
     fields = "\x1f".join(("%i", "%K", "%T", "%e", "%N", "%r", "%j"))  # unpadded: a name may be long and hold anything
-    said = _ask("squeue", "--noheader", f"--user={os.geteuid()}", f"--format={fields}", *options)
+    said = _ask("squeue", "--noheader", f"--user={users}", f"--format={fields}", *options)
     return [line.split("\x1f") for line in said.splitlines()]
 
 

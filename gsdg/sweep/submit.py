@@ -20,7 +20,7 @@ from pathlib import Path
 from gsdg.environment import code_state
 from gsdg.errors import UserError, listing
 from gsdg.sweep import code, slurm
-from gsdg.sweep.folder import Frozen, SweepFolder, writable
+from gsdg.sweep.folder import Frozen, SweepFolder, owners, writable
 from gsdg.sweep.job import Pack
 from gsdg.sweep.prepare import missing
 from gsdg.sweep.states import TO_SUBMIT, plural, stand
@@ -95,7 +95,7 @@ def resubmit(sweep: SweepFolder, runs: list[Frozen], resubmit: str) -> list:
 
 def submit(sweep: SweepFolder, runs: list[Frozen], task: Task, resubmit: str) -> list:
     """Submit those of `runs` that `resubmit` asks for. UserError, with nothing left in the queue, if SLURM refuses."""
-    queue = slurm.queue() if task.cluster == "slurm" else None
+    queue = slurm.queue(owners=owners(sweep.runs_dir)) if task.cluster == "slurm" else None
     found = stand(runs, sweep.runs_dir, queue)
     due = {standing.run_id for standing in found if standing.state in TO_SUBMIT[resubmit]}
     runs_now = f"{plural(len(found), 'run')}: {counts(found)}"

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from desk import Desk
 from helpers import REPOSITORY
 from lab import Lab
 
 from gsdg.errors import UserError
 from gsdg.sweep import slurm
+from gsdg.sweep.__main__ import queue
+from gsdg.sweep.states import stand
 
 STUBBORN = "trap '' TERM; while :; do sleep 0.2; done"  # outlives SIGTERM until SLURM kills it
 HELD = ("--hold", "--array=0-999")
@@ -41,6 +45,22 @@ def test_the_queue_holds_what_waits_and_what_works(cluster, monkeypatch):
     assert found[name, 2] == slurm.Queued(f"{array}_2", "PENDING", "JobHeldUser", "")
     assert found["gsdg-plain", 0] == slurm.Queued(plain, "RUNNING", "", node)
     assert set(slurm.queue("other-")) == {("other-gsdg-1", 0)}
+
+
+def test_those_who_share_a_runs_dir_see_one_anothers_tasks(cluster, tmp_path):
+    """Whoever owns a sweep's folder has submitted it. One who has left the cluster does not spoil the question."""
+    colleague, stranger, gone = 65534, 1, 4242
+    sweeps = [Desk(tmp_path / "runs").sweep(["a"], name) for name in ("2026-1", "2026-2")]
+    for sweep, uid in zip(sweeps, (colleague, gone), strict=True):
+        os.chown(sweep.path, uid, uid)
+    array = Desk(tmp_path / "runs").submitted(sweeps[0], [["a"]], jobs=["1"])
+    for uid, name in ((colleague, array), (stranger, "gsdg-strangers")):
+        held = ("sbatch", f"--job-name={name}", "--hold", "--chdir=/tmp", "--wrap=true")
+        cluster.run("setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups", *held)
+    found = queue(tmp_path / "runs")
+    assert set(found) == {(array, 0)}
+    (one,) = stand(sweeps[0].runs(), tmp_path / "runs", found)
+    assert (one.state, one.reason) == ("pending", "PENDING (JobHeldUser)")
 
 
 def test_two_thousand_tasks_are_read_and_cancelled_with_few_commands(cluster, monkeypatch):

@@ -26,7 +26,7 @@ class Cluster:
         self.queue: dict | None = {}
         self.withdrawn: list[str] = []
 
-    def answer(self) -> dict:
+    def answer(self, owners: set[int] = frozenset()) -> dict:
         if self.queue is None:
             raise UserError("squeue: no answer within 10 s")
         return self.queue
