@@ -77,6 +77,13 @@ def _version(package: str) -> str | None:
 
 
 def usable_cores(most: int = 8) -> int:
-    """How many processors this process may use, `most` at most: a SLURM job has a share of the machine."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(most, count)
+    """How many processors this process may use, `most` at most: a SLURM job has a share of the machine.
+
+    Some clusters say so without binding it to them.
+    """
+    seen = visible_cores()
+    return min(most, seen, int(os.environ.get("SLURM_CPUS_PER_TASK") or seen))
+
+
+def visible_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

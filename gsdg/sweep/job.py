@@ -18,7 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gsdg.environment import usable_cores
+from gsdg.environment import usable_cores, visible_cores
 from gsdg.runs import Busy, LockLost, RunFolder
 from gsdg.sweep.folder import Frozen, SweepFolder
 
@@ -119,8 +119,8 @@ class Pack:
         gpus = changed.get("CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES"))
         if gpus and self.side_by_side > 1:
             changed["CUDA_VISIBLE_DEVICES"] = gpus.split(",")[slot % len(gpus.split(","))]
-        if self.side_by_side > 1:
-            threads = max(1, usable_cores(most=1000) // self.side_by_side)
+        threads = max(1, usable_cores(most=1000) // self.side_by_side)
+        if threads < visible_cores():  # torch would start one for each core that it sees
             changed.setdefault("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", str(threads)))
         return {key: value for key, value in {**os.environ, **changed}.items() if value is not None}
 

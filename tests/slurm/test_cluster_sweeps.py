@@ -183,6 +183,15 @@ def test_cancel_stops_what_is_running(sweeps):
     assert "2 cancelled" in sweeps.command("status", check=False).stdout
 
 
+def test_a_task_trains_with_the_cores_it_was_given_not_with_all_it_sees(sweeps):
+    """The pretend nodes bind nothing: every task sees the whole machine."""
+    del sweeps.environment["OMP_NUM_THREADS"]
+    sweeps.launch(*SHORT)
+    sweeps.wait_until_over()
+    started = json.loads((sweeps.runs[0] / "environment.jsonl").read_text())
+    assert started["device"] == "cpu, 1 threads"
+
+
 def test_plan_says_what_would_run_and_submits_nothing(sweeps):
     sweep = (*SHORT, "split.trial_seed=0,1,2")
     sweeps.launch(*SHORT, "split.trial_seed=0")

@@ -220,6 +220,24 @@ def test_those_side_by_side_share_the_gpus_in_turn(pack):
     assert "HOME" not in alone._child_environment(0)
 
 
+@pytest.mark.parametrize(
+    ("allotted", "side_by_side", "own", "threads"),
+    [(None, 1, None, None), (None, 2, None, "4"), ("4", 1, None, "4"), ("4", 3, None, "1"), ("16", 1, None, None),
+     ("1", 2, None, "1"), ("4", 1, "2", "2")],
+)  # fmt: skip
+def test_a_child_starts_no_more_threads_than_its_share_of_the_cores(
+    pack, monkeypatch, allotted, side_by_side, own, threads
+):
+    """Some clusters do not bind a task to its cores: each would start a thread for every core of the node."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    for name, value in (("SLURM_CPUS_PER_TASK", allotted), ("OMP_NUM_THREADS", own)):
+        monkeypatch.delenv(name, raising=False)
+        if value:
+            monkeypatch.setenv(name, value)
+    work = pack("trainer.steps=2", side_by_side=side_by_side)
+    assert work._child_environment(0).get("OMP_NUM_THREADS") == threads
+
+
 def test_an_old_failure_does_not_hide_the_new_one(pack):
     """The second submission fails before the run has its folder."""
     work = pack("trainer.steps=9 optimizer=sgd optimizer.lr=1e30")
