@@ -207,7 +207,7 @@ class Lab:
         pid = int((self.folder / "run" / "slurmctld.pid").read_text())
         os.kill(pid, signal_number)
         end = time.monotonic() + 15
-        while _running(pid) and time.monotonic() < end:
+        while is_alive(pid) and time.monotonic() < end:
             time.sleep(0.05)
 
     def start_controller(self) -> None:
@@ -239,13 +239,18 @@ def temporary_lab(**settings: object) -> Iterator[Lab]:
 def remove_abandoned() -> None:
     """End the clusters of `temporary_lab`s whose process is dead."""
     for note in Path("/tmp").glob(f"{PREFIX}*/owner"):
-        if not _running(int(note.read_text() or 1)):
+        if not is_alive(int(note.read_text() or 1)):
             Lab(note.parent, port_base=1).down()
             shutil.rmtree(note.parent, ignore_errors=True)
 
 
-def _running(pid: int) -> bool:
+def is_alive(pid: int) -> bool:
+    return process_state(pid) not in ("", "Z", "X")
+
+
+def process_state(pid: int) -> str:
+    """R, S, D, T (stopped), Z (dead, not yet reaped), ...; "" where there is no such process."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
-        return False
+        return ""

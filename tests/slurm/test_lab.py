@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from lab import Lab, free_port_base, remove_abandoned
+from lab import Lab, free_port_base, is_alive, remove_abandoned
 
 pytestmark = pytest.mark.slow
 ABANDONED = """
@@ -44,13 +44,6 @@ def works(lab: Lab, node: int) -> str:
 
 def pids(file: Path) -> list[int]:
     return [int(pid) for pid in file.read_text().split()] if file.exists() else []
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def test_with_its_slurmd_gone_a_node_is_lost_while_its_job_lives_on(cluster, tmp_path, monkeypatch):

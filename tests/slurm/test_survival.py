@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from cluster_sweeps import RUN, Sweeps, same_result
 from helpers import Launcher, only_run, status
-from lab import Lab
+from lab import Lab, is_alive, process_state
 
 pytestmark = pytest.mark.slow
 
@@ -57,7 +57,7 @@ def caught(sweeps: Sweeps, *overrides: str) -> Iterator[str]:
 
 def stop(pid: int) -> None:
     os.kill(pid, signal.SIGSTOP)
-    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+    while process_state(pid) != "T":
         time.sleep(0.01)
 
 
@@ -123,7 +123,7 @@ def test_the_orphan_of_a_lost_node_stops_and_the_new_copy_goes_on(sweeps, undist
         orphan = status(run)["pid"]
         sweeps.lab.kill_slurmd_only(sweeps.lab.node_of(job), told=True)
         sweeps.lab.wait(lambda: status(run)["pid"] != orphan, 60)
-    sweeps.lab.wait(lambda: not Path(f"/proc/{orphan}").exists(), 30)
+    sweeps.lab.wait(lambda: not is_alive(orphan), 30)
     assert "was taken over" in sweeps.task_logs()
     sweeps.wait_until_over()
     same_result(undisturbed, run)
