@@ -55,15 +55,16 @@ def fingerprint(package: Path) -> str:
 
 def git_state(folder: Path) -> dict:
     """{"commit": sha or None, "dirty": whether tracked files differ from it}; None where gsdg is not in a checkout."""
-    if not _git(folder, "ls-files", "__init__.py"):  # installed inside somebody else's checkout
+    if not _output("git", "ls-files", "__init__.py", folder=folder):  # installed inside somebody else's checkout
         return {"commit": None, "dirty": None}
-    changes = _git(folder, "status", "--porcelain", "--untracked-files=no")
-    return {"commit": _git(folder, "rev-parse", "HEAD"), "dirty": bool(changes)}
+    changes = _output("git", "status", "--porcelain", "--untracked-files=no", folder=folder)
+    return {"commit": _output("git", "rev-parse", "HEAD", folder=folder), "dirty": bool(changes)}
 
 
-def _git(folder: Path, *arguments: str) -> str | None:
+def _output(*command: str, folder: Path | None = None) -> str | None:
+    """What a command says; None where it cannot be had."""
     try:
-        answer = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=20)
+        answer = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return answer.stdout.strip() if answer.returncode == 0 else None
@@ -83,6 +84,15 @@ def usable_cores(most: int = 8) -> int:
     """
     seen = visible_cores()
     return min(most, seen, int(os.environ.get("SLURM_CPUS_PER_TASK") or seen))
+
+
+def visible_gpus() -> str | None:
+    """CUDA_VISIBLE_DEVICES; where it is not set, every GPU as nvidia-smi names it; None where there is none."""
+    found = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if found is None:
+        named = _output("nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader")
+        found = ",".join(named.split()) if named else None
+    return found
 
 
 def visible_cores() -> int:

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from gsdg.environment import code_state
+from gsdg.environment import code_state, visible_gpus
 from gsdg.errors import UserError, listing
 from gsdg.sweep import code, slurm
 from gsdg.sweep.folder import Frozen, SweepFolder, owners, writable
@@ -170,7 +170,8 @@ def _options(sweep: SweepFolder, task: Task, afresh: bool) -> dict:
     if task.cluster == "slurm":
         environment |= {"GSDG_OFFLINE": prepare_command(sweep.read()["overrides"]), "HF_HUB_OFFLINE": "1"}
     elif not task.parameters.get("gpus_per_node"):  # submitit hides every GPU from local jobs that ask for none
-        environment |= {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES")}
+        alone = task.parameters["side_by_side"] == 1
+        environment |= {"CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES") if alone else visible_gpus()}
     grace = max(5.0, task.parameters.get("signal_delay_s", 120) - 15.0)
     return {
         "side_by_side": task.parameters["side_by_side"],

@@ -6,9 +6,10 @@ import pytest
 
 from gsdg.errors import UserError
 from gsdg.sweep import slurm
-from gsdg.sweep.folder import Frozen
+from gsdg.sweep.folder import Frozen, SweepFolder
 from gsdg.sweep.freeze import absolute
-from gsdg.sweep.submit import on_gpu, packed, shares, split
+from gsdg.sweep.job import Pack
+from gsdg.sweep.submit import _options, on_gpu, packed, shares, split
 from gsdg.sweep.task import Task
 
 GOOD = {
@@ -105,3 +106,31 @@ def test_what_asked_for_a_gpu_never_falls_back_to_the_cpu(asked, frozen):
     run = Frozen("a", ["x=1"], {"device": asked, "seed": 3})
     assert on_gpu(run) == Frozen("a", ["x=1"], {"device": frozen, "seed": 3})
     assert run.config["device"] == asked
+
+
+@pytest.mark.parametrize(
+    ("visible", "side_by_side", "given"),
+    [
+        (None, 3, ["GPU-a", "GPU-b", "GPU-a"]),
+        (None, 1, [None]),  # its own choice
+        ("1,3", 3, ["1", "3", "1"]),
+        ("1,3", 1, ["1,3"]),
+        ("", 2, ["", ""]),  # hidden on purpose
+    ],
+)
+def test_at_a_desk_with_several_gpus_those_side_by_side_get_one_each(
+    tmp_path, monkeypatch, visible, side_by_side, given
+):
+    """A stand-in for nvidia-smi: there is no such desk here."""
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho GPU-a\necho GPU-b\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    sweep = SweepFolder(tmp_path / "runs" / ".sweeps" / "s")
+    sweep.write({"environment": {}, "overrides": []}, [])
+    options = _options(sweep, Task("local", {**GOOD, "side_by_side": side_by_side}), afresh=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")  # as submitit's local jobs have it
+    pack = Pack(sweep.path, "gsdg-s-0", "gsdg-s-0", [], **options)
+    assert [pack._child_environment(slot).get("CUDA_VISIBLE_DEVICES") for slot in range(side_by_side)] == given
