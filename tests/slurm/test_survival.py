@@ -57,7 +57,8 @@ def caught(sweeps: Sweeps, *overrides: str) -> Iterator[str]:
 
 def stop(pid: int) -> None:
     os.kill(pid, signal.SIGSTOP)
-    while process_state(pid) != "T":
+    while (state := process_state(pid)) != "T":
+        assert state not in ("", "Z"), "the run ended before it could be stopped"
         time.sleep(0.01)
 
 
