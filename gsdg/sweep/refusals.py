@@ -9,7 +9,8 @@ from dataclasses import dataclass
 SILENCE = ("Unable to contact slurm controller", "timed out on send/recv", "Zero Bytes were transmitted")
 NODES = "Requested node configuration is not available"
 TOO_LONG = "the time limit is above the partition's"
-UP = ("idle", "mix", "alloc", "comp")  # states in which a node takes or will soon take jobs; `idle*` does not answer
+# States in which a node takes or will soon take jobs. `idle*` does not answer; for `mix-` and `plnd` a job is planned.
+UP = ("idle", "mix", "alloc", "comp", "plnd")
 RELEVANT = (
     "partition",
     "account",
@@ -98,7 +99,8 @@ class Nodes:
         name, availability, limit, count, cpus, memory, gres, features, state = fields
         return cls(
             name.rstrip("*"), name.endswith("*"), availability == "up", minutes(limit), int(count), int(cpus),
-            int(memory), gpus(gres), gres.replace("(null)", ""), features.replace("(null)", ""), state in UP,
+            int(memory), gpus(gres), gres.replace("(null)", ""), features.replace("(null)", ""),
+            state.rstrip("-") in UP,
         )  # fmt: skip
 
 

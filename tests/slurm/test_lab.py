@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from lab import Lab, free_port_base, is_alive, remove_abandoned
 
+from gsdg.sweep import slurm
+
 pytestmark = pytest.mark.slow
 ABANDONED = """
 import os, signal, sys
@@ -76,6 +78,16 @@ def test_a_controller_that_is_killed_comes_back_with_its_jobs(cluster):
     assert cluster.run("squeue", check=False) == ""
     cluster.start_controller()
     assert cluster.state(job) == "RUNNING"
+
+
+def test_a_node_for_which_a_job_is_planned_is_up(cluster):
+    """As in a storm of preemptions: one node works on what nothing preempts, the others are kept for the next job."""
+    cluster.submit("--partition=high", "--nodelist=n1")
+    cluster.submit("--partition=high", "--exclusive", "--nodes=4")
+    cluster.submit("--exclusive", "--nodes=4")
+    cluster.wait(lambda: "plnd" in cluster.run("sinfo", "--noheader", "--format=%t"))
+    cluster.up()
+    assert all(some.up for some in slurm._nodes())
 
 
 def test_settings_can_be_changed_while_it_runs(cluster):

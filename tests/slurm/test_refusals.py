@@ -153,6 +153,14 @@ def test_slurms_times_are_understood(text, value):
 
 
 @pytest.mark.parametrize(
+    ("state", "up"),
+    [("idle", True), ("plnd", True), ("mix-", True), ("idle*", False), ("drain", False), ("down*", False)],
+)
+def test_a_node_is_up_if_it_will_take_jobs(state, up):
+    assert refusals.Nodes.of("main*", "up", "infinite", "4", "2", "4000", "gpu:2", "pretend", state).up == up
+
+
+@pytest.mark.parametrize(
     ("gres", "count"),
     [("gpu:2", 2), ("gpu:a100:4(S:0-1),gpu:v100:2", 6), ("(null)", 0), ("shard:8", 0), ("gpu:nvidia_a100-sxm4:8", 8)],
 )  # fmt: skip
