@@ -36,8 +36,8 @@ def sweeps(cluster, tmp_path) -> Sweeps:
 def caught(sweeps: Sweeps, *overrides: str) -> Iterator[str]:
     """The job of a sweep of one run that is stopped (SIGSTOP) after some 60 steps, between two writes; then it goes on.
 
-    So the accident meets it in the middle, however fast this machine trains. (SLURM itself sends SIGCONT when it ends
-    a job.)
+    So the accident meets it in the middle. SLURM sends SIGCONT when it ends a job: the 340 steps that are left must
+    then take longer than KillWait, 2 s (here some 8 s).
     """
     sweeps.launch(*RUN, *overrides)
     sweeps.wait_for_step(60)

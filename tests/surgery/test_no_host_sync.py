@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from gsdg.surgery import Chunk, Diagnostics, GradSurgery, PerElement, PerFilter, PerModule, WholeModel
 
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "is_nonzero", "equal", "item"}
-CARRIES = (torch.tensor, torch.as_tensor, torch.asarray)  # a list, to the device: no operator in some versions of torch
+READS |= {"lift_fresh"}  # torch.tensor([...], device=...) carries the list there; in torch 2.14 without any operator
+CARRIES = (torch.tensor, torch.as_tensor, torch.asarray, torch.Tensor.new_tensor)
 PARTITIONS = {"model": WholeModel, "module": PerModule, "chunk": lambda: Chunk(3), "filter": PerFilter}
 
 
@@ -101,6 +102,7 @@ def test_backward(storage, shared_graph):
         lambda x: x[x > 0],
         lambda x: x.cpu(),
         lambda x: x * torch.tensor([1.0, 2.0], device="meta"),
+        lambda x: x * x.new_tensor([1.0, 2.0]),
         lambda x: torch.linalg.eigh(torch.outer(x, x)).eigenvalues.sum().item(),
     ],
 )
