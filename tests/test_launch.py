@@ -69,7 +69,7 @@ def test_ctrl_c_saves_the_run_and_ends_the_sweep(launch):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     signal.signal(signal.SIGINT, before)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert process.returncode == 128 + signal.SIGINT
     assert "SIGINT: saving after this step" in errors
     assert "the same command again goes on from what was saved" in errors

@@ -13,7 +13,7 @@ from helpers import Launcher, only_run, photos, records_without_time, status
 
 from gsdg.runs import read_lines
 
-STEPS = 40
+STEPS = 70
 RUN = (
     "split.target=15",
     "trainer.batch_size=4",
@@ -69,7 +69,7 @@ def test_killed_three_times_a_run_ends_as_if_nothing_had_happened(tmp_path, vari
     variant = [override.replace("ROOT", str(photos(tmp_path / "photos"))) for override in variant]
     whole, broken = Launcher(tmp_path / "whole"), Launcher(tmp_path / "broken")
     assert whole(*RUN, *variant).returncode == 0
-    moments = sorted(random.sample(range(2, STEPS - 15), 3))  # later it may be done before the kill
+    moments = sorted(random.sample(range(2, STEPS - 40), 3))  # later it may be done before the kill
     print("killed at steps", moments)
     for moment in moments:
         kill_at(broken, moment, *RUN, *variant)

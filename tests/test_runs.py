@@ -218,7 +218,7 @@ def test_nobody_takes_over_in_the_middle_of_a_write(tmp_path, monkeypatch):
             thread.start()
             time.sleep(0.3)
             order.append("written")
-        thread.join(5)
+        thread.join(60)
     assert order == ["written", "taken over"]
 
 
@@ -228,11 +228,11 @@ def test_a_process_forked_during_a_write_does_not_keep_others_out(tmp_path):
     with folder.hold(), folder.writing():
         pid = os.fork()
         if not pid:
-            time.sleep(10)
+            time.sleep(60)
             os._exit(0)
     try:
         with folder.hold():
-            assert time.monotonic() - began < 8
+            assert time.monotonic() - began < 50
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
@@ -249,38 +249,42 @@ def test_the_heart_beats_beside_a_busy_writer(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "HEARTBEAT_EVERY", 0.002)
     folder = RunFolder(tmp_path / "run")
     with folder.hold():
-        first, beats = folder.status["heartbeat"], set()
-        for step in range(200):
+        beats, step, end = set(), -1, time.monotonic() + 60
+        while len(beats) < 5 and time.monotonic() < end:
+            step += 1
             folder.progress(step)
             folder.append_record({"step": step})
             beats.add(folder.status["heartbeat"])
-        assert len(folder.records()) == 200
-        assert len(beats) > 3
-        time.sleep(0.05)
-        assert folder.status["step"] == 199
-        assert folder.status["heartbeat"] > first
+        assert len(beats) == 5
+        assert [record["step"] for record in folder.records()] == list(range(step + 1))
+        while folder.status["step"] != step:
+            assert time.monotonic() < end + 60, "the heart has stopped"
 
 
 def test_a_silent_owner_elsewhere_is_given_time_to_be_found_dead(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "LOOK_EVERY", 0.05)
-    folder = other_host(tmp_path, time.time() - STALE_AFTER + 0.5)
-    began = time.monotonic()
-    with folder.hold(patience=20):
-        assert 0.3 < time.monotonic() - began < 5
-        assert folder.status["host"] == socket.gethostname()
+    heartbeat = time.time() - STALE_AFTER + 1
+    with other_host(tmp_path, heartbeat).hold(patience=60):
+        assert STALE_AFTER <= time.time() - heartbeat < STALE_AFTER + 50
+        assert RunFolder(tmp_path / "run").status["host"] == socket.gethostname()
 
 
 def test_an_owner_elsewhere_that_beats_again_is_refused_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "LOOK_EVERY", 0.05)
-    folder = other_host(tmp_path, time.time() - 60)
-    beat = threading.Timer(
-        0.3, write_json, [folder.path / "status.json", {"state": "running", "heartbeat": time.time()}]
-    )
-    beat.start()
+    folder, refused = other_host(tmp_path, time.time() - 60), threading.Event()
+
+    def beat() -> None:
+        while not refused.wait(0.3):
+            write_json(folder.path / "status.json", {"state": "running", "heartbeat": time.time()})
+
+    heart = threading.Thread(target=beat)
+    heart.start()
     began = time.monotonic()
-    with pytest.raises(Busy), folder.hold(patience=20):
+    with pytest.raises(Busy), folder.hold(patience=60):
         pass
-    assert time.monotonic() - began < 5
+    refused.set()
+    heart.join()
+    assert time.monotonic() - began < 50
 
 
 def test_patience_ends(tmp_path, monkeypatch):
@@ -288,7 +292,7 @@ def test_patience_ends(tmp_path, monkeypatch):
     began = time.monotonic()
     with pytest.raises(Busy), other_host(tmp_path, time.time()).hold(patience=0.3):
         pass
-    assert 0.3 <= time.monotonic() - began < 5
+    assert 0.3 <= time.monotonic() - began < 50
 
 
 def test_a_live_owner_on_this_host_is_refused_without_waiting(tmp_path):
@@ -296,7 +300,7 @@ def test_a_live_owner_on_this_host_is_refused_without_waiting(tmp_path):
         began = time.monotonic()
         with pytest.raises(Busy), RunFolder(tmp_path / "run").hold(patience=60):
             pass
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 50
 
 
 @pytest.mark.parametrize("state", ["done", "failed", "stopped", None])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 
 import torch
@@ -24,6 +26,7 @@ RUN = (
     "optimizer.lr=1e-3",
     "device=cpu",
 )
+HOLD = "+hydra.launcher.additional_parameters.hold=true"  # jobs may be over before the command that submits them is
 
 
 class Sweeps:
@@ -49,7 +52,7 @@ class Sweeps:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
         )
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
@@ -70,19 +73,24 @@ class Sweeps:
         """All that the runs have logged."""
         return "".join(path.read_text() for path in sorted(self.runs_dir.glob("*/log.txt")))
 
+    def started(self) -> dict[str, float]:
+        """When each run's process was started, by its task's log: {run id: seconds since the epoch}."""
+        found = re.findall(r"^(\S+ \S+) INFO run (\w+) starts as process", self.task_logs(), re.MULTILINE)
+        return {run_id: datetime.strptime(when, "%Y-%m-%d %H:%M:%S,%f").timestamp() for when, run_id in found}
+
     def task_logs(self) -> str:
         return "".join(path.read_text() for path in sorted(self.runs_dir.glob(".sweeps/*/jobs/*.out")))
 
-    def wait_for_step(self, step: int, seconds: float = 90) -> None:
+    def wait_for_step(self, step: int, seconds: float = 180) -> None:
         """Until a run has logged that it did `step` steps (its status lags by a heartbeat)."""
         marks = [f"step {n}/" for n in range(step, step + 200)]
         self.lab.wait(lambda: any(mark in self.log() for mark in marks), seconds)
 
     def release(self) -> None:
-        """Let what was submitted with hold=true start."""
+        """Let what was submitted with HOLD start."""
         self.lab.run("scontrol", "release", *self.lab.states())
 
-    def wait_until_over(self, seconds: float = 180) -> None:
+    def wait_until_over(self, seconds: float = 300) -> None:
         self.lab.wait(lambda: not self.lab.states(), seconds)
 
 

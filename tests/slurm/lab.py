@@ -29,7 +29,7 @@ PREFIX = "gsdg-slurm-"
 HALF_A_NODE = (  # overrides of a sweep whose tasks fit two on a pretend node
     "hydra/launcher=slurm_cpu",
     "hydra.launcher.cpus_per_task=1",
-    "hydra.launcher.mem_gb=1",
+    "hydra.launcher.mem_gb=2",  # a run has 0.8 GB, and once more for a moment whenever it forks: SLURM may look then
     "hydra.launcher.timeout_min=10",
     "hydra.launcher.signal_delay_s=60",
 )
@@ -133,7 +133,7 @@ class Lab:
         with log.open("w+") as output:
             command = [str(HERE / name), str(self.folder), *arguments]
             environment = {**os.environ, "PATH": search_path(), **settings}
-            process = subprocess.run(command, env=environment, stdout=output, stderr=output, timeout=120)
+            process = subprocess.run(command, env=environment, stdout=output, stderr=output, timeout=300)
         said = log.read_text()
         log.unlink()
         if process.returncode:
@@ -141,7 +141,7 @@ class Lab:
 
     # ---- asking -----------------------------------------------------------------------------------------------
 
-    def run(self, *command: str, seconds: float = 30, check: bool = True, **more: str) -> str:
+    def run(self, *command: str, seconds: float = 120, check: bool = True, **more: str) -> str:
         """What a command says on stdout, in the cluster's environment plus `more`. RuntimeError if it fails."""
         own = ("SQUEUE_", "SINFO_", "SCANCEL_")  # a user's defaults for these commands' output
         kept = {key: value for key, value in os.environ.items() if not key.startswith(own)}
@@ -172,7 +172,7 @@ class Lab:
             self.run("squeue", "--array", "--noheader", "--format=%N", f"--jobs={job}").strip().removeprefix("n")
         )
 
-    def wait(self, condition: Callable[[], Value], seconds: float = 30, every: float = 0.2) -> Value:
+    def wait(self, condition: Callable[[], Value], seconds: float = 120, every: float = 0.2) -> Value:
         """What `condition` returns as soon as it is true. TimeoutError with the queue's state if it never is."""
         end = time.monotonic() + seconds
         while not (value := condition()):
@@ -206,7 +206,7 @@ class Lab:
         """End slurmctld: what it did not save yet is lost. Clients get no answer until `start_controller()`."""
         pid = int((self.folder / "run" / "slurmctld.pid").read_text())
         os.kill(pid, signal_number)
-        end = time.monotonic() + 15
+        end = time.monotonic() + 60
         while is_alive(pid) and time.monotonic() < end:
             time.sleep(0.05)
 
@@ -218,7 +218,7 @@ class Lab:
         self.up()
         for user in set(self.run("squeue", "--noheader", "--format=%U").split()):
             self.run("scancel", f"--user={user}")
-        self.wait(lambda: not self.states(), 60)
+        self.wait(lambda: not self.states())
 
 
 @contextlib.contextmanager

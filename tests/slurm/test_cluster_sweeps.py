@@ -12,14 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
-from cluster_sweeps import RUN, Sweeps, same_result
+from cluster_sweeps import HOLD, RUN, Sweeps, same_result
 from helpers import REPOSITORY, Launcher, only_run, records_without_time, status
 from lab import HALF_A_NODE
 
+from gsdg.runs import read_json
 from gsdg.sweep.folder import all_sweeps, find
 
 pytestmark = pytest.mark.slow
-HOLD = "+hydra.launcher.additional_parameters.hold=true"
 SHORT = (*RUN, "trainer.steps=20", "trainer.eval_every=10")
 
 
@@ -115,9 +115,10 @@ def test_more_tasks_than_an_array_may_have_become_several_arrays(sweeps):
 def test_runs_packed_into_one_task_are_each_their_own(sweeps, tmp_path, at_once):
     """One of three fails: the others are done, with the results of the same runs at the desk."""
     sweep = (*SHORT, "optimizer=sgd", "optimizer.lr=1e-3,1e30,1e-2")
-    pack = ("hydra.launcher.runs_per_task=3", f"hydra.launcher.side_by_side={at_once}", "hydra.launcher.mem_gb=3")
-    sweeps.launch(*sweep, *pack)
+    pack = ("hydra.launcher.runs_per_task=3", f"hydra.launcher.side_by_side={at_once}", "hydra.launcher.mem_gb=6")
+    sweeps.launch(*sweep, *pack, HOLD)
     assert len(sweeps.lab.states()) == 1
+    sweeps.release()
     sweeps.wait_until_over()
     assert sweeps.states() == ["done", "done", "failed"]
     desk = Launcher(tmp_path / "desk")
@@ -125,9 +126,10 @@ def test_runs_packed_into_one_task_are_each_their_own(sweeps, tmp_path, at_once)
     for run in sweeps.runs:
         if status(run)["state"] == "done":
             same_result(desk.runs_dir / run.name, run)
-    spans = [(status(run)["started"], status(run)["heartbeat"]) for run in sweeps.runs]
-    overlap = any(one[0] < other[1] and other[0] < one[1] for one in spans for other in spans if one != other)
-    assert overlap == (at_once > 1)
+    starts, ends = sweeps.started(), [status(run)["heartbeat"] for run in sweeps.runs]
+    assert len(starts) == 3
+    started_after_the_first_end = sum(start > min(ends) for start in starts.values())
+    assert started_after_the_first_end == (0 if at_once == 3 else 2)
 
 
 def test_the_launching_process_may_die_at_any_moment(sweeps):
@@ -172,12 +174,9 @@ def test_cancel_stops_what_is_running(sweeps):
     sweeps.launch(*RUN, "trainer.steps=100000", "split.trial_seed=0,1", "hydra.launcher.runs_per_task=2")
     sweeps.wait_for_step(50)
     sweeps.command("cancel", "split.trial_seed=0")
-    sweeps.lab.wait(lambda: len(sweeps.runs) == 2, 60)
-    first, second = sorted(
-        sweeps.runs, key=lambda run: json.loads((run / "config.json").read_text())["split"]["trial_seed"]
-    )
-    assert status(first)["state"] == "stopped"
-    assert status(second)["state"] == "running"
+    sweeps.lab.wait(lambda: len(list(sweeps.runs_dir.glob("*/config.json"))) == 2)
+    states = {read_json(run / "config.json")["split"]["trial_seed"]: status(run)["state"] for run in sweeps.runs}
+    assert states == {0: "stopped", 1: "running"}
     sweeps.command("cancel")
     sweeps.wait_until_over()
     assert "2 cancelled" in sweeps.command("status", check=False).stdout
@@ -206,7 +205,7 @@ def test_plan_says_what_would_run_and_submits_nothing(sweeps):
 def test_a_job_without_its_weights_fails_at_once_and_says_what_to_run_where(sweeps, tmp_path):
     sweeps.environment["TORCH_HOME"] = str(tmp_path / "empty")
     photos = ("dataset=image_folder", f"dataset.root={make_photos(tmp_path)}", "split.target=b", "model=resnet18")
-    sweeps.launch("trainer.steps=1", "trainer.workers=0", "device=cpu", *photos, "hydra.launcher.mem_gb=2")
+    sweeps.launch("trainer.steps=1", "trainer.workers=0", "device=cpu", *photos, "hydra.launcher.mem_gb=3")
     sweeps.wait_until_over()
     assert sweeps.states() == ["failed"]
     assert "python -m gsdg.sweep prepare" in sweeps.log()

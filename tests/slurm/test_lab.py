@@ -65,15 +65,15 @@ def test_a_node_without_power_takes_its_jobs_along(cluster, tmp_path, monkeypatc
     job = works(cluster, 2)
     (first,) = cluster.wait(lambda: pids(tmp_path / "pids"))
     cluster.kill_node(2)
-    cluster.wait(lambda: not is_alive(first), 3)
+    cluster.wait(lambda: not is_alive(first), 10)
     assert cluster.state(job) == "RUNNING", "SLURM has not noticed"
-    cluster.wait(lambda: cluster.state(job) == "PENDING", 60)
+    cluster.wait(lambda: cluster.state(job) == "PENDING")
 
 
 def test_a_controller_that_is_killed_comes_back_with_its_jobs(cluster):
     job = cluster.submit()
     cluster.wait(lambda: cluster.state(job) == "RUNNING")
-    cluster.wait(lambda: (cluster.folder / "spool" / "ctld" / "job_state").exists(), 10)
+    cluster.wait(lambda: (cluster.folder / "spool" / "ctld" / "job_state").exists())
     cluster.kill_controller(signal.SIGTERM)
     assert cluster.run("squeue", check=False) == ""
     cluster.start_controller()
@@ -101,7 +101,7 @@ def test_settings_can_be_changed_while_it_runs(cluster):
 
 def test_the_cluster_of_a_killed_session_is_ended_by_the_next(cluster):
     command = [sys.executable, "-c", ABANDONED, str(Path(__file__).parent)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=60)
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=300)
     assert done.returncode == -signal.SIGKILL
     folder = Path(done.stdout.strip())
     assert len(processes(folder)) >= 4

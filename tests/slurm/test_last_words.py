@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -72,14 +71,17 @@ def test_of_a_log_only_the_tail_is_read(tmp_path):
     assert slurm.last_words(tmp_path / "absent") == ""
 
 
+WORK = "bash -c 'echo at work; exec sleep 600'"
+
+
 @pytest.mark.slow
 def test_the_ends_of_real_jobs_are_read_from_their_logs(cluster):
     eat = "x=[bytearray(60 << 20) for _ in range(20)]; import time; time.sleep(60)"
     ends = {
         "killed by SLURM: out of memory": ("--exclude=n4", f"srun {sys.executable} -c '{eat}'"),
-        "killed by SLURM: cancelled": ("--exclude=n4", "srun sleep 600"),
-        "killed by SLURM: node failure": ("--nodelist=n4", "srun sleep 600"),
-        "killed by SLURM: time limit": ("--exclude=n4", "srun sleep 600"),
+        "killed by SLURM: cancelled": ("--exclude=n4", f"srun {WORK}"),
+        "killed by SLURM: node failure": ("--nodelist=n4", f"srun {WORK}"),
+        "killed by SLURM: time limit": ("--exclude=n4", f"srun {WORK}"),
         "crashed: Segmentation fault": ("--exclude=n4", "srun bash -c 'kill -SEGV $$'"),
         "ended with exit code 3": ("--exclude=n4", "srun bash -c 'exit 3'"),
     }
@@ -88,12 +90,11 @@ def test_the_ends_of_real_jobs_are_read_from_their_logs(cluster):
         for words, (where, text) in ends.items()
     }
     cancelled, lost = jobs["killed by SLURM: cancelled"], jobs["killed by SLURM: node failure"]
-    _running(cluster, cancelled, lost, jobs["killed by SLURM: time limit"])
-    time.sleep(2)
+    _at_work(cluster, cancelled, lost, jobs["killed by SLURM: time limit"])
     cluster.run("scancel", cancelled)
     cluster.kill_slurmd_only(4, told=True)
     for words, job in jobs.items():
-        cluster.wait(lambda words=words, job=job: slurm.last_words(_log(cluster, job)) == words, 110)
+        cluster.wait(lambda words=words, job=job: slurm.last_words(_log(cluster, job)) == words, 240)
 
 
 @pytest.mark.slow
@@ -102,20 +103,21 @@ def test_the_ends_of_real_jobs_are_read_from_their_logs(cluster):
     [(True, "stopped by SLURM: queued again"), (False, "killed by SLURM: preempted")],
 )
 def test_both_kinds_of_preemption_can_be_told_from_the_log(cluster, signal, words):
-    cluster.configure(user_signal=signal, grace_time=20 if signal else 2)
-    stop = "trap 'scontrol requeue $SLURM_JOB_ID' USR2; sleep 600 & wait; wait"  # as submitit does
+    cluster.configure(user_signal=signal, grace_time=60 if signal else 2)
+    stop = "trap 'scontrol requeue $SLURM_JOB_ID' USR2; echo at work; sleep 600 & wait; wait"  # as submitit does
     jobs = [cluster.submit("--exclusive", "--requeue", "--signal=B:USR2@60", script=stop) for _ in range(4)]
-    _running(cluster, *jobs)
-    time.sleep(1)
+    _at_work(cluster, *jobs)
     above = [cluster.submit("--exclusive", "--partition=high") for _ in range(4)]
-    cluster.wait(lambda: all(cluster.state(job) == "RUNNING" for job in above), 60)
+    cluster.wait(lambda: all(cluster.state(job) == "RUNNING" for job in above))
     for job in jobs:
         assert slurm.last_words(_log(cluster, job)) == words
         assert slurm.queue("wrap")[("wrap", 0)].state in ("PENDING", "RUNNING")
 
 
-def _running(cluster: Lab, *jobs: str) -> None:
-    cluster.wait(lambda: all(cluster.state(job) == "RUNNING" for job in jobs))
+def _at_work(cluster: Lab, *jobs: str) -> None:
+    """Until each has said so itself: a job that SLURM calls running may not have begun."""
+    logs = [_log(cluster, job) for job in jobs]
+    cluster.wait(lambda: all(log.exists() and "at work" in log.read_text() for log in logs))
 
 
 def _log(cluster: Lab, job: str) -> Path:

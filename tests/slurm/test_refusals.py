@@ -28,7 +28,7 @@ def test_what_slurm_takes_is_not_refused_and_not_queued(cluster):
         ({"gres": "gpu:3"}, ["gres=gpu:3", "gpu:2"]),
         ({"gres": "gpu:a100:1"}, ["gpu:2"]),
         ({"gres": "tpu:1"}, ["gres=tpu:1", "gpu:2"]),
-        ({"mem": "64GB"}, ["mem=64GB", "mem_gb", "4000 MB"]),
+        ({"mem": "64GB"}, ["mem=64GB", "mem_gb", "8000 MB"]),
         ({"cpus_per_task": 16}, ["cpus-per-task=16", "cpus_per_task", "CPUs"]),
         ({"nodes": 2, "partition": "short"}, ["nodes=2", "nodes"]),
         ({"partition": "short", "time": 31}, ["31 minutes", "timeout_min", "30 min", "never start"]),
@@ -60,9 +60,9 @@ TOO_MUCH = (
     {"gpus_per_task": 2, "ntasks_per_node": 2},
     {"cpus_per_task": 3},
     {"cpus_per_task": 2, "ntasks_per_node": 2},
-    {"mem": "5GB"},
-    {"mem_per_cpu": "3GB", "cpus_per_task": 2},
-    {"mem_per_gpu": "3GB", "gpus_per_node": 2},
+    {"mem": "9GB"},
+    {"mem_per_cpu": "5GB", "cpus_per_task": 2},
+    {"mem_per_gpu": "5GB", "gpus_per_node": 2},
     {"nodes": 5},
     {"nodes": 2, "partition": "short"},
 )
@@ -85,7 +85,7 @@ def test_the_table_is_of_nodes_whatever_their_state_and_only_where_it_helps(clus
     with pytest.raises(UserError) as error:
         slurm.test(script(gpus_per_node=3))
     rows = [line.split() for line in str(error.value).splitlines() if line.startswith("  main")]
-    assert rows == [["main", "(default)", "none", "2", "4000", "MB", "gpu:2", "pretend", "4"]]
+    assert rows == [["main", "(default)", "none", "2", "8000", "MB", "gpu:2", "pretend", "4"]]
     with pytest.raises(UserError) as error:
         slurm.test(script(array="0-1001"))
     assert "What there is" not in str(error.value)

@@ -100,7 +100,7 @@ def test_cancelling_what_is_over_or_was_never_there_is_no_error(cluster):
 
 @pytest.mark.slow
 def test_a_task_being_cleaned_up_counts_only_if_it_will_start_again(cluster):
-    cluster.configure(kill_wait=8)
+    cluster.configure(kill_wait=15)
     again, endless, over = (
         cluster.submit(f"--job-name=gsdg-{name}", f"--time={limit}", script=STUBBORN)
         for name, limit in (("again", 5), ("endless", "UNLIMITED"), ("over", 5))
@@ -108,7 +108,7 @@ def test_a_task_being_cleaned_up_counts_only_if_it_will_start_again(cluster):
     running(cluster, again, endless, over)
     cluster.run("scontrol", "requeue", f"{again},{endless}")
     cluster.run("scancel", over)
-    cluster.wait(lambda: set(cluster.states().values()) == {"COMPLETING"}, 5)
+    cluster.wait(lambda: set(cluster.states().values()) == {"COMPLETING"}, 12)
     assert slurm.queue() == {
         ("gsdg-again", 0): slurm.Queued(again, "PENDING", "queued again", ""),
         ("gsdg-endless", 0): slurm.Queued(endless, "PENDING", "queued again", ""),

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from cluster_sweeps import RUN, Sweeps, same_result
+from cluster_sweeps import HOLD, RUN, Sweeps, same_result
 from helpers import Launcher, only_run, status
 from lab import Lab, is_alive, process_state
 
@@ -98,11 +98,11 @@ def test_requeued_by_hand(sweeps, undisturbed):
 def test_preempted(sweeps, undisturbed, user_signal):
     """A job of partition high wants its node: with USR2 the run saves and asks to be queued again, or SLURM does."""
     lab: Lab = sweeps.lab
-    lab.configure(user_signal=user_signal, grace_time=10 if user_signal else 0)
+    lab.configure(user_signal=user_signal, grace_time=60 if user_signal else 0)
     with caught(sweeps) as job:
         high = ("--partition=high", "--exclusive", f"--nodelist=n{lab.node_of(job)}", "--mem=0")
         above = lab.submit(*high, script="sleep 3")
-        lab.wait(lambda: asked_to_stop(sweeps) if user_signal else lab.state(above) == "RUNNING", 60)
+        lab.wait(lambda: asked_to_stop(sweeps) if user_signal else lab.state(above) == "RUNNING")
     sweeps.wait_until_over()
     assert asked_to_stop(sweeps) == user_signal
     assert resumed_once(sweeps)
@@ -123,8 +123,8 @@ def test_the_orphan_of_a_lost_node_stops_and_the_new_copy_goes_on(sweeps, undist
         (run,) = sweeps.runs
         orphan = status(run)["pid"]
         sweeps.lab.kill_slurmd_only(sweeps.lab.node_of(job), told=True)
-        sweeps.lab.wait(lambda: status(run)["pid"] != orphan, 60)
-    sweeps.lab.wait(lambda: not is_alive(orphan), 30)
+        sweeps.lab.wait(lambda: status(run)["pid"] != orphan)
+    sweeps.lab.wait(lambda: not is_alive(orphan))
     assert "was taken over" in sweeps.task_logs()
     sweeps.wait_until_over()
     same_result(undisturbed, run)
@@ -134,7 +134,7 @@ def test_out_of_time_it_saves_and_comes_back(sweeps, undisturbed):
     """A limit of one minute: SLURM signals some time before it. No checkpoint is due before the end."""
     limit = ("hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=11")
     with caught(sweeps, "trainer.checkpoint_every=100000", *limit):
-        sweeps.lab.wait(lambda: asked_to_stop(sweeps), 90)
+        sweeps.lab.wait(lambda: asked_to_stop(sweeps))
     sweeps.wait_until_over()
     assert "this job is timed-out" in sweeps.task_logs()
     assert resumed_once(sweeps)
@@ -175,11 +175,12 @@ def test_over_its_memory_limit_slurm_ends_all_of_it_and_status_says_why(sweeps):
 
 
 def test_an_exception_is_a_failed_run_and_a_failed_task(sweeps):
-    sweeps.launch(*RUN, "optimizer=sgd", "optimizer.lr=1e30")
-    jobs = list(sweeps.lab.states())
+    sweeps.launch(*RUN, "optimizer=sgd", "optimizer.lr=1e30", HOLD)
+    (job,) = sweeps.lab.states()
+    sweeps.release()
     sweeps.wait_until_over()
     assert sweeps.states() == ["failed"]
-    assert [sweeps.lab.state(job) for job in jobs] == ["FAILED"]
+    assert sweeps.lab.state(job) == "FAILED"
     answer = sweeps.command("status", check=False)
     assert answer.returncode == 1
     assert "NonFinite" in answer.stdout
