@@ -313,13 +313,13 @@ def test_a_process_tree_that_is_signalled_as_a_whole_ends_as_if_nothing_had_happ
         *RUN,
         f"dataset.root={images}",
         "trainer.workers=2",
-        "trainer.steps=150",
-        "trainer.checkpoint_every=150",
+        "trainer.steps=250",
+        "trainer.checkpoint_every=250",
     )
     whole, broken = Launcher(tmp_path / "whole"), Launcher(tmp_path / "broken")
     assert whole(*overrides).returncode == 0
     process = alone(broken, *overrides)
-    seen, wanted = "", random.randint(1, 50)  # of 150: later it may be done before the signal
+    seen, wanted = "", random.randint(1, 50)  # of 250: later it may be done before the signal
     while f"step {wanted}/" not in seen and process.poll() is None:
         time.sleep(0.005)
         seen = "".join(path.read_text() for path in broken.runs_dir.glob("*/log.txt"))
@@ -328,10 +328,10 @@ def test_a_process_tree_that_is_signalled_as_a_whole_ends_as_if_nothing_had_happ
     assert process.returncode == 128 + number, errors
     assert "Traceback" not in errors
     folder = only_run(broken.runs_dir)
-    assert re.fullmatch(rf"{number.name} on .*: saved after \d+ of 150 steps", status(folder)["reason"])
+    assert re.fullmatch(rf"{number.name} on .*: saved after \d+ of 250 steps", status(folder)["reason"])
     assert broken(*overrides).returncode == 0
     assert "resuming at step" in (folder / "log.txt").read_text()
-    assert_same(only_run(whole.runs_dir), folder, steps=150)
+    assert_same(only_run(whole.runs_dir), folder, steps=250)
 
 
 def alone(launcher: Launcher, *overrides: str) -> subprocess.Popen:

@@ -12,6 +12,8 @@ import shutil
 import signal
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -91,12 +93,15 @@ class Opener:
         assert self.process.exitcode == 0
         return found
 
-    def stop(self) -> None:
-        """It stands still until it is killed or goes on (SIGCONT)."""
+    @contextmanager
+    def stopped(self) -> Iterator[None]:
+        """Inside, it stands still."""
         os.kill(self.process.pid, signal.SIGSTOP)
-
-    def go_on(self) -> None:
-        os.kill(self.process.pid, signal.SIGCONT)
+        try:
+            yield
+        finally:
+            with suppress(ProcessLookupError):  # it was killed
+                os.kill(self.process.pid, signal.SIGCONT)
 
     def kill(self) -> None:
         os.kill(self.process.pid, signal.SIGKILL)
@@ -168,10 +173,9 @@ def test_without_locks_all_decode_and_all_see_the_same(tmp_path, monkeypatch):
     root, where = tree(tmp_path / "toy", each=80, size=(600, 500)), tmp_path / "cache"
     openers = [Opener(root, where)]
     wait_until(lambda: building(where))
-    openers[0].stop()
-    openers += [Opener(root, where), Opener(root, where)]  # which must not take what is being built for a leftover
-    wait_until(lambda: len(building(where)) > 1)
-    openers[0].go_on()
+    with openers[0].stopped():
+        openers += [Opener(root, where), Opener(root, where)]  # which must not take what is being built for a leftover
+        wait_until(lambda: len(building(where)) > 1 or finished(where))
     results = [opener.result() for opener in openers]
     assert all(said(lines, "decoding") for _, lines in results), "the first was done already: more images are needed"
     assert {seen for seen, _ in results} == {by_pillow(root)}
@@ -184,11 +188,11 @@ def test_a_waiter_takes_over_from_a_builder_that_is_killed(tmp_path):
     root, where = tree(tmp_path / "toy", each=120, size=(600, 500)), tmp_path / "cache"
     builder = Opener(root, where)
     wait_until(lambda: building(where))
-    builder.stop()
-    waiter = Opener(root, where)
-    time.sleep(1.0)  # it must find the builder at work
-    left = building(where)
-    builder.kill()
+    with builder.stopped():
+        waiter = Opener(root, where)
+        time.sleep(1.0)  # it must find the builder at work
+        left = building(where)
+        builder.kill()
     seen, lines = waiter.result()
     assert len(left) == 1, "the builder was done already: this test needs more images"
     assert seen == by_pillow(root)
@@ -203,10 +207,9 @@ def test_a_start_for_other_images_leaves_a_builder_at_work_alone(tmp_path):
     other = tree(tmp_path / "other", each=3)
     builder = Opener(root, where)
     wait_until(lambda: building(where))
-    builder.stop()
-    assert digest(opened(other, where)) == by_pillow(other)
-    assert building(where), "the builder was done already: this test needs more images"
-    builder.go_on()
+    with builder.stopped():
+        assert digest(opened(other, where)) == by_pillow(other)
+        assert building(where), "what the other was building has been removed"
     assert builder.result()[0] == by_pillow(root)
 
 

@@ -34,7 +34,7 @@ def test_it_ends_with_the_table_and_one_failure_is_an_exit_status(launch):
 
 def test_ctrl_c_saves_what_runs_and_the_same_command_goes_on(launch):
     """A terminal sends SIGINT to every process of the command."""
-    length = ("trainer.steps=300", "trainer.eval_every=150", "trainer.checkpoint_every=1000", "trainer.log_every=1")
+    length = ("trainer.steps=600", "trainer.eval_every=300", "trainer.checkpoint_every=2000", "trainer.log_every=1")
     sweep = [*LOCAL, *length, "split.trial_seed=0,1"]
     command = [sys.executable, str(REPOSITORY / "launch.py"), *sweep, f"runs_dir={launch.runs_dir}"]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
