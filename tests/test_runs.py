@@ -277,7 +277,7 @@ def test_an_owner_elsewhere_that_beats_again_is_refused_at_once(tmp_path, monkey
         while not refused.wait(0.3):
             write_json(folder.path / "status.json", {"state": "running", "heartbeat": time.time()})
 
-    heart = threading.Thread(target=beat)
+    heart = threading.Thread(target=beat, daemon=True)
     heart.start()
     began = time.monotonic()
     with pytest.raises(Busy), folder.hold(patience=60):
