@@ -90,6 +90,13 @@ def test_a_node_for_which_a_job_is_planned_is_up(cluster):
     assert all(some.up for some in slurm._nodes())
 
 
+def test_a_daemon_that_crashes_leaves_no_core_in_the_checkout(cluster):
+    for name in ("slurmctld", "slurmd.n1"):
+        pid = (cluster.folder / "run" / f"{name}.pid").read_text().strip()
+        (limit,) = (line for line in Path(f"/proc/{pid}/limits").read_text().splitlines() if "core file" in line)
+        assert limit.split()[4:6] == ["0", "0"]
+
+
 def test_settings_can_be_changed_while_it_runs(cluster):
     cluster.configure(user_signal=False, max_array_size=50)
     said = cluster.run("scontrol", "show", "config")
