@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from dataclasses import dataclass
 
-SILENCE = ("Unable to contact slurm controller", "timed out on send/recv", "Zero Bytes were transmitted")
+LOST = (errno.ENOTCONN, errno.ECONNREFUSED, errno.ECONNRESET, errno.ETIMEDOUT)  # the connection, as a controller dies
+SILENCE = (
+    "Unable to contact slurm controller",
+    "timed out on send/recv",
+    "Zero Bytes were transmitted",
+    *map(os.strerror, LOST),
+)
 NODES = "Requested node configuration is not available"
 TOO_LONG = "the time limit is above the partition's"
 # States in which a node takes or will soon take jobs. `idle*` does not answer; for `mix-` and `plnd` a job is planned.

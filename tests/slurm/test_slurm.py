@@ -206,3 +206,20 @@ def test_a_question_does_not_wait_for_ever(monkeypatch, tmp_path):
     monkeypatch.setattr(slurm, "PATIENCE", 0.3)
     with pytest.raises(slurm.SlurmSilent, match="no answer"):
         slurm.queue()
+
+
+@pytest.mark.parametrize(
+    ("stderr", "kind"),
+    [
+        ("slurm_load_jobs error: Transport endpoint is not connected", slurm.SlurmSilent),  # seen once
+        ("slurm_load_jobs error: Connection refused", slurm.SlurmSilent),
+        ("slurm_load_jobs error: Invalid user id", UserError),
+    ],
+)
+def test_a_lost_connection_is_silence_and_a_refusal_is_not(monkeypatch, tmp_path, stderr, kind):
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\necho '{stderr}' >&2\nexit 1\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    with pytest.raises(UserError, match=stderr) as error:
+        slurm.queue()
+    assert type(error.value) is kind
