@@ -30,6 +30,7 @@ from gsdg.evaluate import Evaluator
 from gsdg.outcome import logged_to, outcome_recorded
 from gsdg.runs import RunFolder, run_id
 from gsdg.schema import build, check
+from gsdg.search import apply, told
 from gsdg.seeding import seed_everything, seed_hash
 from gsdg.signals import Signals, Stopped, end
 from gsdg.trainer import Trainer
@@ -161,12 +162,25 @@ def check_stored_size(config: dict) -> None:
 def resolved(raw: DictConfig | dict) -> dict:
     """The config as plain values, without what has done its work by now: preset, short names."""
     if isinstance(raw, DictConfig):
-        config = OmegaConf.to_container(raw, resolve=True, throw_on_missing=True)
+        config = OmegaConf.to_container(searched(raw), resolve=True, throw_on_missing=True)
     else:
         config = copy.deepcopy(raw)
     for key in ("experiment", "resubmit"):
         config.pop(key, None)
     config["algorithm"].pop("n_parts", None)  # partition.n_parts took its value, or was given another
+    if "search" in config:
+        apply(config["search"], config)  # changes a composed config no more, but refuses keys that are gone by now
+    return config
+
+
+def searched(raw: DictConfig) -> DictConfig:
+    """The config with its search's draw in place of its own values, so that whatever refers to them follows."""
+    if "search" not in raw:
+        return raw
+    config, search = copy.deepcopy(raw), raw.search
+    if OmegaConf.is_config(search):
+        search = config.search = OmegaConf.to_container(search, resolve=True, throw_on_missing=True)
+    apply(search, config)
     return config
 
 
@@ -216,11 +230,12 @@ def needed_workers(trainer: Trainer, dataset: DomainDataset) -> int:
 
 
 def summary(plan: Plan, device: torch.device) -> str:
-    """`grad_surgery on pacs (resnet18, cpu), target sketch, trial 0`."""
+    """`grad_surgery on pacs (resnet18, cpu), target sketch, trial 0`, and what a search drew."""
     names = {group: plan.config[group]["name"] for group in ("algorithm", "dataset", "model")}
     where = f"{names['model']}, {device}"
     targets, trial = listing(plan.split.targets), plan.config["split"]["trial_seed"]
-    return f"{names['algorithm']} on {names['dataset']} ({where}), target {targets}, trial {trial}"
+    drawn = f", {told(plan.config['search'], plan.config)}" if "search" in plan.config else ""
+    return f"{names['algorithm']} on {names['dataset']} ({where}), target {targets}, trial {trial}{drawn}"
 
 
 def evaluated(trainer: Trainer, parts: dict, is_source: bool) -> dict:

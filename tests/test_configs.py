@@ -27,6 +27,7 @@ NEEDED = {  # what a choice cannot be composed without
 PRESETS = sorted(
     str(path.relative_to(CONF / "experiment").with_suffix("")) for path in (CONF / "experiment").rglob("*.yaml")
 )
+SEARCHES = sorted(path.stem for path in (CONF / "search").glob("*.yaml"))
 DATASETS = sorted(path.stem for path in (CONF / "dataset").glob("*.yaml"))
 
 
@@ -40,6 +41,12 @@ def checked(config) -> dict:
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_fits_its_constructor(compose, choice):
     checked(compose(choice, *NEEDED.get(choice, [])))
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+def test_every_search_is_called_by_its_file_and_draws_what_fits(compose, search):
+    config = checked(compose(f"search={search}", "search.hparams_seed=1"))
+    assert config["search"]["name"] == search
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -21,6 +21,7 @@ FLOORS = [
         "gsdg.runs",
         "gsdg.batch",
         "gsdg.schema",
+        "gsdg.search",
     },
     {"gsdg.data", "gsdg.models", "gsdg.surgery"},
     {"gsdg.algorithms"},
