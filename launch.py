@@ -48,7 +48,7 @@ def main() -> None:
     except Exception as error:
         failure = error
     if SweepCallback.folder and (runs := noted_runs(SweepCallback.folder)):
-        from analysis.__main__ import report
+        from analysis.tables import report
 
         print("\n" + report(SweepCallback.runs_dir, run_ids=runs))
     if failure and (traceback_wanted or not explain(failure)):

@@ -1,49 +1,142 @@
-"""`python -m analysis RUNS_DIR`: the leave-one-domain-out table from the run folders on disk."""
+"""The tables of run folders on disk, of ours, DomainBed's and the SWAD fork's runs together, while they still run too.
+
+python -m analysis RUNS...                    the tables
+python -m analysis diff RUN RUN               what differs between two runs' configs
+python -m analysis report RUNS... -o FOLDER   one HTML page: tables, curves, ablations, conflicts, provenance
+"""
 
 from __future__ import annotations
 
 import argparse
+import os
+import shlex
 import sys
+from collections.abc import Sequence
 
-from analysis.frames import read_runs
+from analysis.formats import FORMATS, text
+from analysis.frames import Runs, read_config, read_runs
 from analysis.selection import METHODS
-from analysis.tables import csv, missing_lines, notes, report, summary
+from analysis.statistics import DIFFERENCES, ERRORS, paired_differences
+from analysis.tables import (
+    Summary,
+    chosen_runs,
+    comparison,
+    csv,
+    missing_lines,
+    notes,
+    ranking,
+    read_published,
+    sheets,
+    summary,
+)
 from gsdg.errors import UserError
+
+SELECTION = f"how step and draw are chosen, one or more of: {', '.join(METHODS)} (default: training_domain)"
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
-    run_ids = options.runs.split(",") if options.runs else None
+    arguments = sys.argv[1:] if arguments is None else arguments
+    commands = {"diff": diff, "report": page}
     try:
-        if options.format == "text":
-            print(report(options.runs_dir, options.selection, run_ids))
+        if arguments and arguments[0] in commands:
+            commands[arguments[0]](arguments[1:])
         else:
-            _print_csv(options.runs_dir, options.selection, run_ids)
+            tables(arguments)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    except BrokenPipeError:  # `| head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
-def _print_csv(runs_dir: str, selections: list[str], run_ids: list[str] | None) -> None:
+def tables(arguments: Sequence[str]) -> None:
+    options = _parser().parse_args(arguments)
+    runs, found = _read(options)
+    if options.format == "csv":
+        _print_csv(found, options.baseline)
+        sys.stderr.write("".join(f"{line}\n" for line in notes(runs, options.selection).splitlines()))
+        return
+    made = sheets(found, read_published() if options.published else None)
+    made += comparison(found, options.baseline) if options.baseline else []
+    made += ranking(found) if options.ranks else []
+    made += chosen_runs(found, runs) if options.chosen else []
+    if options.format == "text":
+        shown = [text(sheet, terminal=sys.stdout.isatty()) for sheet in made]
+        print("\n\n".join([*shown, *filter(None, [notes(runs, options.selection)])]))
+    else:
+        print("\n\n".join(FORMATS[options.format](sheet) for sheet in made))
+        sys.stderr.write("".join(f"{line}\n" for line in notes(runs, options.selection).splitlines()))
+
+
+def diff(arguments: Sequence[str]) -> None:
+    """Print the keys in which two runs' configs differ, and both values."""
+    parser = argparse.ArgumentParser(prog="python -m analysis diff", description=diff.__doc__)
+    parser.add_argument("runs", nargs=2, metavar="RUN", help="a run's folder")
+    folders = parser.parse_args(arguments).runs
+    configs = [read_config(folder) for folder in folders]
+    keys = sorted({*configs[0], *configs[1]})
+    different = [key for key in keys if configs[0].get(key) != configs[1].get(key)]
+    table = [["", *folders], *([key, *(config.get(key, "unset") for config in configs)] for key in different)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for row in table if different else [["the configs are equal"]]:
+        print("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=False)).rstrip())
+
+
+def page(arguments: Sequence[str]) -> None:
+    """Write a page that needs nothing but itself: FOLDER/index.html."""
+    parser = _parser("report", page.__doc__)
+    parser.add_argument("-o", "--output", default="report", metavar="FOLDER", help="default: report")
+    options = parser.parse_args(arguments)
+    runs, found = _read(options)
+    from analysis.report import write_page  # needs matplotlib
+
+    published = read_published() if options.published else None
+    command = shlex.join(["python", "-m", "analysis", "report", *arguments])
+    print(write_page(options.output, runs, found, published, options.baseline, command))
+
+
+def _read(options: argparse.Namespace) -> tuple[Runs, Summary]:
+    runs = read_runs(options.runs, options.ids.split(",") if options.ids else None)
+    return runs, summary(runs, options.selection, error=options.error, unfinished=options.unfinished)
+
+
+def _print_csv(found: Summary, baseline: str | None) -> None:
     """The numbers on stdout; what is missing on stderr, where it does not break a reader."""
-    runs = read_runs(runs_dir, run_ids)
-    cells, missing = summary(runs, selections)
-    print(csv(cells), end="")
-    for (dataset, selection), gaps in missing.groupby(["dataset", "selection"], sort=False):
+    if baseline:
+        frames = [
+            paired_differences(chosen, baseline).assign(selection=selection)
+            for selection, chosen in found.chosen.groupby("selection", sort=False)
+        ]
+        for number, frame in enumerate(frames):
+            columns = ["selection", *DIFFERENCES]
+            print(frame[columns].to_csv(index=False, header=not number, float_format="%.6f"), end="")
+    else:
+        print(csv(found.cells), end="")
+    for (dataset, selection), gaps in found.missing.groupby(["dataset", "selection"], sort=False):
         print("\n".join([f"{dataset}, {selection}", *missing_lines(gaps)]), file=sys.stderr)
-    print(notes(runs), end="\n" if notes(runs) else "", file=sys.stderr)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m analysis", description=__doc__.strip())
-    parser.add_argument("runs_dir", help="the folder that holds the run folders (runs_dir of the training)")
-    parser.add_argument(
-        "--selection", nargs="+", choices=METHODS, default=["training_domain"], metavar="METHOD",
-        help=f"how a run's step is chosen, one or more of: {', '.join(METHODS)} (default: training_domain)",
-    )  # fmt: skip
-    parser.add_argument("--format", choices=["text", "csv"], default="text")
-    parser.add_argument("--runs", metavar="ID,ID", help="only these runs")
+def _parser(command: str = "", description: str | None = None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"python -m analysis {command}".strip(),
+        description=description or __doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add(
+        "runs", nargs="+", metavar="RUNS", help="folders that hold run folders (runs_dir of a training), or run folders"
+    )
+    add("--selection", nargs="+", choices=METHODS, default=["training_domain"], metavar="METHOD", help=SELECTION)
+    if not command:
+        add("--format", choices=[*FORMATS, "csv"], default="text")
+        add("--ranks", action="store_true", help="a table of average ranks too")
+        add("--chosen", action="store_true", help="the run, step and hyper-parameter draw behind every number too")
+    add("--published", action="store_true", help="the paper's figures beside the runs'")
+    add("--baseline", metavar="METHOD", help="paired differences to this method too (csv: instead)")
+    add("--error", choices=ERRORS, default="population", help="of the standard error: DomainBed's form or the sample's")
+    add("--unfinished", action="store_true", help="count runs that are not done too, with what they have recorded")
+    add("--runs", dest="ids", metavar="ID,ID", help="only these runs")
     return parser
 
 

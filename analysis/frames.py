@@ -1,246 +1,251 @@
-"""Run folders -> tidy frames. The layout of a run folder is described in gsdg/runs.py.
+"""Run folders -> tidy frames: ours, DomainBed's and those in the SWAD fork's dialect, in one table.
 
-Nothing on disk is fatal here but a missing `runs_dir`: half-written, foreign and broken files are left out and
+Nothing on disk is fatal here but a folder that is not there: half-written, foreign and broken files are left out and
 reported in `Runs.problems`, because a table is wanted most while a sweep is running or after one has gone wrong.
-
-A method is a config, not a name: runs are put together only if their scientific configs are equal apart from the
-target, the trial seed and the seed. DomainBed puts together whatever has the same algorithm name.
 """
 
 from __future__ import annotations
 
 import json
-import math
-import time
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
+from analysis.labels import label
+from analysis.ours import read_run
+from analysis.peers import number_seeds, read_results
+from analysis.run import Evaluations, NotARun, Run, printable, read_json_lines
 from gsdg.errors import UserError
-from gsdg.runs import STALE_AFTER, read_lines, scientific
 
-RUN = ["run_id", "dataset", "algorithm", "model", "target", "n_targets", "trial_seed", "seed"]
-STATUS = [*RUN, "state", "step", "steps", "reason", "domains"]
-RECORDS = [*RUN, "step", "domain", "part", "accuracy"]
+RUN = [
+    "run_id", "source", "dataset", "algorithm", "model", "target", "n_targets", "trial_seed", "seed", "hparams_seed",
+]  # fmt: skip
+STATUS = [*RUN, "state", "step", "steps", "reason", "domains", "targets", "drawn", "folder"]
+RECORDS = [*RUN, "step", "domain", "is_target", "part", "accuracy"]
+DEPTH = 3  # folders below the one that is given: train_output/PACS/<run> of the SWAD fork needs two
+MARKS = {"config.json": "ours", "results.jsonl": "peers"}
 
 
 @dataclass(frozen=True)
 class Runs:
     """What is on disk.
 
-    `status`: a row a run (columns STATUS). state is running, done, failed, stopped (by a signal: it saved itself), dead
-    (running, but without a heartbeat) or unknown; reason is "" where none is noted; domains is the tuple of the
-    dataset's domains in order, () where its config does not name them.
+    `status`: a row a run (columns STATUS). source is gsdg, domainbed or swad. state is running, done, failed, stopped
+    (by a signal: it saved itself), dead (running, but without a heartbeat), unfinished (a peer's, without its mark) or
+    unknown; reason is "" where none is noted; domains is the tuple of the dataset's domains in order, () where its
+    config does not name them; drawn is what a hyper-parameter search has drawn, as text.
     `records`: a row per run, step, domain and part (columns RECORDS); accuracy is a fraction.
     `problems`: (folder, what was left out and why).
-    A run with several targets has them joined by "+" in `target`; names may hold a "+": ask `n_targets`.
+    `configs`: run_id -> {dotted key: value as JSON}.
+    A run with several targets has them joined by "+" in `target`; names may hold a "+": ask `targets`.
     """
 
     records: pd.DataFrame
     status: pd.DataFrame
     problems: tuple[tuple[str, str], ...]
+    configs: dict[str, dict[str, str]] = field(default_factory=dict, repr=False)
 
-    def finished(self) -> pd.DataFrame:
-        """The records of the runs that are done: what selection looks at."""
+    def finished(self, *, unfinished: bool = False) -> pd.DataFrame:
+        """The records of the runs that are done: what selection looks at. `unfinished`: of the others too."""
         done = self.status.loc[self.status["state"] == "done", "run_id"]
-        return self.records[self.records["run_id"].isin(done)]
+        return self.records if unfinished else self.records[self.records["run_id"].isin(done)]
+
+    def settings(self, **keys: str) -> pd.DataFrame:
+        """A row a run: run_id and, for each name=dotted_key, the value in its config (None where it has none)."""
+        found = {name: [_value(config.get(key)) for config in self.configs.values()] for name, key in keys.items()}
+        return pd.DataFrame({"run_id": list(self.configs), **found})
 
 
-def read_runs(runs_dir: str | Path, run_ids: Iterable[str] | None = None) -> Runs:
-    """Read every run under `runs_dir`, or only `run_ids`. UserError if there is no such folder."""
-    root = Path(runs_dir)
-    if not root.is_dir():
-        raise UserError(f"no folder of runs at {root}.\nGive the runs_dir of a training, for example: runs")
+def read_runs(folders: str | Path | Sequence[str | Path], run_ids: Iterable[str] | None = None) -> Runs:
+    """Read every run in and below `folders` (one or several), or only `run_ids`. UserError if one is not there."""
+    roots = [folders] if isinstance(folders, str | Path) else list(folders)
     problems: list[tuple[str, str]] = []
-    rows, configs, evaluations = [], [], []
-    names = [path.name for path in root.iterdir() if path.is_dir()] if run_ids is None else set(run_ids)
-    for folder in (root / name for name in sorted(names) if not name.startswith(".")):
-        try:
-            config = _read_config(folder)
-            row = {"run_id": folder.name, **_facts(config), **_status(folder / "status.json", config)}
-            configs.append(_method(config))
-        except _NotARun as reason:
-            problems.append((folder.name, str(reason)))
-            continue
-        rows.append(row)
-        evaluations.append(_evaluations(folder, problems))
-    _label(rows, configs)
-    status = pd.DataFrame(rows, columns=STATUS)
-    records = _records(status, evaluations)
-    copies = _copies(status, problems)
-    status, records = status[~status["run_id"].isin(copies)], records[~records["run_id"].isin(copies)]
-    return Runs(records.reset_index(drop=True), status.reset_index(drop=True), tuple(problems))
+    runs: list[Run] = []
+    places = Places()
+    for root in map(Path, roots):
+        if not root.is_dir():
+            raise UserError(f"no folder of runs at {root}.\nGive the runs_dir of a training, for example: runs")
+        for folder, kind in _folders(root, run_ids, problems):
+            try:
+                found = _read(folder, kind)
+            except NotARun as reason:
+                problems.append((folder.name, str(reason)))
+                continue
+            for run in found:
+                run.columns, run.evaluations = places.columns(run.evaluations), {}
+            runs += found
+    label(runs)
+    number_seeds(runs)
+    runs = _named(_without_copies(runs, problems), problems)
+    problems += [(run.facts["run_id"], what) for run in runs for what in run.problems]
+    status = pd.DataFrame([run.facts for run in runs], columns=STATUS)
+    configs = {run.facts["run_id"]: run.config for run in runs}
+    return Runs(_records(status, runs, places), status, tuple(problems), configs)
 
 
-def read_diagnostics(folder: str | Path) -> pd.DataFrame:
+def read_config(folder: str | Path) -> dict[str, str]:
+    """The config of a run's folder, flat, {dotted key: value as JSON}. UserError if it is no run's."""
+    path = Path(folder)
+    kind = _kind(path)
+    try:
+        if not kind:
+            raise NotARun("neither config.json nor results.jsonl in it")
+        return _read(path, kind)[0].config
+    except NotARun as reason:
+        raise UserError(f"{folder} is not a run: {reason}.\nGive a run's folder, for example: runs/<run_id>") from None
+
+
+def read_diagnostics(folder: str | Path, levels: Sequence[str] | None = None) -> pd.DataFrame:
     """diagnostics.jsonl of one run: a row per step, granularity (`level`) and module, a column per statistic.
 
     `frame[frame.level == "chunk"].pivot(index="module", columns="step", values="conflict_rate")` is a heat map. Empty
-    where the run wrote none (algorithm.diagnostics=false); a truncated last line is left out.
+    where the run wrote none (algorithm.diagnostics=false); a line that cannot be read is left out.
     """
-    rows = [
-        {"step": line["step"], "level": level, "module": module, **dict(zip(line["statistics"], values, strict=True))}
-        for line in read_lines(Path(folder) / "diagnostics.jsonl")
-        for level, modules in line["levels"].items()
-        for module, values in modules.items()
-    ]
+    rows: list[dict] = []
+
+    def take(line: dict) -> None:
+        for level, modules in line["levels"].items():
+            for module, values in modules.items() if levels is None or level in levels else []:
+                named = dict(zip(line["statistics"], values, strict=True))
+                rows.append({"step": line["step"], "level": level, "module": module, **named})
+
+    read_json_lines(Path(folder) / "diagnostics.jsonl", take)
     return pd.DataFrame(rows, columns=None if rows else ["step", "level", "module"])
 
 
-class _NotARun(Exception):
-    """Why a folder is left out."""
+def diagnostics(runs: Runs, levels: Sequence[str] = ("chunk",)) -> pd.DataFrame:
+    """`read_diagnostics` of all runs, with the columns RUN and steps before them."""
+    found = []
+    for row in runs.status[runs.status["source"] == "gsdg"].to_dict("records"):
+        frame = read_diagnostics(row["folder"], levels)
+        if len(frame):
+            found.append(frame.assign(**{key: row[key] for key in [*RUN, "steps"]}))
+    order = [*RUN, "steps", "step", "level", "module"]
+    both = pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=order)
+    return both[[*order, *(column for column in both.columns if column not in order)]]
 
 
-def _read_config(folder: Path) -> dict:
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise _NotARun("no such run" if not folder.exists() else "no config.json: not a run") from None
-    except (OSError, ValueError) as error:
-        raise _NotARun(f"config.json cannot be read: {error}") from None
+def _folders(root: Path, run_ids: Iterable[str] | None, problems: list) -> Iterator[tuple[Path, str]]:
+    """The run folders and their kind; `problems` is told of those in which nothing is found."""
+    if run_ids is not None:
+        for name in sorted(set(run_ids)):
+            if kind := _kind(root / name):
+                yield root / name, kind
+            else:
+                problems.append((name, "no config.json: not a run" if (root / name).exists() else "no such run"))
+    elif kind := _kind(root):
+        yield root, kind
+    else:
+        for folder in _below(root):
+            yield from _search(folder, DEPTH - 1, problems)
 
 
-def _facts(config: dict) -> dict:
-    """What the tables need to know of a run."""
-    try:
-        targets = config["split"]["target"]
-        targets = [targets] if isinstance(targets, str) else [str(target) for target in targets]
-        return {
-            "dataset": str(config["dataset"]["name"]),
-            "algorithm": str(config["algorithm"]["name"]),
-            "model": str(config["model"]["name"]),
-            "target": "+".join(targets),
-            "n_targets": len(targets),
-            "trial_seed": int(config["split"]["trial_seed"]),
-            "seed": int(config["seed"]),
-            "steps": config["trainer"]["steps"],
-            "domains": tuple(str(domain) for domain in config["dataset"].get("domains") or ()),
-        }
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise _NotARun(f"config.json is not a run's config: {type(error).__name__} {error}") from None
+def _search(folder: Path, depth: int, problems: list) -> Iterator[tuple[Path, str]]:
+    if kind := _kind(folder):
+        yield folder, kind
+        return
+    found = [run for inner in _below(folder) for run in _search(inner, depth - 1, [])] if depth else []
+    if not found:
+        problems.append((folder.name, "neither config.json nor results.jsonl: not a run"))
+    yield from found
 
 
-def _method(config: dict) -> dict[str, str]:
-    """The flat scientific config that two runs of one method share: {dotted key: value as JSON}."""
-    flat = {}
-    waiting = list(scientific(config).items())
-    while waiting:
-        key, value = waiting.pop()
-        if isinstance(value, dict) and value:
-            waiting += [(f"{key}.{inner}", item) for inner, item in value.items()]
-        elif key not in ("split.target", "split.trial_seed", "seed"):
-            flat[key] = json.dumps(value)
-    return flat
+def _kind(folder: Path) -> str | None:
+    return next((kind for mark, kind in MARKS.items() if (folder / mark).exists()), None)
 
 
-def _status(path: Path, config: dict) -> dict:
-    """state, step, steps and reason as they are on disk, but for a process that has stopped beating: dead."""
-    steps = config["trainer"]["steps"]
-    try:
-        status = json.loads(path.read_text(encoding="utf-8"))
-        silence = time.time() - status["heartbeat"]
-        found = {"state": str(status["state"]), "reason": str(status.get("reason") or "")}
-        found |= {"step": status.get("step") or 0, "steps": status.get("steps") or steps}
-    except (OSError, AttributeError, KeyError, TypeError, ValueError):
-        return {"state": "unknown", "reason": "no readable status.json", "step": 0, "steps": steps}
-    if found["state"] == "running" and silence > STALE_AFTER:
-        found |= {"state": "dead", "reason": f"no heartbeat for {silence:.0f} s"}
-    return found
+def _below(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def _evaluations(folder: Path, problems: list[tuple[str, str]]) -> dict[int, dict]:
-    """{step: {domain: {part: accuracy}}}; of several lines for one step the last counts."""
-    try:
-        lines = (folder / "records.jsonl").read_text(encoding="utf-8", errors="replace").split("\n")
-    except OSError:
-        return {}
-    found: dict[int, dict] = {}
-    for number, line in enumerate(lines, start=1):
-        try:
-            if line.strip():
-                record = json.loads(line)
-                found[int(record["step"])] = _checked(record["accuracy"])
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            half = number == len(lines)  # a whole line ends in a newline
-            what = "a truncated last record is left out" if half else f"unreadable record in line {number} ({error})"
-            problems.append((folder.name, what))
-    return found
+def _read(folder: Path, kind: str) -> list[Run]:
+    """The runs of one folder, the folder's name as their id; of several in one file, with the target."""
+    runs = [read_run(folder)] if kind == "ours" else read_results(folder)
+    for run in runs:
+        run.facts["run_id"] = folder.name if len(runs) == 1 else f"{folder.name}:{run.facts['target']}"
+        run.facts["folder"] = str(folder)
+        run.facts |= {key: printable(value) for key, value in run.facts.items() if isinstance(value, str)}
+    return runs
 
 
-def _checked(accuracy: dict) -> dict:
-    for domain, parts in accuracy.items():
-        for part, value in parts.items():
-            if not (math.isfinite(value) and 0 <= value <= 1):
-                raise ValueError(f"accuracy of {domain} {part} is {value}, not a fraction")
-    return accuracy
-
-
-def _label(rows: list[dict], configs: list[dict[str, str]]) -> None:
-    """Where an algorithm has several configs in a dataset, append to its name what differs."""
-    groups = defaultdict(list)
-    for row, config in zip(rows, configs, strict=True):
-        groups[row["dataset"], row["algorithm"]].append((row, config))
-    for members in groups.values():
-        configs = [config for _, config in members]
-        keys = sorted(_differing(configs), key=lambda key: key.removesuffix(".name"))
-        for row, config in members if keys else []:
-            shown = [key for key in keys if _tells(key, config, configs)]
-            row["algorithm"] += f" ({', '.join(f'{_short(key)}={_show(config.get(key))}' for key in shown)})"
-
-
-def _tells(key: str, config: dict[str, str], configs: list[dict[str, str]]) -> bool:
-    """Whether `key` says more of a node than its `name` does: it differs between the nodes of that name too."""
-    name = f"{key.rpartition('.')[0]}.name"
-    peers = [other for other in configs if other.get(name) == config.get(name)]
-    return key == name or len({other.get(key) for other in peers}) > 1
-
-
-def _short(key: str) -> str:
-    """`algorithm.partition.name` -> `partition`: what the override is called, but for the group's own prefix."""
-    return key.removeprefix("algorithm.").removesuffix(".name")
-
-
-def _differing(configs: list[dict[str, str]]) -> list[str]:
-    """The keys whose values differ, without those `_target_`s that the `name` beside them already tells."""
-    every = sorted({key for config in configs for key in config})
-    keys = [key for key in every if len({config.get(key) for config in configs}) > 1]
-    fewer = [key for key in keys if not (key.endswith("._target_") and key[: -len("_target_")] + "name" in keys)]
-    methods = [len({tuple(config.get(key) for key in some) for config in configs}) for some in (fewer, keys)]
-    return fewer if methods[0] == methods[1] else keys
-
-
-def _show(value: str | None) -> str:
-    """JSON as a person writes it: a string loses its quotes unless it would read as something else."""
-    if value is None or not value.startswith('"'):
-        return value or "unset"  # this config lacks the key
-    try:
-        json.loads(json.loads(value))
-        return value
-    except ValueError:
-        return json.loads(value)
-
-
-def _records(status: pd.DataFrame, evaluations: list[dict[int, dict]]) -> pd.DataFrame:
-    """Plain lists first, one frame at the end: a frame a run would take most of the time."""
-    flat = [
-        (run, step, domain, part, value)
-        for run, steps in enumerate(evaluations)
-        for step, accuracy in sorted(steps.items())
-        for domain, parts in accuracy.items()
-        for part, value in parts.items()
-    ]
-    records = pd.DataFrame(flat, columns=["run", *RECORDS[-4:]]).astype({"run": int, "step": int, "accuracy": float})
-    of_run = status[RUN].iloc[records.pop("run").to_numpy()].reset_index(drop=True)
-    return pd.concat([of_run, records], axis=1)
-
-
-def _copies(status: pd.DataFrame, problems: list[tuple[str, str]]) -> set[str]:
+def _without_copies(runs: list[Run], problems: list[tuple[str, str]]) -> list[Run]:
     """Runs that repeat another (a folder copied by hand): counted twice they would make a standard error too small."""
-    key = ["dataset", "algorithm", "target", "trial_seed", "seed"]
-    ordered = status.sort_values("state", key=lambda state: state != "done", kind="stable")
-    copies = set(ordered.loc[ordered.duplicated(key), "run_id"])
-    problems += [(run_id, "same config as another run: counted once") for run_id in sorted(copies)]
-    return copies
+    groups = defaultdict(list)
+    for run in runs:
+        groups[tuple(run.facts[column] for column in RUN[1:])].append(run)
+    copies = set()
+    for members in groups.values():
+        first, *others = sorted(members, key=_poorer) if len(members) > 1 else members
+        for run in others:
+            copies.add(id(run))
+            same = first.facts["drawn"] == run.facts["drawn"]
+            what = "same config as another run: counted once" if same else _other_draw(run, first)
+            problems.append((run.facts["run_id"], what))
+    return [run for run in runs if id(run) not in copies]
+
+
+def _poorer(run: Run) -> tuple[bool, bool]:
+    """Of copies the one that is done stays, then the one that has diagnostics."""
+    return run.facts["state"] != "done", not (Path(run.facts["folder"]) / "diagnostics.jsonl").exists()
+
+
+def _other_draw(run: Run, first: Run) -> str:
+    draw, values = run.facts["hparams_seed"], run.facts["drawn"]
+    return f"draw {draw} with other values ({values}) than in {first.facts['run_id']}: left out"
+
+
+def _named(runs: list[Run], problems: list[tuple[str, str]]) -> list[Run]:
+    """Runs of different configs that have the same id, in different folders, get the folder into their id."""
+    groups = defaultdict(list)
+    for run in runs:
+        groups[run.facts["run_id"]].append(run)
+    for name, members in groups.items():
+        for run in members if len(members) > 1 else []:
+            run.facts["run_id"] = f"{Path(run.facts['folder']).parent}/{name}"
+        if len(members) > 1:
+            problems.append((name, f"{len(members)} different configs have this id: read as runs of their own"))
+    return runs
+
+
+class Places:
+    """Numbers the (domain, part)s seen, so that a run's evaluations are three columns of numbers and no longer dicts.
+
+    A quarter of a million nested dicts, kept until the frame is made, would keep the garbage collector busy.
+    """
+
+    def __init__(self) -> None:
+        self.codes: dict[tuple[str, str], int] = {}
+
+    def columns(self, evaluations: Evaluations) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(steps, codes, accuracies) in order of steps."""
+        steps, codes, values = [], [], []
+        for step, accuracy in sorted(evaluations.items()):
+            for domain, parts in accuracy.items():
+                for part, value in parts.items():
+                    steps.append(step)
+                    codes.append(self.codes.setdefault((domain, part), len(self.codes)))
+                    values.append(value)
+        return np.array(steps, dtype=int), np.array(codes, dtype=int), np.array(values, dtype=float)
+
+
+def _records(status: pd.DataFrame, runs: Sequence[Run], places: Places) -> pd.DataFrame:
+    """One frame at the end: a frame a run would take most of the time."""
+    nothing = (np.array([], dtype=int), np.array([], dtype=int), np.array([], dtype=float))
+    every = [nothing, *(run.columns for run in runs)]
+    steps, codes, values = (np.concatenate(columns) for columns in zip(*every, strict=True))
+    rows = np.repeat(np.arange(len(runs)), [len(run.columns[0]) for run in runs])
+    is_target = np.array([[domain in run.facts["targets"] for domain, _ in places.codes] for run in runs], dtype=bool)
+    domains, parts = (pd.Series([place[i] for place in places.codes], dtype="str") for i in (0, 1))
+    records = status[RUN].iloc[rows].reset_index(drop=True)
+    records["step"], records["domain"] = steps, domains.take(codes).array
+    records["is_target"] = is_target[rows, codes] if len(codes) else np.array([], dtype=bool)
+    records["part"], records["accuracy"] = parts.take(codes).array, values
+    return records
+
+
+def _value(text: str | None) -> object:
+    return None if text is None else json.loads(text)

@@ -1,22 +1,29 @@
-"""Chosen rows -> the cells of a table, and why the others are empty. Pure functions.
+"""Chosen rows -> the numbers of a table, why some are missing, and how methods compare. Pure functions, in percent.
 
-Source: DomainBed's table: mean +- population standard deviation / sqrt(runs), in percent; a row's average is the mean
-of its cells. Deviation: DomainBed gives an average no error. Here a row's average is taken for each repetition
-(trial seed, seed) that has all the row's targets, then mean and standard error over those.
+Source: DomainBed's table: mean +- population standard deviation / sqrt(runs); a row's average is the mean of its cells.
+Deviation: DomainBed gives that average no error. Here its error is that of the repetitions' averages: of every
+repetition (trial seed, seed) that has all the row's targets.
 """
 
 from __future__ import annotations
 
-import re
-
+import numpy as np
 import pandas as pd
+
+from analysis.labels import natural
+from analysis.selection import DRAW, REPETITION
+from gsdg.errors import UserError
 
 ROW = ["dataset", "algorithm"]
 CELL = [*ROW, "target"]
 CELLS = ["dataset", "algorithm", "selection", "target", "mean", "se", "n"]
-MISSING = [*CELL, "trial_seed", "run_id", "reason"]
+MISSING = [*CELL, "trial_seed", "hparams_seed", "run_id", "reason"]
+DIFFERENCES = [*CELL, "baseline", "difference", "low", "high", "better", "n"]
+RANKS = ["algorithm", "rank", "cells"]
 AVERAGE = "average"
 NO_RUN = "no such run"
+ERRORS = {"population": 0, "sample": 1}  # the standard deviation's missing degrees of freedom
+RESAMPLES, CONFIDENCE = 10_000, 0.95  # of the bootstrap
 
 
 def grid(status: pd.DataFrame) -> pd.DataFrame:
@@ -27,45 +34,121 @@ def grid(status: pd.DataFrame) -> pd.DataFrame:
     single = status[status["n_targets"] == 1]
     cells = []
     for dataset, runs in single.groupby("dataset"):
-        seen = sorted(set(runs["target"]), key=_natural)
-        for algorithm in sorted(set(runs["algorithm"]), key=_natural):
+        seen = sorted(set(runs["target"]), key=natural)
+        for algorithm in sorted(set(runs["algorithm"]), key=natural):
             named = runs.loc[runs["algorithm"] == algorithm, "domains"]
             domains = list(dict.fromkeys(domain for domains in named for domain in domains))
             cells += [(dataset, algorithm, target) for target in domains or seen]
     return pd.DataFrame(cells, columns=CELL)
 
 
-def table_cells(chosen: pd.DataFrame, expected: pd.DataFrame, selection: str) -> pd.DataFrame:
+def table_cells(
+    chosen: pd.DataFrame, expected: pd.DataFrame, selection: str, error: str = "population"
+) -> pd.DataFrame:
     """A row (CELLS) per cell of `expected` and per row's average (target "average"); mean and se in percent.
 
-    n is the number of runs, of an average the number of complete repetitions. n = 0: no mean. n < 2: no se.
+    n is the number of runs, of an average the number of complete repetitions. A cell without a run has no mean, nor has
+    its row's average. n < 2: no se. error: population (DomainBed's) or sample standard deviation, over sqrt(n).
     """
-    cells = expected.merge(_mean_and_error(chosen, CELL), on=CELL, how="left")
-    rows = expected[ROW].drop_duplicates().assign(target=AVERAGE)
-    averages = rows.merge(_mean_and_error(_repetitions(chosen, expected), ROW), on=ROW, how="left")
+    cells = expected.merge(_mean_and_error(chosen, CELL, error), on=CELL, how="left")
+    rows = cells.groupby(ROW, sort=False)["mean"].agg(lambda means: means.mean(skipna=False)).reset_index()
+    errors = _mean_and_error(_repetitions(chosen, expected), ROW, error).drop(columns="mean")
+    averages = rows.merge(errors, on=ROW, how="left").assign(target=AVERAGE)
     both = pd.concat([cells, averages], ignore_index=True).assign(selection=selection)
     return both.assign(n=both["n"].fillna(0).astype(int))[CELLS]
 
 
-def missing_cells(chosen: pd.DataFrame, status: pd.DataFrame, expected: pd.DataFrame) -> pd.DataFrame:
+def over_datasets(cells: pd.DataFrame) -> pd.DataFrame:
+    """The averages of `cells` as a table of their own: dataset "all", the data sets as targets, their mean as average.
+
+    A row that lacks a data set has no average. The mean over data sets has no error: their repetitions are not paired.
+    """
+    averages = cells[cells["target"] == AVERAGE].assign(target=lambda rows: rows["dataset"], dataset="all")
+    datasets, row = list(dict.fromkeys(averages["target"])), ["selection", "algorithm"]
+    rows = averages.drop_duplicates(row)[row]
+    every = rows.merge(pd.DataFrame({"target": datasets}), how="cross")
+    whole = every.merge(averages.drop(columns="dataset"), on=[*row, "target"], how="left")
+    means = whole.groupby(row, sort=False)["mean"].agg(lambda means: means.mean(skipna=False)).reset_index()
+    smallest = whole.groupby(row, sort=False)["n"].min().fillna(0).reset_index()
+    last = means.merge(smallest, on=row).assign(target=AVERAGE, se=float("nan"))
+    both = pd.concat([whole, last], ignore_index=True).assign(dataset="all")
+    return both.assign(n=both["n"].fillna(0).astype(int))[CELLS]
+
+
+def paired_differences(chosen: pd.DataFrame, baseline: str, *, seed: int = 0) -> pd.DataFrame:
+    """Accuracy minus the baseline's on the same (target, trial seed, seed): a row (DIFFERENCES) a cell and an average.
+
+    difference in percentage points, [low, high] the bootstrap's 95% percentile interval over the n pairs (none for one
+    pair), better the number of pairs above 0. UserError if no method is called `baseline`.
+    """
+    names = list(dict.fromkeys(chosen["algorithm"]))
+    if baseline not in names:
+        raise UserError("\n  ".join([f"no method is called {baseline!r}. Those that have results:", *names]))
+    pair = ["dataset", "target", "trial_seed", "seed"]
+    base = chosen.loc[chosen["algorithm"] == baseline, [*pair, "accuracy"]]
+    pairs = chosen[chosen["algorithm"] != baseline].merge(base, on=pair, suffixes=("", "_base"))
+    pairs["difference"] = 100 * (pairs["accuracy"] - pairs["accuracy_base"])
+    found = []
+    for (dataset, algorithm), rows in pairs.groupby(ROW, sort=False):
+        for target, some in [*rows.groupby("target", sort=False), (AVERAGE, rows)]:
+            values = some["difference"].to_numpy()
+            low, high = bootstrap_interval(values, seed)
+            better = int((values > 0).sum())
+            found.append([dataset, algorithm, target, baseline, values.mean(), low, high, better, len(values)])
+    return pd.DataFrame(found, columns=DIFFERENCES)
+
+
+def bootstrap_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """The 95% percentile interval of the mean of `values` [n] under resampling; (nan, nan) for fewer than two."""
+    if len(values) < 2:
+        return float("nan"), float("nan")
+    random, size = np.random.default_rng(seed), len(values)
+    blocks = np.array_split(np.empty(RESAMPLES), -(-RESAMPLES * size // 1_000_000))  # a million indices at a time
+    means = np.concatenate([values[random.integers(size, size=(len(block), size))].mean(axis=1) for block in blocks])
+    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+    return float(low), float(high)
+
+
+def average_ranks(cells: pd.DataFrame) -> pd.DataFrame:
+    """A row (RANKS) a method, the best first: its mean rank over data sets and targets (1 is best, equals share).
+
+    Only over the cells that every method of `cells` (of one selection) has; empty without such a cell.
+    """
+    single = cells[(cells["target"] != AVERAGE) & cells["mean"].notna()]
+    table = single.pivot(index=["dataset", "target"], columns="algorithm", values="mean").dropna()
+    ranks = table.rank(axis="columns", ascending=False).mean().dropna()
+    found = pd.DataFrame({"algorithm": ranks.index, "rank": ranks.to_numpy(), "cells": len(table)})
+    return found.sort_values("rank", kind="stable").reset_index(drop=True)[RANKS]
+
+
+def draw_counts(draws: pd.DataFrame) -> pd.DataFrame:
+    """Of every repetition how many hyper-parameter draws could be chosen from: columns REPETITION, draws."""
+    return draws.groupby(REPETITION).size().rename("draws").reset_index()
+
+
+def missing_cells(draws: pd.DataFrame, status: pd.DataFrame, expected: pd.DataFrame, selection: str) -> pd.DataFrame:
     """Why runs are not in the table, a row (MISSING) each: not done, nothing to choose from, or no such run.
 
-    Every cell of `expected` should have every trial seed seen in its dataset.
+    draws: `selection.every_draw`. Every cell of `expected` should have every trial seed seen in its dataset, and every
+    draw seen of its method.
     """
     single = status[status["n_targets"] == 1]
-    left_out = single[~single["run_id"].isin(chosen["run_id"])]
-    reasons = [_reason(run) for run in left_out.to_dict("records")]
+    left_out = single[~single["run_id"].isin(draws["run_id"])]
+    pairs = _pairs_by_draw(status) if selection == "leave_one_domain_out" else None
+    reasons = [_reason(run, pairs) for run in left_out.to_dict("records")]
     seeds = single[["dataset", "trial_seed"]].drop_duplicates().sort_values("trial_seed")
-    wanted = expected.merge(seeds, on="dataset")
-    found = wanted.merge(single[[*CELL, "trial_seed"]].drop_duplicates(), how="left", indicator=True)
+    numbers = single[[*ROW, "hparams_seed"]].drop_duplicates().sort_values("hparams_seed")
+    wanted = expected.merge(seeds, on="dataset").merge(numbers, on=ROW)
+    one = [*CELL, "trial_seed", "hparams_seed"]
+    found = wanted.merge(single[one].drop_duplicates(), how="left", indicator=True)
     absent = found[found["_merge"] == "left_only"].assign(run_id="", reason=NO_RUN)
     return pd.concat([left_out.assign(reason=reasons)[MISSING], absent[MISSING]], ignore_index=True)
 
 
-def _mean_and_error(values: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """Columns `by`, mean, se, n of the accuracies, in percent: population standard deviation / sqrt(n)."""
+def _mean_and_error(values: pd.DataFrame, by: list[str], error: str) -> pd.DataFrame:
+    """Columns `by`, mean, se, n of the accuracies, in percent: standard deviation / sqrt(n)."""
     groups = values.groupby(by)["accuracy"]
-    found = pd.DataFrame({"mean": 100 * groups.mean(), "se": 100 * groups.std(ddof=0), "n": groups.size()})
+    found = pd.DataFrame({"mean": 100 * groups.mean(), "se": 100 * groups.std(ddof=ERRORS[error]), "n": groups.size()})
     found["se"] = (found["se"] / found["n"] ** 0.5).where(found["n"] > 1)
     return found.reset_index()
 
@@ -78,14 +161,33 @@ def _repetitions(chosen: pd.DataFrame, expected: pd.DataFrame) -> pd.DataFrame:
     return joined[joined["cells"] == joined["wanted"]]
 
 
-def _reason(run: dict) -> str:
-    if run["state"] == "done":
+def _pairs_by_draw(status: pd.DataFrame) -> dict[tuple, dict[frozenset, dict]]:
+    """{draw without its target: {the two targets: the run}}."""
+    found: dict[tuple, dict[frozenset, dict]] = {}
+    for run in status[status["n_targets"] == 2].to_dict("records"):
+        found.setdefault(_draw_of(run), {})[frozenset(run["targets"])] = run
+    return found
+
+
+def _draw_of(run: dict) -> tuple:
+    return tuple(run[column] for column in DRAW if column != "target")
+
+
+def _reason(run: dict, pairs: dict[tuple, dict[frozenset, dict]] | None) -> str:
+    if run["state"] != "done":
+        return _standing(run)
+    if pairs is None:
         return "done, but the accuracies that this selection needs are not in its records"
+    there = pairs.get(_draw_of(run), {})
+    others = [domain for domain in run["domains"] if domain != run["target"]]
+    found = {domain: there.get(frozenset([run["target"], domain])) for domain in others}
+    gaps = [f"{domain} ({NO_RUN})" for domain, pair in found.items() if pair is None]
+    gaps += [f"{d} ({p['run_id']}: {_standing(p)})" for d, p in found.items() if p and p["state"] != "done"]
+    if not gaps:
+        return "done, and so are its pairs, but no step is in the records of all of them"
+    return f"needs the runs that leave out, beside it, {', '.join(gaps)}"
+
+
+def _standing(run: dict) -> str:
     at = f"step {run['step']}" + (f" of {run['steps']}" if run["state"] != "failed" else "")
     return f"{run['state']} at {at}" + (f": {run['reason']}" if run["reason"] else "")
-
-
-def _natural(label: str) -> list[str | float]:
-    """A sorting key that puts 5 before 10."""
-    parts = re.split(r"(\d+(?:\.\d+)?(?:e[-+]?\d+)?)", label)
-    return [float(part) if index % 2 else part for index, part in enumerate(parts)]

@@ -1,55 +1,152 @@
-"""Cells -> text and CSV, and the report that `python -m analysis` and the end of a sweep print."""
+"""Runs -> cells -> the tables that `python -m analysis` and the end of a sweep print, laid out as `formats.Sheet`s."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
 
+from analysis.formats import Entry, Sheet, text
 from analysis.frames import Runs, read_runs
-from analysis.selection import EXPLAINED, METHODS
-from analysis.statistics import AVERAGE, CELLS, grid, missing_cells, table_cells
+from analysis.selection import EXPLAINED, METHODS, every_draw
+from analysis.statistics import (
+    AVERAGE,
+    CELLS,
+    average_ranks,
+    draw_counts,
+    grid,
+    missing_cells,
+    over_datasets,
+    paired_differences,
+    table_cells,
+)
 from gsdg.errors import UserError, listing
 
 NAMED = 4  # run ids named in one line; of more, only the number is given
+PUBLISHED = Path(__file__).with_name("published.csv")
+TAG = " (published)"
+ERROR_NAMES = {
+    "population": "mean ± standard error (population form)",
+    "sample": "mean ± standard error (sample form)",
+}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Of every selection, one below the other: cells (statistics.CELLS), chosen and missing rows with `selection`.
+
+    draws: how many hyper-parameter draws each repetition could choose from. error: a key of statistics.ERRORS.
+    """
+
+    cells: pd.DataFrame
+    chosen: pd.DataFrame
+    missing: pd.DataFrame
+    draws: pd.DataFrame
+    error: str = "population"
 
 
 def report(
-    runs_dir: str | Path, selections: Sequence[str] = ("training_domain",), run_ids: Iterable[str] | None = None
+    folders: str | Path | Sequence[str | Path],
+    selections: Sequence[str] = ("training_domain",),
+    run_ids: Iterable[str] | None = None,
 ) -> str:
-    """The tables of the runs under `runs_dir` (only `run_ids`, if given), what is missing, what was left out."""
-    runs = read_runs(runs_dir, run_ids)
-    return "\n\n".join(part for part in (text(*summary(runs, selections)), notes(runs)) if part)
+    """The tables of the runs in `folders` (only `run_ids`, if given), what is missing, what was left out."""
+    runs = read_runs(folders, run_ids)
+    return "\n\n".join([*map(text, sheets(summary(runs, selections))), *filter(None, [notes(runs, selections)])])
 
 
-def summary(runs: Runs, selections: Sequence[str]) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(cells, missing) of every selection, one below the other; missing has a column `selection` too."""
+def summary(runs: Runs, selections: Sequence[str], *, error: str = "population", unfinished: bool = False) -> Summary:
+    """What the tables are made of. `unfinished`: runs count that are not done, with what they have recorded."""
     for selection in selections:
         if selection not in METHODS:
             raise UserError(f"unknown selection {selection!r}.\nValid: {listing(METHODS)}")
-    expected, finished = grid(runs.status), runs.finished()
-    cells, missing = [], []
+    expected, records = grid(runs.status), runs.finished(unfinished=unfinished)
+    parts: dict[str, list[pd.DataFrame]] = defaultdict(list)
     for selection in selections:
-        chosen = METHODS[selection](finished)
-        cells.append(table_cells(chosen, expected, selection))
-        missing.append(missing_cells(chosen, runs.status, expected).assign(selection=selection))
-    return pd.concat(cells, ignore_index=True), pd.concat(missing, ignore_index=True)
+        draws, chosen = every_draw(records, selection), METHODS[selection](records)
+        missing = missing_cells(draws, runs.status, expected, selection)
+        parts["cells"].append(table_cells(chosen, expected, selection, error))
+        for name, frame in {"chosen": chosen, "missing": missing, "draws": draw_counts(draws)}.items():
+            parts[name].append(frame.assign(selection=selection))
+    whole = {name: pd.concat(frames, ignore_index=True) for name, frames in parts.items()}
+    return Summary(**whole, error=error)
+
+
+def sheets(found: Summary, published: pd.DataFrame | None = None) -> list[Sheet]:
+    """A table a data set and selection, then, of several data sets, their averages; `published` rows beside them."""
+    cells, ours = found.cells, set(found.cells["dataset"])
+    if published is not None and ours & set(published["dataset"]):
+        cells = pd.concat([cells, _beside(published, cells)], ignore_index=True)
+    tables = cells[cells["dataset"].isin(ours)].groupby(["dataset", "selection"], sort=False)
+    of_datasets = [_sheet(table, found, *key) for key, table in tables]
+    if cells["dataset"].nunique() < 2:
+        return of_datasets
+    overall = over_datasets(cells).groupby("selection", sort=False)
+    return [*of_datasets, *(_sheet(table, found, "all", selection) for selection, table in overall)]
+
+
+def comparison(found: Summary, baseline: str | None = None) -> list[Sheet]:
+    """Every method against `baseline`, or the first: paired differences, a table a data set and selection."""
+    made = []
+    for selection, chosen in found.chosen.groupby("selection", sort=False):
+        baseline = chosen["algorithm"].iloc[0] if baseline is None else baseline
+        for dataset, rows in paired_differences(chosen, baseline).groupby("dataset", sort=False):
+            targets = [*_in_order(found.cells[found.cells["dataset"] == dataset]["target"]), AVERAGE]
+            table = [
+                [Entry(name), *(Entry(_difference(some, target)) for target in targets)]
+                for name, some in rows.groupby("algorithm", sort=False)
+            ]
+            below = ["percentage points, same target and seeds; [95% bootstrap interval over the pairs]; better in k/n"]
+            made.append(Sheet(f"{dataset}, {selection}: against {baseline}", ["algorithm", *targets], table, below))
+    return made
+
+
+def ranking(found: Summary) -> list[Sheet]:
+    """The methods by average rank, a table a selection; none where no cell has a result of every method."""
+    made = []
+    for selection, cells in found.cells.groupby("selection", sort=False):
+        ranks = average_ranks(cells)
+        if ranks.empty:
+            continue
+        rows = [[Entry(row.algorithm), Entry(f"{row.rank:.2f}")] for row in ranks.itertuples()]
+        below = [
+            f"over the {ranks['cells'].iloc[0]} cells (data set, target) that every method has; 1 is best, equals share"
+        ]
+        made.append(Sheet(f"average rank, {selection}", ["algorithm", "rank"], rows, below))
+    return made
+
+
+def chosen_runs(found: Summary, runs: Runs) -> list[Sheet]:
+    """The run and step behind every number, a table a data set and selection; of a search, the draw and its values."""
+    rows = found.chosen.merge(found.draws).merge(runs.status[["run_id", "drawn"]], on="run_id")
+    rows = rows.assign(percent=[f"{100 * value:.2f}" for value in rows["accuracy"]])
+    shown = {name: name.replace("_", " ") for name in ("algorithm", "target", "trial_seed", "seed")}
+    shown |= {"percent": "accuracy, %", "run_id": "run", "step": "step"}
+    of_draw = {"hparams_seed": "draw", "draws": "of", "drawn": "values"}
+    made = []
+    for (dataset, selection), table in rows.groupby(["dataset", "selection"], sort=False):
+        columns = shown | (of_draw if (table["draws"] > 1).any() else {})
+        entries = [[Entry(str(value)) for value in row] for row in table[list(columns)].values]
+        made.append(Sheet(f"{dataset}, {selection}: the runs behind the numbers", list(columns.values()), entries))
+    return made
+
+
+def read_published() -> pd.DataFrame:
+    """The paper's table: dataset, algorithm, target "average", mean, se, n, in percent. Its source is in the file."""
+    wide = pd.read_csv(PUBLISHED, comment="#")
+    datasets = [column for column in wide if f"{column}_se" in wide]
+    long = [
+        wide[["algorithm"]].assign(dataset=name.lower(), mean=wide[name], se=wide[f"{name}_se"]) for name in datasets
+    ]
+    return pd.concat(long, ignore_index=True).assign(target=AVERAGE, n=3)
 
 
 def csv(cells: pd.DataFrame) -> str:
     """Columns CELLS, percent; se is empty for a single run; a cell without a run has no line."""
     return cells.loc[cells["n"] > 0, CELLS].to_csv(index=False, lineterminator="\n", float_format="%.6f")
-
-
-def text(cells: pd.DataFrame, missing: pd.DataFrame) -> str:
-    """One aligned table a dataset and selection, below it what is shown and which cells are missing."""
-    tables = []
-    for (dataset, selection), table in cells.groupby(["dataset", "selection"], sort=False):
-        gaps = missing[(missing["dataset"] == dataset) & (missing["selection"] == selection)]
-        tables.append("\n".join([f"{dataset}, {selection}", *_table(table), *_legend(table), *missing_lines(gaps)]))
-    return "\n\n".join(tables)
 
 
 def missing_lines(missing: pd.DataFrame) -> list[str]:
@@ -60,43 +157,61 @@ def missing_lines(missing: pd.DataFrame) -> list[str]:
     ]
 
 
-def notes(runs: Runs) -> str:
-    """What was read but not shown, and what could not be read, a line per kind."""
-    lines = [] if len(runs.status) else ["no runs here yet: a run is a folder with a config.json"]
+def notes(runs: Runs, selections: Sequence[str] = ()) -> str:
+    """What was read but not shown in tables of `selections`, and what could not be read, a line per kind."""
+    lines = [] if len(runs.status) else ["no runs here yet: a run is a folder with a config.json or a results.jsonl"]
     several = runs.status.loc[runs.status["n_targets"] > 1, "run_id"]
-    if len(several):
-        lines.append(f"note: trained with several targets, not in the tables{_runs_named(several)}")
+    if len(several) and "leave_one_domain_out" not in selections:
+        lines.append(f"note: trained with several targets, only for leave_one_domain_out{_runs_named(several)}")
     found = defaultdict(list)
     for name, problem in runs.problems:
         found[problem].append(name)
     return "\n".join(lines + [f"note: {problem}{_runs_named(names)}" for problem, names in found.items()])
 
 
-def _table(cells: pd.DataFrame) -> list[str]:
-    """Header and rows, columns aligned; a column `seeds` only where the rows differ in it."""
-    seeds = _seeds(cells)
-    targets = [target for target in dict.fromkeys(cells["target"]) if target != AVERAGE] + [AVERAGE]
-    rows = [["algorithm", *targets, "seeds"]]
+def _beside(published: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
+    """The published rows for every selection's tables."""
+    named = published.assign(algorithm=published["algorithm"] + TAG)
+    return pd.concat([named.assign(selection=selection) for selection in cells["selection"].unique()])[CELLS]
+
+
+def _sheet(cells: pd.DataFrame, found: Summary, dataset: str, selection: str) -> Sheet:
+    """A column `seeds` only where the rows differ in it."""
+    seeds, targets = _seeds(cells), [*_in_order(cells["target"]), AVERAGE]
+    marks = _marks(cells)
+    rows = []
     for algorithm, row in cells.groupby("algorithm", sort=False):
-        shown = {cell.target: _cell(cell.mean, cell.se, cell.n, seeds[algorithm]) for cell in row.itertuples()}
-        rows.append([algorithm, *(shown.get(target, "") for target in targets), str(seeds[algorithm])])
-    if len(set(seeds.values())) == 1:
-        rows = [row[:-1] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [_line(row, widths) for row in rows]
+        shown = {
+            cell.target: Entry(_cell(cell, seeds[algorithm]), marks.get((algorithm, cell.target), ""))
+            for cell in row.itertuples()
+        }
+        rows.append([Entry(algorithm), *(shown.get(target, Entry("")) for target in targets)])
+        rows[-1].append(Entry(str(seeds[algorithm])))
+    ours = {name: n for name, n in seeds.items() if not name.endswith(TAG)}
+    differ = len(set(ours.values())) > 1
+    table = rows if differ else [row[:-1] for row in rows]
+    header = ["algorithm", *targets, *(["seeds"] if differ else [])]
+    below = [*_legend(cells, found, dataset, selection), *_gaps(found.missing, dataset, selection)]
+    return Sheet(f"{dataset}, {selection}", header, table, below)
 
 
-def _line(row: list[str], widths: list[int]) -> str:
-    label, *numbers = zip(row, widths, strict=True)
-    return "  ".join([label[0].ljust(label[1]), *(number.rjust(width) for number, width in numbers)])
-
-
-def _cell(mean: float, se: float, n: int, seeds: int) -> str:
+def _cell(cell: object, seeds: int) -> str:
     """`93.1 ± 0.4`; a single run has no error; `(2)` where the rest of the row has more seeds."""
-    if n == 0:
+    if pd.isna(cell.mean):
         return "-"
-    shown = f"{mean:.1f} ± {se:.1f}" if n > 1 else f"{mean:.1f}"
-    return shown if n == seeds else f"{shown} ({n})"
+    shown = f"{cell.mean:.1f}" if pd.isna(cell.se) else f"{cell.mean:.1f} ± {cell.se:.1f}"
+    return shown if cell.n == seeds else f"{shown} ({cell.n})"
+
+
+def _marks(cells: pd.DataFrame) -> dict[tuple[str, str], str]:
+    """{(algorithm, target): best or second} by the printed mean, equals together; none where a column has one row."""
+    found = {}
+    for target, column in cells[cells["mean"].notna()].groupby("target", sort=False):
+        printed = {row.algorithm: f"{row.mean:.1f}" for row in column.itertuples()}
+        ordered = sorted(set(printed.values()), key=float, reverse=True)
+        names = dict(zip(ordered, ["best", "second"], strict=False)) if len(printed) > 1 else {}
+        found |= {(algorithm, target): names[mean] for algorithm, mean in printed.items() if mean in names}
+    return found
 
 
 def _seeds(cells: pd.DataFrame) -> dict[str, int]:
@@ -104,26 +219,60 @@ def _seeds(cells: pd.DataFrame) -> dict[str, int]:
     return {algorithm: int(n) for algorithm, n in cells.groupby("algorithm", sort=False)["n"].max().items()}
 
 
-def _legend(cells: pd.DataFrame) -> list[str]:
-    """How the step was selected, what the numbers are, how many seeds stand behind them."""
-    seeds = set(_seeds(cells).values())
-    error = "mean ± standard error (population form)" if max(seeds) > 1 else "no ± for a single seed"
+def _legend(cells: pd.DataFrame, found: Summary, dataset: str, selection: str) -> list[str]:
+    """How step and draw were selected, what the numbers are, how many seeds stand behind them."""
+    seeds = {n for name, n in _seeds(cells).items() if not name.endswith(TAG)}
+    error = ERROR_NAMES[found.error] if max(seeds, default=0) > 1 else "no ± for a single seed"
     number = f"; seeds: {seeds.pop()}" if len(seeds) == 1 else ""
-    lines = [f"selection: {EXPLAINED[cells['selection'].iloc[0]]}"]
-    lines.append(f"accuracy on the target's in split, %; {error}{number}")
-    if cells[cells["n"] > 0].groupby("algorithm")["n"].nunique().max() > 1:
+    lines = [f"selection: {EXPLAINED[selection]}{_draws_said(found.draws, dataset, selection)}"]
+    what = "mean over targets of the accuracy" if dataset == "all" else "accuracy"
+    lines.append(f"{what} on the target's in split, %; {error}{number}")
+    counted = cells[(cells["n"] > 0) & ~cells["algorithm"].str.endswith(TAG)]
+    if counted.groupby("algorithm")["n"].nunique().max() > 1:
+        lines.append("(n): fewer seeds than the rest of the row; of an average, those that have every target")
+    if cells["algorithm"].str.endswith(TAG).any():
         lines.append(
-            "(n): fewer seeds than the rest of the row; an average takes only the seeds that have every target"
+            "published: the paper's figures (ResNet-18, 3 seeds, analysis/published.csv), not runs of this code"
         )
     return lines
 
 
+def _draws_said(draws: pd.DataFrame, dataset: str, selection: str) -> str:
+    of_table = draws[draws["selection"] == selection]
+    counts = of_table.loc[(of_table["dataset"] == dataset) | (dataset == "all"), "draws"]
+    if not len(counts) or counts.max() == 1:
+        return ""
+    if selection == "last":
+        return "; of several hyper-parameter draws the lowest (0: the defaults)"
+    number = f"{counts.max()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
+    return f"; then the best of {number} hyper-parameter draws, by the same accuracy"
+
+
+def _gaps(missing: pd.DataFrame, dataset: str, selection: str) -> list[str]:
+    return missing_lines(missing[(missing["dataset"] == dataset) & (missing["selection"] == selection)])
+
+
+def _in_order(targets: Iterable[str]) -> list[str]:
+    return [target for target in dict.fromkeys(targets) if target != AVERAGE]
+
+
+def _difference(rows: pd.DataFrame, target: str) -> str:
+    """`+1.2 [+0.3, +2.1] 3/3`; a single pair has no interval."""
+    for row in rows[rows["target"] == target].itertuples():
+        interval = "" if pd.isna(row.low) else f" [{row.low:+.1f}, {row.high:+.1f}]"
+        return f"{row.difference:+.1f}{interval} {row.better}/{row.n}"
+    return "-"
+
+
 def _where(rows: pd.DataFrame) -> list[str]:
-    """`art, cartoon seeds 0, 1`: the targets that lack the same trial seeds together."""
+    """`art, cartoon seeds 0, 1`: the targets that lack the same trial seeds together; of draws, `draw 3` with them."""
     targets = defaultdict(list)
-    for target, seeds in rows.groupby("target", sort=False)["trial_seed"]:
-        targets[tuple(sorted(set(seeds)))].append(target)
-    return [f"{', '.join(names)} seed{'s' * (len(s) > 1)} {', '.join(map(str, s))}" for s, names in targets.items()]
+    for (target, draw), seeds in rows.groupby(["target", "hparams_seed"], sort=False)["trial_seed"]:
+        targets[tuple(sorted(set(seeds))), draw].append(target)
+    return [
+        f"{', '.join(names)} seed{'s' * (len(s) > 1)} {', '.join(map(str, s))}{f' draw {draw}' * (draw > 0)}"
+        for (s, draw), names in targets.items()
+    ]
 
 
 def _runs_named(run_ids: Iterable[str]) -> str:

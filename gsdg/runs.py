@@ -17,7 +17,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import json
 import os
@@ -55,13 +54,10 @@ NOT_SCIENTIFIC = (
 
 def scientific(config: dict) -> dict:
     """The config without what cannot change a result: folders, device, logging, workers."""
-    config = copy.deepcopy(config)
-    for key in NOT_SCIENTIFIC:
-        *parents, leaf = key.split(".")
-        node = config
-        for parent in parents:
-            node = node.get(parent, {})
-        node.pop(leaf, None)
+    config = {key: dict(value) if isinstance(value, dict) else value for key, value in config.items()}
+    for key in NOT_SCIENTIFIC:  # none is deeper than a.b
+        parent, _, leaf = key.rpartition(".")
+        (config.get(parent, {}) if parent else config).pop(leaf, None)
     return config
 
 

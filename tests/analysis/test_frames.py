@@ -3,41 +3,15 @@
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 
 import pytest
+from analysis_folders import config, write_run
 
-from analysis.frames import read_runs
+from analysis.frames import diagnostics, read_runs
 from gsdg.errors import UserError
 
 BOTH = {"in": 0.5, "out": 0.25}
-
-
-def config(algorithm="erm", target="c", trial_seed=0, seed=0, dataset=None, trainer=None, **of_algorithm) -> dict:
-    return {
-        "dataset": {"name": "toy", "domains": ["a", "b", "c"], **(dataset or {})},
-        "split": {"target": target if isinstance(target, list) else [target], "trial_seed": trial_seed},
-        "model": {"name": "convnet"},
-        "algorithm": {"name": algorithm, **of_algorithm},
-        "trainer": {"steps": 10, "workers": 0, "log_every": 1, **(trainer or {})},
-        "seed": seed,
-        "device": "cpu",
-        "data_dir": "data",
-        "runs_dir": "runs",
-    }
-
-
-def write_run(runs: Path, name: str, content: dict, records=None, heartbeat=0.0, **status) -> Path:
-    """A run folder; `heartbeat`: seconds ago."""
-    folder = runs / name
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(content))
-    status = {"state": "done", "step": 10, "steps": 10, "reason": None, **status}
-    (folder / "status.json").write_text(json.dumps({**status, "heartbeat": time.time() - heartbeat}))
-    lines = [json.dumps({"step": step, "accuracy": accuracy}) + "\n" for step, accuracy in (records or {}).items()]
-    (folder / "records.jsonl").write_text("".join(lines))
-    return folder
 
 
 def labels(runs: Path) -> dict[str, str]:
@@ -81,7 +55,7 @@ def test_a_truncated_last_line_is_left_out_and_reported(tmp_path):
     assert runs.problems == (("r", "a truncated last record is left out"),)
 
 
-@pytest.mark.parametrize("line", ["{]", "7", '{"step": 3}', '{"step": 3, "accuracy": {"c": {"in": 93.1}}}'])
+@pytest.mark.parametrize("line", ["{]", "7", '{"step": 3}', '{"step": 3, "accuracy": {"c": 0.5}}'])
 @pytest.mark.parametrize("before", [True, False])
 def test_an_unreadable_line_costs_only_itself(tmp_path, line, before):
     folder = write_run(tmp_path, "r", config())
@@ -121,7 +95,7 @@ def test_foreign_folders_are_reported_and_hidden_ones_and_files_ignored(tmp_path
     (tmp_path / "notes").mkdir()
     (tmp_path / ".sweeps").mkdir()
     (tmp_path / "file.txt").write_text("")
-    assert read_runs(tmp_path).problems == (("notes", "no config.json: not a run"),)
+    assert read_runs(tmp_path).problems == (("notes", "neither config.json nor results.jsonl: not a run"),)
 
 
 def test_a_running_run_without_heartbeat_is_dead_and_says_for_how_long(tmp_path):
@@ -176,6 +150,15 @@ def test_configs_of_one_name_are_told_apart_by_what_differs_only(tmp_path):
     }
 
 
+def test_a_key_that_only_repeats_another_is_not_shown(tmp_path):
+    for name, steps in [("r1", 10), ("r2", 20)]:
+        write_run(tmp_path, name, config(total_steps=steps, trainer={"steps": steps}))
+    assert labels(tmp_path) == {"r1": "erm (trainer.steps=10)", "r2": "erm (trainer.steps=20)"}
+    for name, flag in [("r1", True), ("r2", False)]:  # equal by chance: both are shown
+        write_run(tmp_path / "flags", name, config(one=flag, two=flag))
+    assert labels(tmp_path / "flags") == {"r1": "erm (one=true, two=true)", "r2": "erm (one=false, two=false)"}
+
+
 def test_a_key_that_one_config_lacks_and_equal_looking_values_still_tell_them_apart(tmp_path):
     write_run(tmp_path, "r1", config(dataset={"root": "PACS"}, layers="all", alpha=1))
     write_run(tmp_path, "r2", config(dataset={"root": "pacs_small"}, alpha="1"))
@@ -208,6 +191,70 @@ def test_a_nodes_options_are_shown_only_where_its_name_does_not_tell(tmp_path):
     }
 
 
+def searched(draw: int, lr: float, low: float = -5) -> dict:
+    ranges = {"lr": {"key": "algorithm.lr", "log10": [low, -3]}, "size": {"key": "trainer.size", "choice": [16, 32]}}
+    search = {"name": "domainbed", "hparams_seed": draw, "ranges": ranges}
+    return {**config(lr=lr, trainer={"size": 2 ** (4 + draw)}), "search": search}
+
+
+def test_the_draws_of_a_search_are_one_method_and_what_they_drew_is_noted(tmp_path):
+    write_run(tmp_path, "r0", searched(0, 1e-3))
+    write_run(tmp_path, "r1", searched(1, 12345e-9))
+    assert labels(tmp_path) == {"r0": "erm", "r1": "erm"}
+    status = read_runs(tmp_path).status
+    assert status["hparams_seed"].tolist() == [0, 1]
+    assert status["drawn"].tolist() == ["lr=0.001, size=16", "lr=1.234e-05, size=32"]
+
+
+def test_a_search_is_another_method_than_a_run_without_and_than_one_of_other_ranges(tmp_path):
+    write_run(tmp_path, "r0", searched(0, 1e-3))
+    write_run(tmp_path, "r1", config(lr=1e-3, trainer={"size": 16}))
+    assert labels(tmp_path) == {"r0": "erm (search=domainbed)", "r1": "erm (search=unset)"}
+    write_run(tmp_path, "r2", searched(0, 1e-3, low=-6))
+    assert labels(tmp_path) == {
+        "r0": "erm (search=domainbed, search.ranges.lr.log10=[-5, -3])",
+        "r1": "erm (search=unset)",
+        "r2": "erm (search=domainbed, search.ranges.lr.log10=[-6, -3])",
+    }
+
+
+def test_a_draw_of_the_same_number_with_other_values_is_left_out_and_told(tmp_path):
+    write_run(tmp_path, "r0", searched(0, 1e-3))
+    write_run(tmp_path, "r1", searched(0, 1e-4))
+    runs = read_runs(tmp_path)
+    assert runs.status["run_id"].tolist() == ["r0"]
+    assert runs.problems == (("r1", "draw 0 with other values (lr=0.0001, size=16) than in r0: left out"),)
+
+
+def test_settings_are_the_values_of_the_configs(tmp_path):
+    write_run(tmp_path, "r1", config(alpha=0.3, partition={"name": "chunk"}))
+    write_run(tmp_path, "r2", config("x"))
+    found = read_runs(tmp_path).settings(alpha="algorithm.alpha", partition="algorithm.partition.name")
+    assert found.values.tolist()[0] == ["r1", 0.3, "chunk"]
+    assert found.isna().values.tolist()[1] == [False, True, True]
+
+
+def test_diagnostics_of_all_runs_are_one_frame_with_their_runs(tmp_path):
+    line = {"step": 3, "statistics": ["conflict_rate", "cosine"], "levels": {"chunk": {"conv": [0.5, -0.1]}}}
+    line["levels"]["model"] = {"model": [0.25, 0.1]}
+    folder = write_run(tmp_path, "r1", config(trial_seed=2))
+    write_run(tmp_path, "r2", config("x"))
+    (folder / "diagnostics.jsonl").write_text(json.dumps(line) + "\n" + '{"step": 4, "stat')
+    runs = read_runs(tmp_path)
+    columns = ["run_id", "algorithm", "trial_seed", "steps", "step", "level", "module", "conflict_rate", "cosine"]
+    assert diagnostics(runs)[columns].values.tolist() == [["r1", "erm", 2, 10, 3, "chunk", "conv", 0.5, -0.1]]
+    assert diagnostics(runs, ["model"])["module"].tolist() == ["model"]
+    assert len(diagnostics(runs, ["filter"])) == 0
+
+
+def test_folders_in_folders_and_a_run_itself_are_found(tmp_path):
+    write_run(tmp_path / "old" / "pacs", "r1", config())
+    write_run(tmp_path, "r2", config(target="a"))
+    assert read_runs(tmp_path).status["run_id"].tolist() == ["r1", "r2"]
+    assert read_runs(tmp_path / "r2").status["run_id"].tolist() == ["r2"]
+    assert read_runs([tmp_path / "r2", tmp_path / "old"]).status["run_id"].tolist() == ["r2", "r1"]
+
+
 def test_a_copied_folder_does_not_count_twice_and_the_finished_one_stays(tmp_path):
     write_run(tmp_path, "copy", config(), {0: {"c": BOTH}}, state="running", heartbeat=500.0)
     write_run(tmp_path, "original", config(), {0: {"c": BOTH}})
@@ -215,6 +262,13 @@ def test_a_copied_folder_does_not_count_twice_and_the_finished_one_stays(tmp_pat
     runs = read_runs(tmp_path)
     assert set(runs.status["run_id"]) == set(runs.records["run_id"]) == {"original", "other_seed"}
     assert runs.problems == (("copy", "same config as another run: counted once"),)
+
+
+def test_of_two_copies_the_one_with_diagnostics_stays(tmp_path):
+    write_run(tmp_path, "a_without", config(), {0: {"c": BOTH}})
+    folder = write_run(tmp_path, "with", config(), {0: {"c": BOTH}})
+    (folder / "diagnostics.jsonl").write_text("")
+    assert read_runs(tmp_path).status["run_id"].tolist() == ["with"]
 
 
 def test_a_plus_in_a_domain_name_is_not_several_targets(tmp_path):

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 
 from analysis.__main__ import main
-from analysis.tables import report
+from analysis.tables import read_published, report
 from gsdg.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -98,7 +98,7 @@ def test_a_cell_with_fewer_seeds_than_its_row_is_marked(tmp_path):
     write_run(tmp_path, "photo", 1, 0.9)
     write_run(tmp_path, "art", 0, 0.7)
     text = report(tmp_path)
-    assert body(text)[1] == ["erm", "85.0 ± 3.5", "70.0 (1)", "75.0 (1)"]
+    assert body(text)[1] == ["erm", "85.0 ± 3.5", "70.0 (1)", "77.5 (1)"]
     assert "(n): fewer seeds" in text
 
 
@@ -137,8 +137,9 @@ def test_what_could_not_be_read_or_is_not_shown_is_said_below(tmp_path):
     for name in "vwxyz":
         (tmp_path / name).mkdir()
     text = report(tmp_path)
-    assert "note: trained with several targets, not in the tables (erm_photo+art_0_0_1)" in text
-    assert "note: no config.json: not a run (v, w, x, y and 1 more)" in text
+    assert "note: trained with several targets, only for leave_one_domain_out (erm_photo+art_0_0_1)" in text
+    assert "note: neither config.json nor results.jsonl: not a run (v, w, x, y and 1 more)" in text
+    assert "several targets" not in report(tmp_path, ["leave_one_domain_out"])
 
 
 def test_an_empty_folder_says_so(tmp_path):
@@ -146,7 +147,9 @@ def test_an_empty_folder_says_so(tmp_path):
 
 
 def test_an_unknown_selection_lists_the_valid_ones(tmp_path):
-    with pytest.raises(UserError, match="best_of_all.*\n.*training_domain, oracle, oracle_best, last"):
+    with pytest.raises(
+        UserError, match="best_of_all.*\n.*training_domain, leave_one_domain_out, oracle, oracle_best, last"
+    ):
         report(tmp_path, ["best_of_all"])
 
 
@@ -192,3 +195,137 @@ def test_the_command_line_prints_the_report(tmp_path):
 def test_analysis_does_not_import_torch():
     code = "import sys, analysis.__main__; assert 'pandas' in sys.modules; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+# ---- the command line's options -----------------------------------------------------------------------------------
+
+
+def printed(capsys, *arguments: object) -> str:
+    assert main([str(argument) for argument in arguments]) == 0
+    return capsys.readouterr().out
+
+
+def write_two_methods(runs: Path) -> None:
+    """erm: photo 80, 90, art 70, 60; x: two points above it on photo, four below on art."""
+    for target, trial_seed, accuracy in [("photo", 0, 0.8), ("photo", 1, 0.9), ("art", 0, 0.7), ("art", 1, 0.6)]:
+        write_run(runs, target, trial_seed, accuracy)
+        write_run(runs, target, trial_seed, accuracy + (0.02 if target == "photo" else -0.04), "x")
+
+
+def test_the_best_is_bold_and_the_second_underlined_by_what_is_printed(tmp_path, capsys):
+    write_two_methods(tmp_path)
+    write_run(tmp_path, "photo", 0, 0.8504, "y")
+    write_run(tmp_path, "photo", 1, 0.8504, "y")
+    table = printed(capsys, tmp_path, "--format", "markdown").splitlines()
+    rows = {row.split(" | ")[0].strip("| "): row.strip("| ").split(" | ")[1:] for row in table if row.startswith("| ")}
+    assert rows["x"] == ["**87.0 ± 3.5**", "<u>61.0 ± 3.5</u>", "<u>74.0 ± 0.0</u>"]
+    assert rows["erm"] == ["<u>85.0 ± 3.5</u>", "**65.0 ± 3.5**", "**75.0 ± 0.0**"]
+    assert rows["y"] == ["<u>85.0 ± 0.0</u>", "-", "-"]  # 85.04 is printed as 85.0, as erm's 85.00
+
+
+def test_a_single_method_has_no_best(tmp_path, capsys):
+    write_run(tmp_path, "photo", 0, 0.8)
+    assert "**80.0**" not in printed(capsys, tmp_path, "--format", "markdown")
+
+
+def test_the_sample_form_is_said(tmp_path, capsys):
+    write_sweep(tmp_path)
+    text = printed(capsys, tmp_path, "--error", "sample")
+    assert "85.0 ± 5.0" in text  # 7.07 / sqrt(2)
+    assert "standard error (sample form)" in text
+
+
+def test_differences_to_a_baseline_are_a_table_of_their_own(tmp_path, capsys):
+    write_two_methods(tmp_path)
+    text = printed(capsys, tmp_path, "--baseline", "erm")
+    (row,) = [line for line in text.split("against erm")[1].splitlines() if line.startswith("x ")]
+    cells = [cell.strip() for cell in row.split("  ") if cell.strip()]
+    assert cells == ["x", "+2.0 [+2.0, +2.0] 2/2", "-4.0 [-4.0, -4.0] 0/2", "-1.0 [-4.0, +2.0] 2/4"]
+    table = pd.read_csv(io.StringIO(printed(capsys, tmp_path, "--baseline", "erm", "--format", "csv")))
+    assert table.set_index("target")["difference"].to_dict() == pytest.approx({"photo": 2, "art": -4, "average": -1})
+
+
+def test_an_unknown_baseline_is_the_users_mistake(tmp_path, capsys):
+    write_two_methods(tmp_path)
+    assert main([str(tmp_path), "--baseline", "ermm"]) == 2
+    assert "no method is called 'ermm'" in capsys.readouterr().err
+
+
+def test_ranks_are_over_all_cells(tmp_path, capsys):
+    write_two_methods(tmp_path)
+    text = printed(capsys, tmp_path, "--ranks").split("average rank, training_domain")[1]
+    assert [line.split() for line in text.splitlines()[2:4]] == [["erm", "1.50"], ["x", "1.50"]]
+    assert "over the 2 cells" in text
+
+
+def test_several_folders_are_one_table_and_several_data_sets_have_one_of_all(tmp_path, capsys):
+    write_run(tmp_path / "one", "photo", 0, 0.8)
+    write_run(tmp_path / "two", "art", 0, 0.7)
+    assert "75.0" in printed(capsys, tmp_path / "one", tmp_path / "two")
+    config = next((tmp_path / "two").iterdir()) / "config.json"
+    config.write_text(config.read_text().replace('"toy"', '"zoo"'))
+    tables = printed(capsys, tmp_path / "one", tmp_path / "two").split("\n\n")
+    assert [table.splitlines()[0].split(",")[0] for table in tables] == ["toy", "zoo", "all"]
+    assert tables[2].splitlines()[1].split() == ["algorithm", "toy", "zoo", "average"]
+
+
+def test_the_published_figures_stand_beside_the_runs_and_say_what_they_are(tmp_path, capsys):
+    write_run(tmp_path, "photo", 0, 0.8, domains=["photo"])
+    assert "published" not in printed(capsys, tmp_path, "--published")  # of no data set that is here
+    config = next(tmp_path.iterdir()) / "config.json"
+    config.write_text(config.read_text().replace('"toy"', '"pacs"'))
+    text = printed(capsys, tmp_path, "--published")
+    rows = {line.split("  ")[0]: line.split("  ")[-1].strip() for line in text.split("\n\n")[0].splitlines()}
+    assert rows["GradSurgery (published)"] == "82.1 ± 0.4"
+    assert rows["erm"] == "80.0"
+    assert "published: the paper's figures" in text
+    overall = text.split("\n\n")[1].splitlines()
+    assert overall[1].split() == ["algorithm", "pacs", "vlcs", "officehome", "terraincognita", "domainnet", "average"]
+    (ours,) = [line.split("  ") for line in overall if line.startswith("GradSurgery")]
+    assert ours[-1].strip() == "60.4"  # the mean of the five, as the paper prints it
+
+
+def test_every_published_average_is_the_one_in_the_file():
+    published = read_published()
+    wide = pd.read_csv(ROOT / "analysis" / "published.csv", comment="#").set_index("algorithm")
+    means = published.groupby("algorithm")["mean"].mean()
+    assert len(published) == 23 * 5
+    assert (means - wide["Avg"]).abs().max() <= 0.051  # the paper rounds
+
+
+def test_unfinished_runs_count_only_when_asked_for(tmp_path, capsys):
+    write_run(tmp_path, "photo", 0, 0.8, state="running")
+    assert "80.0" not in printed(capsys, tmp_path)
+    assert "80.0" in printed(capsys, tmp_path, "--unfinished")
+
+
+def test_draws_are_selected_over_and_told(tmp_path, capsys):
+    for draw, accuracy in [(0, 0.7), (3, 0.8)]:
+        folder = write_run(tmp_path, "photo", 0, accuracy)
+        config = json.loads((folder / "config.json").read_text())
+        ranges = {"lr": {"key": "optimizer.lr", "log10": [-5, -3]}}
+        config |= {"optimizer": {"lr": 0.001 * draw}, "search": {"name": "s", "hparams_seed": draw, "ranges": ranges}}
+        (folder / "config.json").write_text(json.dumps(config))
+    text = printed(capsys, tmp_path, "--chosen")
+    assert body(text)[1][:2] == ["erm", "80.0"]  # sources are equal: the later draw, as in DomainBed
+    assert "the best of 2 hyper-parameter draws, by the same accuracy" in text
+    run = text.splitlines()[-1].split()
+    assert run[:5] + run[6:] == ["erm", "photo", "0", "0", "80.00", "10", "3", "2", "lr=0.003"]
+    assert (tmp_path / run[5]).is_dir()
+
+
+def test_diff_shows_what_differs_between_two_configs(tmp_path, capsys):
+    one = write_run(tmp_path, "photo", 0, 0.8, algorithm={"name": "erm", "alpha": 0.3})
+    two = write_run(tmp_path, "photo", 1, 0.8, algorithm={"name": "erm"})
+    lines = [line.split() for line in printed(capsys, "diff", one, two).splitlines()[1:]]
+    assert lines == [["algorithm.alpha", "0.3", "unset"], ["split.trial_seed", "0", "1"]]
+    assert printed(capsys, "diff", one, one) == "the configs are equal\n"
+    assert main(["diff", str(one), str(tmp_path)]) == 2
+    assert "is not a run" in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
+    write_sweep(tmp_path)
+    command = f"{sys.executable} -m analysis {tmp_path} --selection oracle last | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

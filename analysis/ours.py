@@ -1,0 +1,102 @@
+"""A run folder of GSDG -> a `Run`. The layout is described in gsdg/runs.py."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+
+from analysis.labels import SEARCHED
+from analysis.run import Evaluations, NotARun, Run, first_of, flat, is_fraction, read_json_lines, said_values
+from gsdg.runs import NOT_SCIENTIFIC, STALE_AFTER, run_id
+
+NO_METHOD = {*NOT_SCIENTIFIC, "split.target", "split.trial_seed", "seed", "search.hparams_seed"}
+RUN_ID = re.compile(r"[0-9a-f]{12}")
+
+
+def read_run(folder: Path) -> Run:
+    """NotARun if its config.json is absent, unreadable or something else."""
+    config = _read_config(folder)
+    facts = _facts(config) | _status(folder / "status.json", config)
+    evaluations, problems = read_records(folder / "records.jsonl")
+    if RUN_ID.fullmatch(folder.name) and run_id(config) != folder.name:
+        problems.append("its name is not its config's hash: the config was edited, or is another version's")
+    whole = flat(config)
+    drawn = _drawn(config)
+    facts["drawn"] = said_values({name: json.loads(whole.get(key, "null")) for name, key in drawn.items()})
+    method = {key: value for key, value in whole.items() if key not in NO_METHOD}
+    return Run(facts, whole, method | dict.fromkeys(drawn.values(), SEARCHED), evaluations, problems)
+
+
+def read_records(path: Path) -> tuple[Evaluations, list[str]]:
+    """What records.jsonl holds and what of it was left out; of several lines for one step the last counts."""
+    found: Evaluations = {}
+    wrong: list[str] = []
+
+    def take(record: dict) -> None:
+        step = int(record["step"])
+        found[step] = _fractions(record["accuracy"], step, wrong)
+
+    problems = read_json_lines(path, take)
+    return found, [*problems, *first_of(wrong, "left out")]
+
+
+def _fractions(accuracy: dict, step: int, wrong: list[str]) -> dict[str, dict[str, float]]:
+    """The accuracies that are fractions; `wrong` is told of the others."""
+    for domain, parts in list(accuracy.items()):
+        bad = [part for part, value in parts.items() if not is_fraction(value)]
+        for part in bad:
+            wrong.append(f"accuracy of {domain} {part} at step {step} is {parts.pop(part)}, not a fraction")
+    return accuracy
+
+
+def _read_config(folder: Path) -> dict:
+    try:
+        return json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise NotARun(f"config.json cannot be read: {error}") from None
+
+
+def _facts(config: dict) -> dict:
+    """What the tables need to know of a run."""
+    try:
+        targets = config["split"]["target"]
+        targets = (targets,) if isinstance(targets, str) else tuple(str(target) for target in targets)
+        return {
+            "source": "gsdg",
+            "dataset": str(config["dataset"]["name"]),
+            "algorithm": str(config["algorithm"]["name"]),
+            "model": str(config["model"]["name"]),
+            "target": "+".join(targets),
+            "n_targets": len(targets),
+            "trial_seed": int(config["split"]["trial_seed"]),
+            "seed": int(config["seed"]),
+            "hparams_seed": int((config.get("search") or {}).get("hparams_seed", 0)),
+            "steps": config["trainer"]["steps"],
+            "domains": tuple(str(domain) for domain in config["dataset"].get("domains") or ()),
+            "targets": targets,
+        }
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise NotARun(f"config.json is not a run's config: {type(error).__name__} {error}") from None
+
+
+def _drawn(config: dict) -> dict[str, str]:
+    """{name: dotted key} of what a hyper-parameter search draws; {} without one."""
+    ranges = (config.get("search") or {}).get("ranges") or {}
+    return {name: entry["key"] for name, entry in ranges.items() if entry}
+
+
+def _status(path: Path, config: dict) -> dict:
+    """state, step, steps and reason as they are on disk, but for a process that has stopped beating: dead."""
+    steps = config["trainer"]["steps"]
+    try:
+        status = json.loads(path.read_text(encoding="utf-8"))
+        silence = time.time() - status["heartbeat"]
+        found = {"state": str(status["state"]), "reason": str(status.get("reason") or "")}
+        found |= {"step": status.get("step") or 0, "steps": status.get("steps") or steps}
+    except (OSError, AttributeError, KeyError, TypeError, ValueError):
+        return {"state": "unknown", "reason": "no readable status.json", "step": 0, "steps": steps}
+    if found["state"] == "running" and silence > STALE_AFTER:
+        found |= {"state": "dead", "reason": f"no heartbeat for {silence:.0f} s"}
+    return found
