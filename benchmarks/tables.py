@@ -1,16 +1,15 @@
 """How long does it take until a large sweep is a table?
 
-    python benchmarks/analysis.py [--runs 5000] [--evaluations 50] [--domainbed FOLDER] [--output FILE]
+    python benchmarks/tables.py [--runs 5000] [--evaluations 50] [--domainbed FOLDER]
 
-Made-up runs of PACS (4 domains, `in` and `out`), an algorithm, target and trial for each; in our format and in
-DomainBed's, the files of a run as the two write them. Seconds of `read_runs` alone, then of the whole command
-`python -m analysis`, Python's start included. --domainbed: a checkout of DomainBed, whose own collector then reads a
-part of the same records on the same machine (its imports of torch and datasets replaced by what it needs of them).
+Made-up runs of PACS (4 domains, `in` and `out`), a target and trial each; in our format and in DomainBed's, the files
+of a run as the two write them. Seconds of `read_runs` alone, then of the whole command `python -m analysis` with two
+selections; Python's start is in both. --domainbed: a checkout of DomainBed, whose own collector then reads its share of
+the same records (its imports of torch and data sets replaced by the little that it needs of them), two selections too.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import random
 import subprocess
@@ -22,10 +21,17 @@ from pathlib import Path
 import timing
 
 REPOSITORY = Path(__file__).parents[1]
+sys.path.insert(0, str(REPOSITORY))
+from gsdg.experiment import prepare  # noqa: E402
+from gsdg.runs import run_id  # noqa: E402
+from gsdg.sweep.grid import from_command_line  # noqa: E402
+
+READ = "import sys; from analysis.frames import read_runs; assert not read_runs(sys.argv[1]).problems"
 DOMAINS = ["art_painting", "cartoon", "photo", "sketch"]
 HPARAMS = {"data_augmentation": True, "resnet18": False, "resnet_dropout": 0.0, "class_balanced": False, "lr": 5e-5}
 COLLECTOR = """
 import sys, types
+sys.path.insert(0, sys.argv[1])
 for name in ("tqdm", "domainbed.datasets", "domainbed.algorithms", "domainbed.lib.misc"):
     sys.modules[name] = types.ModuleType(name)
 sys.modules["tqdm"].tqdm = lambda it, **kwargs: it
@@ -39,7 +45,7 @@ misc.print_row = lambda row, **kwargs: print("  ".join(map(str, row)))
 from domainbed.lib import reporting
 from domainbed.scripts import collect_results
 from domainbed import model_selection as selection
-records = reporting.load_records(sys.argv[1])
+records = reporting.load_records(sys.argv[2])
 for method in (selection.IIDAccuracySelectionMethod, selection.OracleSelectionMethod):
     collect_results.print_results_tables(records, method, False)
 """
@@ -49,10 +55,12 @@ def accuracies(rng: random.Random) -> dict[str, dict[str, float]]:
     return {domain: {"in": rng.random(), "out": rng.random()} for domain in DOMAINS}
 
 
-def our_run(folder: Path, number: int, evaluations: int, template: dict) -> None:
+def our_run(root: Path, number: int, evaluations: int, template: dict) -> None:
     rng = random.Random(number)
-    config = json.loads(json.dumps(template))
-    config["split"] |= {"target": [DOMAINS[number % 4]], "trial_seed": number // 4}
+    split = template["split"] | {"target": [DOMAINS[number % 4]], "trial_seed": number // 4}
+    config = template | {"split": split}
+    folder = root / run_id(config)
+    folder.mkdir(parents=True)
     status = {"state": "done", "step": 5001, "steps": 5001, "reason": None, "heartbeat": time.time()}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "status.json").write_text(json.dumps(status, indent=2))
@@ -64,10 +72,12 @@ def our_run(folder: Path, number: int, evaluations: int, template: dict) -> None
     (folder / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def their_run(folder: Path, number: int, evaluations: int) -> None:
+def their_run(root: Path, number: int, evaluations: int, template: dict) -> None:
     rng = random.Random(number)
+    folder = root / f"{number:032x}"
+    folder.mkdir(parents=True)
     args = {"algorithm": "ERM", "dataset": "PACS", "test_envs": [number % 4], "trial_seed": number // 4}
-    args |= {"hparams_seed": 0, "seed": 0, "steps": 5001, "hparams": None, "holdout_fraction": 0.2}
+    args |= {"hparams_seed": 0, "seed": number, "steps": 5001, "hparams": None, "holdout_fraction": 0.2}
     args |= {"checkpoint_freq": None, "data_dir": "/data", "output_dir": str(folder), "task": "domain_generalization"}
     lines = []
     for i in range(evaluations):
@@ -81,45 +91,41 @@ def their_run(folder: Path, number: int, evaluations: int) -> None:
 
 def template() -> dict:
     """A resolved config, as a real run has it."""
-    sys.path.insert(0, str(REPOSITORY))
-    from gsdg.experiment import prepare
-    from gsdg.sweep.grid import from_command_line
-
     composer, jobs, _ = from_command_line(["dataset=pacs", "model=resnet18", "split.target=photo"])
     return prepare(composer.compose(jobs[0])).config
 
 
-def seconds(*command: str, **environment: str) -> float:
+def seconds(*arguments: str) -> float:
+    """How long a Python command takes."""
     began = time.perf_counter()
-    subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True, env=environment or None)
-    return time.perf_counter() - began
+    done = subprocess.run([sys.executable, *arguments], cwd=REPOSITORY, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stdout + done.stderr)
+    return round(time.perf_counter() - began, 1)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = timing.options(__doc__, "tables_cpu_202611.csv", rounds=None)
     parser.add_argument("--runs", type=int, default=5000)
     parser.add_argument("--evaluations", type=int, default=50)
     parser.add_argument("--domainbed", type=Path)
-    parser.add_argument("--output", type=Path)
-    options = parser.parse_args()
-    rows, config = [], template()
-    read = "import sys; from analysis.frames import read_runs; assert not read_runs(sys.argv[1]).problems"
+    args = timing.parsed(parser)
+    config, rows = template(), []
+    both = ["--selection", "training_domain", "oracle"]
     with tempfile.TemporaryDirectory() as place:
-        for kind in ("ours", "theirs"):
-            for number in range(options.runs):
-                write = our_run if kind == "ours" else their_run
-                write(Path(place, kind), number, options.evaluations, config)
+        for kind, write in {"ours": our_run, "DomainBed's": their_run}.items():
+            for number in range(args.runs):
+                write(Path(place, kind), number, args.evaluations, config)
             path = str(Path(place, kind))
-            both = ["--selection", "training_domain", "oracle"]
-            rows.append({"what": f"read_runs, {kind}", "seconds": seconds(sys.executable, "-c", read, path)})
-            table = seconds(sys.executable, "-m", "analysis", path, *both)
-            rows.append({"what": f"python -m analysis, {kind}", "seconds": table})
-        if options.domainbed:
-            theirs = seconds(sys.executable, "-c", COLLECTOR, path, PYTHONPATH=str(options.domainbed))
-            rows.append({"what": "DomainBed's collector, theirs", "seconds": theirs})
-    for row in rows:
-        row |= {"runs": options.runs, "evaluations": options.evaluations}
-    timing.report(rows, options.output)
+            rows.append({"what": "read_runs", "format": kind, "seconds": seconds("-c", READ, path)})
+            rows.append(
+                {"what": "python -m analysis", "format": kind, "seconds": seconds("-m", "analysis", path, *both)}
+            )
+        if args.domainbed:
+            theirs = seconds("-c", COLLECTOR, str(args.domainbed.resolve()), path)
+            rows.append({"what": "DomainBed's collector", "format": kind, "seconds": theirs})
+    shape = {"runs": args.runs, "evaluations": args.evaluations, **timing.provenance(args.device)}
+    timing.report([row | shape for row in rows], args.output)
 
 
 if __name__ == "__main__":
