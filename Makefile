@@ -1,4 +1,4 @@
-# make demo    first result: makes .venv, installs, runs the quickstart, prints its table
+# make demo    first result: makes .venv, installs, runs the quickstart, prints its table, writes report/index.html
 # make test    everything: makes .venv, installs, runs all tests
 # make check   before a commit: format, lint, import order, fast tests
 
@@ -12,7 +12,7 @@ PYTEST = $(RUN) -m pytest -n 3 --dist worksteal
 
 $(VENV)/core: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet -e .
+	$(RUN) -m pip install --quiet -e '.[plots]'
 	touch $@
 
 $(VENV)/everything: $(VENV)/core
@@ -21,6 +21,7 @@ $(VENV)/everything: $(VENV)/core
 
 demo: $(VENV)/core
 	$(RUN) launch.py experiment=quickstart
+	$(RUN) -m analysis report runs -o report
 
 test: $(VENV)/everything
 	$(PYTEST)

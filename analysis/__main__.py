@@ -11,7 +11,7 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from analysis.formats import FORMATS, text
 from analysis.frames import Runs, read_config, read_runs
@@ -35,13 +35,9 @@ SELECTION = f"how step and draw are chosen, one or more of: {', '.join(METHODS)}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    arguments = sys.argv[1:] if arguments is None else arguments
-    commands = {"diff": diff, "report": page}
     try:
-        if arguments and arguments[0] in commands:
-            commands[arguments[0]](arguments[1:])
-        else:
-            tables(arguments)
+        command, options = parsed(sys.argv[1:] if arguments is None else arguments)
+        command(options)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
@@ -50,8 +46,25 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def tables(arguments: Sequence[str]) -> None:
-    options = _parser().parse_args(arguments)
+def parsed(arguments: Sequence[str]) -> tuple[Callable[[argparse.Namespace], None], argparse.Namespace]:
+    """What is to be done, and with which options."""
+    word = arguments[0] if arguments and arguments[0] in ("diff", "report") else ""
+    command = {"": tables, "diff": diff, "report": page}[word]
+    parser = argparse.ArgumentParser(
+        prog=f"python -m analysis {word}".strip(),
+        description=command.__doc__ if word else __doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(command_line=["python", "-m", "analysis", *arguments])
+    if word == "diff":
+        parser.add_argument("runs", nargs=2, metavar="RUN", help="a run's folder")
+    else:
+        _add_options(parser, page_only=bool(word))
+    return command, parser.parse_args(arguments[bool(word) :])
+
+
+def tables(options: argparse.Namespace) -> None:
+    """Print the tables."""
     runs, found = _read(options)
     if options.format == "csv":
         _print_csv(found, options.baseline)
@@ -69,11 +82,9 @@ def tables(arguments: Sequence[str]) -> None:
         sys.stderr.write("".join(f"{line}\n" for line in notes(runs, options.selection).splitlines()))
 
 
-def diff(arguments: Sequence[str]) -> None:
+def diff(options: argparse.Namespace) -> None:
     """Print the keys in which two runs' configs differ, and both values."""
-    parser = argparse.ArgumentParser(prog="python -m analysis diff", description=diff.__doc__)
-    parser.add_argument("runs", nargs=2, metavar="RUN", help="a run's folder")
-    folders = parser.parse_args(arguments).runs
+    folders = options.runs
     configs = [read_config(folder) for folder in folders]
     keys = sorted({*configs[0], *configs[1]})
     different = [key for key in keys if configs[0].get(key) != configs[1].get(key)]
@@ -83,16 +94,13 @@ def diff(arguments: Sequence[str]) -> None:
         print("  ".join(word.ljust(width) for word, width in zip(row, widths, strict=False)).rstrip())
 
 
-def page(arguments: Sequence[str]) -> None:
+def page(options: argparse.Namespace) -> None:
     """Write a page that needs nothing but itself: FOLDER/index.html."""
-    parser = _parser("report", page.__doc__)
-    parser.add_argument("-o", "--output", default="report", metavar="FOLDER", help="default: report")
-    options = parser.parse_args(arguments)
-    runs, found = _read(options)
     from analysis.report import write_page  # needs matplotlib
 
+    runs, found = _read(options)
     published = read_published() if options.published else None
-    command = shlex.join(["python", "-m", "analysis", "report", *arguments])
+    command = shlex.join(options.command_line)
     print(write_page(options.output, runs, found, published, options.baseline, command))
 
 
@@ -117,18 +125,15 @@ def _print_csv(found: Summary, baseline: str | None) -> None:
         print("\n".join([f"{dataset}, {selection}", *missing_lines(gaps)]), file=sys.stderr)
 
 
-def _parser(command: str = "", description: str | None = None) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog=f"python -m analysis {command}".strip(),
-        description=description or __doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _add_options(parser: argparse.ArgumentParser, *, page_only: bool) -> None:
     add = parser.add_argument
     add(
         "runs", nargs="+", metavar="RUNS", help="folders that hold run folders (runs_dir of a training), or run folders"
     )
     add("--selection", nargs="+", choices=METHODS, default=["training_domain"], metavar="METHOD", help=SELECTION)
-    if not command:
+    if page_only:
+        add("-o", "--output", default="report", metavar="FOLDER", help="default: report")
+    else:
         add("--format", choices=[*FORMATS, "csv"], default="text")
         add("--ranks", action="store_true", help="a table of average ranks too")
         add("--chosen", action="store_true", help="the run, step and hyper-parameter draw behind every number too")
@@ -137,7 +142,6 @@ def _parser(command: str = "", description: str | None = None) -> argparse.Argum
     add("--error", choices=ERRORS, default="population", help="of the standard error: DomainBed's form or the sample's")
     add("--unfinished", action="store_true", help="count runs that are not done too, with what they have recorded")
     add("--runs", dest="ids", metavar="ID,ID", help="only these runs")
-    return parser
 
 
 if __name__ == "__main__":

@@ -66,6 +66,7 @@ def read_runs(folders: str | Path | Sequence[str | Path], run_ids: Iterable[str]
     problems: list[tuple[str, str]] = []
     runs: list[Run] = []
     places = Places()
+    run_ids = None if run_ids is None else set(run_ids)
     for root in map(Path, roots):
         if not root.is_dir():
             raise UserError(f"no folder of runs at {root}.\nGive the runs_dir of a training, for example: runs")
@@ -78,6 +79,8 @@ def read_runs(folders: str | Path | Sequence[str | Path], run_ids: Iterable[str]
             for run in found:
                 run.columns, run.evaluations = places.columns(run.evaluations), {}
             runs += found
+    read = {Path(run.facts["folder"]).name for run in runs} | {name for name, _ in problems}
+    problems += [(name, "no such run") for name in sorted((run_ids or set()) - read)]
     label(runs)
     number_seeds(runs)
     runs = _named(_without_copies(runs, problems), problems)
@@ -132,11 +135,9 @@ def diagnostics(runs: Runs, levels: Sequence[str] = ("chunk",)) -> pd.DataFrame:
 def _folders(root: Path, run_ids: Iterable[str] | None, problems: list) -> Iterator[tuple[Path, str]]:
     """The run folders and their kind; `problems` is told of those in which nothing is found."""
     if run_ids is not None:
-        for name in sorted(set(run_ids)):
+        for name in sorted(run_ids):
             if kind := _kind(root / name):
                 yield root / name, kind
-            else:
-                problems.append((name, "no config.json: not a run" if (root / name).exists() else "no such run"))
     elif kind := _kind(root):
         yield root, kind
     else:

@@ -10,6 +10,7 @@ import torch
 from helpers import REPOSITORY
 from torch import nn
 
+from analysis import __main__ as analysis_commands
 from gsdg.data import __main__ as data_commands
 from gsdg.sweep import __main__ as sweep_commands
 
@@ -21,6 +22,9 @@ DATA_COMMANDS = [
 ]
 SWEEP_COMMANDS = [
     line.split("#")[0].strip() for line in JOINED.splitlines() if line.startswith("    python -m gsdg.sweep")
+]
+ANALYSIS_COMMANDS = [
+    line.split("#")[0].strip() for line in JOINED.splitlines() if line.startswith("    python -m analysis")
 ]
 FLAGS = README.split("## From the release's command line")[1].split("\n## ")[0]
 OVERRIDES = [
@@ -34,7 +38,8 @@ OVERRIDES = [
 def first_values(command: str) -> list[str]:
     """The overrides of a command; of a sweep its first job."""
     words = [word for word in shlex.split(command)[2:] if not word.startswith("-")]
-    return [word if "[" in word else word.split(",")[0] for word in words if "=" in word]
+    words = [re.sub(r"=range\((\d+),\d+\)$", r"=\1", word) for word in words if "=" in word]
+    return [word if "[" in word else word.split(",")[0] for word in words]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -53,6 +58,11 @@ def test_a_sweep_command_parses_and_its_overrides_compose(compose, command):
     chosen = sweep_commands.options(shlex.split(command)[3:])
     if not hasattr(chosen, "runs_dir"):  # of a sweep to come: its words are launch.py's
         compose(*first_values(command))
+
+
+@pytest.mark.parametrize("command", ANALYSIS_COMMANDS)
+def test_an_analysis_command_parses(command):
+    analysis_commands.parsed(shlex.split(command)[3:])
 
 
 @pytest.mark.parametrize("override", OVERRIDES)

@@ -128,6 +128,8 @@ def test_some_runs_can_be_asked_for_by_id(tmp_path):
     runs = read_runs(tmp_path, ["r2", "gone"])
     assert runs.status[["run_id", "algorithm"]].values.tolist() == [["r2", "grad_surgery"]]
     assert runs.problems == (("gone", "no such run"),)
+    (tmp_path / "other").mkdir()
+    assert read_runs([tmp_path, tmp_path / "other"], ["r2"]).problems == ()
 
 
 def test_targets_seeds_and_unscientific_keys_make_no_new_method(tmp_path):
