@@ -7,6 +7,7 @@ reported in `Runs.problems`, because a table is wanted most while a sweep is run
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -62,25 +63,10 @@ class Runs:
 
 def read_runs(folders: str | Path | Sequence[str | Path], run_ids: Iterable[str] | None = None) -> Runs:
     """Read every run in and below `folders` (one or several), or only `run_ids`. UserError if one is not there."""
-    roots = [folders] if isinstance(folders, str | Path) else list(folders)
+    roots = [Path(folder) for folder in ([folders] if isinstance(folders, str | Path) else folders)]
     problems: list[tuple[str, str]] = []
-    runs: list[Run] = []
     places = Places()
-    run_ids = None if run_ids is None else set(run_ids)
-    for root in map(Path, roots):
-        if not root.is_dir():
-            raise UserError(f"no folder of runs at {root}.\nGive the runs_dir of a training, for example: runs")
-        for folder, kind in _folders(root, run_ids, problems):
-            try:
-                found = _read(folder, kind)
-            except NotARun as reason:
-                problems.append((folder.name, str(reason)))
-                continue
-            for run in found:
-                run.columns, run.evaluations = places.columns(run.evaluations), {}
-            runs += found
-    read = {Path(run.facts["folder"]).name for run in runs} | {name for name, _ in problems}
-    problems += [(name, "no such run") for name in sorted((run_ids or set()) - read)]
+    runs = list(_every_run(roots, None if run_ids is None else set(run_ids), places, problems))
     label(runs)
     number_seeds(runs)
     runs = _named(_without_copies(runs, problems), problems)
@@ -132,6 +118,25 @@ def diagnostics(runs: Runs, levels: Sequence[str] = ("chunk",)) -> pd.DataFrame:
     return both[[*order, *(column for column in both.columns if column not in order)]]
 
 
+def _every_run(roots: Sequence[Path], run_ids: set[str] | None, places: Places, problems: list) -> Iterator[Run]:
+    """The runs in order of their folders; `problems` is told why folders are left out, and which ids are nowhere."""
+    for root in roots:
+        if not root.is_dir():
+            raise UserError(f"no folder of runs at {root}.\nGive the runs_dir of a training, for example: runs")
+    missing = set(run_ids or ())
+    for folder, kind in (one for root in roots for one in _folders(root, run_ids, problems)):
+        missing.discard(folder.name)
+        try:
+            found = _read(folder, kind)
+        except NotARun as reason:
+            problems.append((folder.name, str(reason)))
+            continue
+        for run in found:
+            run.columns, run.evaluations = places.columns(run.evaluations), {}
+            yield run
+    problems += [(name, "no such run") for name in sorted(missing)]
+
+
 def _folders(root: Path, run_ids: Iterable[str] | None, problems: list) -> Iterator[tuple[Path, str]]:
     """The run folders and their kind; `problems` is told of those in which nothing is found."""
     if run_ids is not None:
@@ -156,11 +161,15 @@ def _search(folder: Path, depth: int, problems: list) -> Iterator[tuple[Path, st
 
 
 def _kind(folder: Path) -> str | None:
-    return next((kind for mark, kind in MARKS.items() if (folder / mark).exists()), None)
+    return next((kind for mark, kind in MARKS.items() if os.path.exists(folder / mark)), None)
 
 
 def _below(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    try:
+        entries = os.listdir(folder)
+    except OSError:  # gone by now, or not ours to read
+        return []
+    return [folder / name for name in sorted(entries) if not name.startswith(".") and os.path.isdir(folder / name)]
 
 
 def _read(folder: Path, kind: str) -> list[Run]:

@@ -84,7 +84,7 @@ def _facts(config: dict) -> dict:
 def _drawn(config: dict) -> dict[str, str]:
     """{name: dotted key} of what a hyper-parameter search draws; {} without one."""
     ranges = (config.get("search") or {}).get("ranges") or {}
-    return {name: entry["key"] for name, entry in ranges.items() if entry}
+    return {name: entry["key"] for name, entry in ranges.items() if isinstance(entry, dict) and "key" in entry}
 
 
 def _status(path: Path, config: dict) -> dict:

@@ -43,7 +43,10 @@ def read_results(folder: Path) -> list[Run]:
     if not lines:
         raise NotARun("; ".join(["results.jsonl has no whole record", *problems]))
     over = (folder / "done").exists()
-    runs = [_run(records, over or key != list(lines)[-1]) for key, records in lines.items()]
+    try:
+        runs = [_run(records, over or key != list(lines)[-1]) for key, records in lines.items()]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise NotARun(f"results.jsonl is not DomainBed's: {type(error).__name__} {error}") from None
     runs[-1].problems += problems
     return runs
 

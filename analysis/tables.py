@@ -270,7 +270,7 @@ def _where(rows: pd.DataFrame) -> list[str]:
     for (target, draw), seeds in rows.groupby(["target", "hparams_seed"], sort=False)["trial_seed"]:
         targets[tuple(sorted(set(seeds))), draw].append(target)
     return [
-        f"{', '.join(names)} seed{'s' * (len(s) > 1)} {', '.join(map(str, s))}{f' draw {draw}' * (draw > 0)}"
+        f"{', '.join(names)} seed{'s' * (len(s) > 1)} {', '.join(map(str, s))}{f' draw {draw}' if draw else ''}"
         for (s, draw), names in targets.items()
     ]
 

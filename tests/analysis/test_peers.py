@@ -162,6 +162,12 @@ def test_a_file_of_something_else_is_reported_and_hides_nothing(tmp_path, text):
     assert [name for name, what in runs.problems if "no whole record" in what] == ["bad"]
 
 
+@pytest.mark.parametrize("changes", [{"test_envs": [9]}, {"test_envs": ["a"]}, {"trial_seed": "x"}, {"seed": None}])
+def test_arguments_that_are_not_domainbeds_are_reported(tmp_path, changes):
+    folder = domainbed(tmp_path, [3], FLAT, **changes)
+    assert [name for name, what in read_runs(tmp_path).problems if "is not DomainBed's" in what] == [folder.name]
+
+
 def test_a_record_without_accuracies_is_no_run(tmp_path):
     folder = domainbed(tmp_path, [3], {0: (), 300: ()})
     assert [name for name, what in read_runs(tmp_path).problems if "no accuracies" in what] == [folder.name]
