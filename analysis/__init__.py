@@ -1,4 +1,9 @@
-"""Results from run folders on disk, without torch: frames -> selection -> statistics -> tables.
+"""Results from run folders on disk, without torch. Each file knows only those before it:
 
-`python -m analysis RUNS_DIR` prints the leave-one-domain-out table, also while a sweep is still running.
+run, labels, ours, peers    what one run is, which runs are one method, and the readers of three formats
+frames                      run folders -> tidy frames, and what was left out
+selection, statistics       frame -> chosen steps and draws -> means, errors, differences, ranks; pure
+formats, tables             -> text, Markdown, LaTeX, HTML, CSV
+drawing, plots, figures     frame, ax -> ax; which rows, and in how many axes
+page, provenance, report    one HTML page
 """

@@ -46,7 +46,8 @@ def imported(path: Path) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found |= {f"gsdg.{alias.name}" for alias in node.names} if node.module == "gsdg" else {node.module}
+            whole = node.module in ("gsdg", "analysis")
+            found |= {f"{node.module}.{alias.name}" for alias in node.names} if whole else {node.module}
     return found
 
 
@@ -87,3 +88,15 @@ finally:
 def test_looking_at_data_on_disk_does_not_import_torch():
     code = "import sys, gsdg.data.__main__ as data; data.options(['verify', 'pacs']); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, capture_output=True)
+
+
+def test_each_file_of_analysis_knows_only_those_before_it():
+    """In the order of the package's docstring."""
+    rows = ast.get_docstring(ast.parse((REPOSITORY / "analysis" / "__init__.py").read_text())).splitlines()[2:]
+    order = [name for row in rows for name in row.split("  ")[0].split(", ")] + ["__main__"]
+    assert {path.stem for path in MODULES if path.parent.name == "analysis"} == {*order, "__init__"}
+    for place, name in enumerate(order):
+        found = {
+            other.split(".")[1] for other in imported(REPOSITORY / "analysis" / f"{name}.py") if "analysis." in other
+        }
+        assert found <= set(order[:place]), f"analysis.{name} imports {found - set(order[:place])}"
