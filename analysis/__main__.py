@@ -31,6 +31,7 @@ from analysis.tables import (
 )
 from gsdg.errors import UserError
 
+DRAWS = "runs that differ in these config keys only are hyper-parameter draws of one method, to select from"
 SELECTION = f"how step and draw are chosen, one or more of: {', '.join(METHODS)} (default: training_domain)"
 
 
@@ -105,7 +106,7 @@ def page(options: argparse.Namespace) -> None:
 
 
 def _read(options: argparse.Namespace) -> tuple[Runs, Summary]:
-    runs = read_runs(options.runs, options.ids.split(",") if options.ids else None)
+    runs = read_runs(options.runs, options.ids.split(",") if options.ids else None, options.draws)
     return runs, summary(runs, options.selection, error=options.error, unfinished=options.unfinished)
 
 
@@ -139,6 +140,7 @@ def _add_options(parser: argparse.ArgumentParser, *, page_only: bool) -> None:
         add("--chosen", action="store_true", help="the run, step and hyper-parameter draw behind every number too")
     add("--published", action="store_true", help="the paper's figures beside the runs'")
     add("--baseline", metavar="METHOD", help="paired differences to this method too (csv: instead)")
+    add("--draws", nargs="+", default=[], metavar="KEY", help=DRAWS)
     add("--error", choices=ERRORS, default="population", help="of the standard error: DomainBed's form or the sample's")
     add("--unfinished", action="store_true", help="count runs that are not done too, with what they have recorded")
     add("--runs", dest="ids", metavar="ID,ID", help="only these runs")

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from analysis.labels import label
+from analysis.labels import as_draws, label
 from analysis.ours import read_run
 from analysis.peers import number_seeds, read_results
 from analysis.run import Evaluations, NotARun, Run, printable, read_json_lines
@@ -61,12 +61,19 @@ class Runs:
         return pd.DataFrame({"run_id": list(self.configs), **found})
 
 
-def read_runs(folders: str | Path | Sequence[str | Path], run_ids: Iterable[str] | None = None) -> Runs:
-    """Read every run in and below `folders` (one or several), or only `run_ids`. UserError if one is not there."""
+def read_runs(
+    folders: str | Path | Sequence[str | Path], run_ids: Iterable[str] | None = None, draws: Sequence[str] = ()
+) -> Runs:
+    """Read every run in and below `folders` (one or several), or only `run_ids`. UserError if one is not there.
+
+    draws: config keys in whose values the runs of a method may differ, as hyper-parameter draws to select from.
+    """
     roots = [Path(folder) for folder in ([folders] if isinstance(folders, str | Path) else folders)]
     problems: list[tuple[str, str]] = []
     places = Places()
     runs = list(_every_run(roots, None if run_ids is None else set(run_ids), places, problems))
+    if draws and runs:
+        as_draws(runs, draws)
     label(runs)
     number_seeds(runs)
     runs = _named(_without_copies(runs, problems), problems)

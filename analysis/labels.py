@@ -11,8 +11,10 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from difflib import get_close_matches
 
 from analysis.run import Run
+from gsdg.errors import UserError, listing
 
 SEARCHED = '"searched"'  # stands in a method for a value that a search has drawn
 SAID_BY = {"domainbed": "DomainBed", "swad": "SWAD"}
@@ -32,6 +34,37 @@ def label(runs: Sequence[Run]) -> None:
             told = [SAID_BY[source]] if source in SAID_BY else []
             told += [f"{_short(key)}={_show(run.method.get(key))}" for key in shown]
             run.facts["algorithm"] += f" ({', '.join(told)})" if told else ""
+
+
+def as_draws(runs: Sequence[Run], keys: Sequence[str]) -> None:
+    """Make runs that differ in `keys` only draws of one method, numbered in the order of their values.
+
+    UserError for a key that no config has, and for runs of a search, which has its own draws.
+    """
+    full = [_full_key(key, runs) for key in keys]
+    groups = defaultdict(list)
+    for run in runs:
+        if not set(full) & set(run.method):
+            continue  # another code base's, for example
+        if SEARCHED in run.method.values():
+            raise UserError(f"run {run.facts['run_id']} is a draw of a search already: {run.facts['drawn']}.")
+        run.method |= {key: SEARCHED for key in full if key in run.method}
+        run.facts["drawn"] = ", ".join(f"{key.rpartition('.')[2]}={_show(run.config.get(key))}" for key in full)
+        groups[run.facts["source"], run.facts["dataset"], tuple(sorted(run.method.items()))].append(run)
+    for members in groups.values():
+        drawn = sorted({run.facts["drawn"] for run in members}, key=natural)
+        for run in members:
+            run.facts["hparams_seed"] = drawn.index(run.facts["drawn"])
+
+
+def _full_key(key: str, runs: Sequence[Run]) -> str:
+    """The key as the configs have it: labels leave out `algorithm.` and `.name`."""
+    every = {known for run in runs for known in run.method}
+    found = [known for known in (key, f"algorithm.{key}", f"{key}.name", f"algorithm.{key}.name") if known in every]
+    if not found:
+        close = get_close_matches(key, every, n=3, cutoff=0.4)
+        raise UserError(f"no run's config has a key {key!r}. Did you mean one of: {listing(close)}?")
+    return found[0]
 
 
 def _differing(methods: Sequence[dict[str, str]]) -> list[str]:

@@ -228,6 +228,31 @@ def test_a_draw_of_the_same_number_with_other_values_is_left_out_and_told(tmp_pa
     assert runs.problems == (("r1", "draw 0 with other values (lr=0.0001, size=16) than in r0: left out"),)
 
 
+def test_runs_of_a_grid_can_be_draws_of_one_method_numbered_by_their_values(tmp_path):
+    for number, (lr, alpha) in enumerate([(1e-2, 0.3), (2e-3, 0.3), (2e-3, 0.6), (1e-2, 0.6)]):
+        write_run(tmp_path, f"r{number}", {**config(alpha=alpha), "optimizer": {"lr": lr}})
+    runs = read_runs(tmp_path, draws=["optimizer.lr"])
+    assert runs.status[["algorithm", "hparams_seed", "drawn"]].values.tolist() == [
+        ["erm (alpha=0.3)", 1, "lr=0.01"],
+        ["erm (alpha=0.3)", 0, "lr=0.002"],
+        ["erm (alpha=0.6)", 0, "lr=0.002"],
+        ["erm (alpha=0.6)", 1, "lr=0.01"],
+    ]
+    both = read_runs(tmp_path, draws=["alpha", "optimizer.lr"]).status  # as the labels write it
+    assert set(both["algorithm"]) == {"erm"}
+    assert both["hparams_seed"].tolist() == [1, 0, 2, 3]
+
+
+def test_a_draws_key_that_no_config_has_and_a_search_are_refused(tmp_path):
+    write_run(tmp_path, "r0", searched(0, 1e-3))
+    with pytest.raises(
+        UserError, match="no run's config has a key 'trainer.stepps'. Did you mean one of: trainer.steps"
+    ):
+        read_runs(tmp_path, draws=["trainer.stepps"])
+    with pytest.raises(UserError, match="r0 is a draw of a search already: lr=0.001"):
+        read_runs(tmp_path, draws=["trainer.steps"])
+
+
 def test_settings_are_the_values_of_the_configs(tmp_path):
     write_run(tmp_path, "r1", config(alpha=0.3, partition={"name": "chunk"}))
     write_run(tmp_path, "r2", config("x"))

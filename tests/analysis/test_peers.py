@@ -211,6 +211,16 @@ def test_swads_methods_are_told_apart_by_hyper_parameters(tmp_path):
     }
 
 
+def test_a_swad_grid_can_be_draws_while_domainbeds_keep_their_own(tmp_path):
+    for number, lr in enumerate([5e-5, 1e-5]):
+        swad(tmp_path, {0: FLAT}, name=f"s{number}", hparams={"lr": lr, "resnet18": False})
+    domainbed(tmp_path, [0], FLAT, draw=4)
+    status = read_runs(tmp_path, draws=["hparams.lr"]).status.set_index("run_id")
+    assert status.loc[["s0", "s1"], "algorithm"].tolist() == ["ERM (SWAD)"] * 2
+    assert status.loc[["s0", "s1"], "hparams_seed"].tolist() == [1, 0]
+    assert status.loc["ERM_0_4_0_2", ["hparams_seed", "drawn"]].tolist() == [4, "lr=0.00025"]
+
+
 def test_domainbeds_seeds_are_hashes_and_only_number_what_is_equal_otherwise(tmp_path):
     for draw in (0, 1):
         domainbed(tmp_path, [0], FLAT, draw=draw, seed=100 + draw)
