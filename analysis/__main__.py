@@ -19,11 +19,11 @@ from analysis.selection import METHODS
 from analysis.statistics import DIFFERENCES, ERRORS, paired_differences
 from analysis.tables import (
     Summary,
+    account,
     chosen_runs,
     comparison,
     csv,
     missing_lines,
-    notes,
     ranking,
     read_published,
     sheets,
@@ -69,7 +69,7 @@ def tables(options: argparse.Namespace) -> None:
     runs, found = _read(options)
     if options.format == "csv":
         _print_csv(found, options.baseline)
-        sys.stderr.write("".join(f"{line}\n" for line in notes(runs, options.selection).splitlines()))
+        print(account(runs, options.selection), file=sys.stderr)
         return
     made = sheets(found, read_published() if options.published else None)
     made += comparison(found, options.baseline) if options.baseline else []
@@ -77,10 +77,10 @@ def tables(options: argparse.Namespace) -> None:
     made += chosen_runs(found, runs) if options.chosen else []
     if options.format == "text":
         shown = [text(sheet, terminal=sys.stdout.isatty()) for sheet in made]
-        print("\n\n".join([*shown, *filter(None, [notes(runs, options.selection)])]))
+        print("\n\n".join([*shown, account(runs, options.selection)]))
     else:
         print("\n\n".join(FORMATS[options.format](sheet) for sheet in made))
-        sys.stderr.write("".join(f"{line}\n" for line in notes(runs, options.selection).splitlines()))
+        print(account(runs, options.selection), file=sys.stderr)
 
 
 def diff(options: argparse.Namespace) -> None:

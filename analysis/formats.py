@@ -8,7 +8,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 BOLD, UNDERLINE, PLAIN = "\033[1m", "\033[4m", "\033[0m"  # a terminal's
-LATEX = {"\\": r"\textbackslash{}", "±": r"$\pm$"} | {c: f"\\{c}" for c in "&%$#_{}"} | {"~": r"\textasciitilde{}"}
+LATEX = (
+    {"\\": r"\textbackslash{}", "±": r"$\pm$"}
+    | {c: f"\\{c}" for c in "&%$#_{}"}
+    | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+)
 
 
 class Entry(NamedTuple):

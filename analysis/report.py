@@ -29,7 +29,7 @@ from analysis.page import NAMED, anchor, counted, details, few, note, panels_htm
 from analysis.provenance import badness, in_order, provenance, read_environment, versions
 from analysis.selection import EXPLAINED
 from analysis.statistics import AVERAGE
-from analysis.tables import Summary, chosen_runs, comparison, notes, ranking, sheets
+from analysis.tables import Summary, account, chosen_runs, comparison, ranking, sheets
 from gsdg.errors import UserError
 
 STYLE = Path(__file__).with_name("report.css")
@@ -120,7 +120,8 @@ def tables(runs: Runs, found: Summary, published: pd.DataFrame | None, baseline:
         )
     if len(found.chosen):
         made.append(details("The runs behind the numbers", sheets_html(chosen_runs(found, runs))))
-    lines = notes(runs, list(found.cells["selection"].unique())).splitlines()
+    read, *lines = account(runs, list(found.cells["selection"].unique())).splitlines()
+    lines = [read] if runs.status.empty else lines
     items = "".join(f"<li>{escape(line.removeprefix('note: '))}</li>" for line in lines)
     left_out = (
         f"<ul>{items}</ul>" if lines else note("Nothing: every folder was read and is in the tables or below them.")

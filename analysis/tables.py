@@ -28,6 +28,7 @@ from gsdg.errors import UserError, listing
 NAMED = 4  # run ids named in one line; of more, only the number is given
 PUBLISHED = Path(__file__).with_name("published.csv")
 TAG = " (published)"
+SOURCES = {"gsdg": "ours", "domainbed": "DomainBed's", "swad": "in SWAD's dialect"}
 ERROR_NAMES = {
     "population": "mean ± standard error (population form)",
     "sample": "mean ± standard error (sample form)",
@@ -55,7 +56,7 @@ def report(
 ) -> str:
     """The tables of the runs in `folders` (only `run_ids`, if given), what is missing, what was left out."""
     runs = read_runs(folders, run_ids)
-    return "\n\n".join([*map(text, sheets(summary(runs, selections))), *filter(None, [notes(runs, selections)])])
+    return "\n\n".join([*map(text, sheets(summary(runs, selections))), account(runs, selections)])
 
 
 def summary(runs: Runs, selections: Sequence[str], *, error: str = "population", unfinished: bool = False) -> Summary:
@@ -157,9 +158,20 @@ def missing_lines(missing: pd.DataFrame) -> list[str]:
     ]
 
 
+def account(runs: Runs, selections: Sequence[str] = ()) -> str:
+    """`read: 64 runs: 60 done | 4 running`, and whose they are if not only ours; then the `notes`."""
+    status = runs.status
+    if status.empty:
+        said = "no runs here yet: a run is a folder with a config.json or a results.jsonl"
+    else:
+        said = f"read: {len(status)} run{'s' * (len(status) != 1)}: {_counted(status['state'], ' | ')}"
+    of = f"; {_counted(status['source'].map(SOURCES.get), ', ')}" if set(status["source"]) - {"gsdg"} else ""
+    return "\n".join(filter(None, [said + of, notes(runs, selections)]))
+
+
 def notes(runs: Runs, selections: Sequence[str] = ()) -> str:
-    """What was read but not shown in tables of `selections`, and what could not be read, a line per kind."""
-    lines = [] if len(runs.status) else ["no runs here yet: a run is a folder with a config.json or a results.jsonl"]
+    """What is not shown in tables of `selections`, and what could not be read, a line per kind."""
+    lines = []
     several = runs.status.loc[runs.status["n_targets"] > 1, "run_id"]
     if len(several) and "leave_one_domain_out" not in selections:
         lines.append(f"note: trained with several targets, only for leave_one_domain_out{_runs_named(several)}")
@@ -167,6 +179,10 @@ def notes(runs: Runs, selections: Sequence[str] = ()) -> str:
     for name, problem in runs.problems:
         found[problem].append(name)
     return "\n".join(lines + [f"note: {problem}{_runs_named(names)}" for problem, names in found.items()])
+
+
+def _counted(values: pd.Series, between: str) -> str:
+    return between.join(f"{n} {value}" for value, n in values.value_counts(sort=False).items())
 
 
 def _beside(published: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:

@@ -53,6 +53,19 @@ def test_latex_escapes_what_latex_reads():
     assert r"\begin{tabular}{lcc}" in lines
 
 
+def test_latex_has_an_escape_for_every_character_that_it_reads():
+    sheet = Sheet("t", ["algorithm"], [[Entry(r"a\b{c}$d#e_f~g^h%i&j")]])
+    (row,) = [line for line in latex(sheet).splitlines() if line.startswith("a") and "j" in line]
+    bare = row.removesuffix(r" \\")
+    for command in (r"\textbackslash{}", r"\textasciitilde{}", r"\textasciicircum{}"):
+        assert command in bare
+        bare = bare.replace(command, "")
+    for character in "{}$#_%&":
+        assert f"\\{character}" in bare
+        bare = bare.replace(f"\\{character}", "")
+    assert bare == "abcdefghij"
+
+
 def test_html_escapes_every_text():
     page = as_html(SHEET)
     assert "<b>90.0 ± 1.0</b>" in page

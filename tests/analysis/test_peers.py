@@ -245,7 +245,9 @@ def test_our_runs_and_theirs_are_rows_of_one_table(tmp_path):
         (folder / "status.json").write_text(json.dumps({"state": "done", "heartbeat": 0, "step": 301, "steps": 301}))
         accuracy = {d: {"in": 0.25, "out": 0.5} for d in PACS}
         (folder / "records.jsonl").write_text(json.dumps({"step": 300, "accuracy": accuracy}) + "\n")
-    rows = [line.split("  ") for line in report(tmp_path).splitlines()[2:5]]
+    text = report(tmp_path)
+    assert text.splitlines()[-1] == "read: 12 runs: 12 done; 4 DomainBed's, 4 ours, 4 in SWAD's dialect"
+    rows = [line.split("  ") for line in text.splitlines()[2:5]]
     table = {row[0]: [cell for cell in row[1:] if cell.strip()] for row in rows}
     assert list(table) == ["ERM (DomainBed)", "ERM (SWAD)", "erm"]
     assert table["ERM (SWAD)"][-1].strip() == "40.0"
