@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from analysis.labels import SEARCHED
-from analysis.run import Evaluations, NotARun, Run, first_of, flat, is_fraction, read_json_lines, said_values
+from analysis.run import Evaluations, NotARun, Run, first_of, flat, is_fraction, read_json_lines, repeated, said_values
 from gsdg.runs import NOT_SCIENTIFIC, STALE_AFTER, run_id
 
 NO_METHOD = {*NOT_SCIENTIFIC, "split.target", "split.trial_seed", "seed", "search.hparams_seed"}
@@ -33,13 +33,15 @@ def read_records(path: Path) -> tuple[Evaluations, list[str]]:
     """What records.jsonl holds and what of it was left out; of several lines for one step the last counts."""
     found: Evaluations = {}
     wrong: list[str] = []
+    steps: list[int] = []
 
     def take(record: dict) -> None:
         step = int(record["step"])
         found[step] = _fractions(record["accuracy"], step, wrong)
+        steps.append(step)
 
     problems = read_json_lines(path, take)
-    return found, [*problems, *first_of(wrong, "left out")]
+    return found, [*problems, *first_of(wrong, "left out"), *repeated(len(steps) - len(set(steps)))]
 
 
 def _fractions(accuracy: dict, step: int, wrong: list[str]) -> dict[str, dict[str, float]]:

@@ -15,7 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
-from analysis.run import Evaluations, NotARun, Run, flat, is_fraction, read_json_lines, said_values
+from analysis.run import Evaluations, NotARun, Run, flat, is_fraction, read_json_lines, repeated, said_values
 
 # The peers' data sets: our name and the domains in the order of their indices (DomainBed's datasets.py).
 DATASETS = {
@@ -128,10 +128,9 @@ def _evaluations(records: list[dict], domains: tuple[str, ...], problems: list[s
             else:
                 wrong += key in record
         found[int(record["step"])] = accuracy
-    if twice:
-        problems.append(f"{twice} records repeat a step (a relaunched job): the last of each counts")
+    problems += repeated(twice)
     if wrong:
-        problems.append(f"{wrong} accuracies are no fraction: left out")
+        problems.append(f"accuracies that are no fraction: {wrong}, left out")
     return found
 
 

@@ -72,6 +72,10 @@ def _said(error: Exception) -> str:
     return f"no {error} in it" if isinstance(error, KeyError) else str(error)
 
 
+def repeated(number: int) -> list[str]:
+    return [f"records that repeat a step (a relaunched job): {number}; the last of each counts"] if number else []
+
+
 def is_fraction(value: object) -> bool:
     return type(value) in (float, int) and 0 <= value <= 1
 

@@ -79,7 +79,9 @@ def test_of_two_lines_for_a_step_the_last_counts(tmp_path):
     folder = write_run(tmp_path, "r", config(), {5: {"c": {"in": 0.1, "out": 0.1}}, 9: {"c": {"in": 0.2}}})
     with (folder / "records.jsonl").open("a") as file:
         file.write(json.dumps({"step": 5, "accuracy": {"c": {"in": 0.3}}}) + "\n")
-    assert read_runs(tmp_path).records[["step", "accuracy"]].values.tolist() == [[5, 0.3], [9, 0.2]]
+    runs = read_runs(tmp_path)
+    assert runs.records[["step", "accuracy"]].values.tolist() == [[5, 0.3], [9, 0.2]]
+    assert runs.problems == (("r", "records that repeat a step (a relaunched job): 1; the last of each counts"),)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"dataset": {"name": "toy"}}', ""])

@@ -112,7 +112,9 @@ def test_a_relaunched_jobs_records_count_once_the_last_of_each(tmp_path):
     write_lines(folder, args, {0: (0.1,) * 8, 300: (0.2,) * 8}, "_acc", hparams={})
     runs = read_runs(tmp_path)
     assert runs.records.groupby("step")["accuracy"].unique().map(list).to_dict() == {0: [0.1], 300: [0.2]}
-    assert runs.problems == ((folder.name, "2 records repeat a step (a relaunched job): the last of each counts"),)
+    assert runs.problems == (
+        (folder.name, "records that repeat a step (a relaunched job): 2; the last of each counts"),
+    )
 
 
 def test_a_truncated_last_line_is_no_result(tmp_path):
@@ -180,7 +182,7 @@ def test_an_accuracy_that_is_no_fraction_is_left_out_and_told(tmp_path, value):
     first = runs.records[runs.records["step"] == 0]
     assert len(first) == 7
     assert not ((first["domain"] == "sketch") & (first["part"] == "in")).any()
-    assert runs.problems == ((folder.name, "1 accuracies are no fraction: left out"),)
+    assert runs.problems == ((folder.name, "accuracies that are no fraction: 1, left out"),)
 
 
 def test_domains_of_an_unknown_data_set_keep_their_index(tmp_path):
