@@ -102,7 +102,7 @@ def page(options: argparse.Namespace) -> None:
     runs, found = _read(options)
     published = read_published() if options.published else None
     command = shlex.join(options.command_line)
-    print(write_page(options.output, runs, found, published, options.baseline, command))
+    print(f"written: {write_page(options.output, runs, found, published, options.baseline, command)}")
 
 
 def _read(options: argparse.Namespace) -> tuple[Runs, Summary]:
