@@ -25,7 +25,7 @@ from analysis.frames import Runs, diagnostics
 from analysis.labels import label
 from analysis.ours import NO_METHOD
 from analysis.run import Run
-from analysis.statistics import AVERAGE
+from analysis.statistics import AVERAGE, PAIR
 from analysis.tables import Summary
 
 MOST = 12  # methods in one place: more are not told apart
@@ -37,7 +37,6 @@ SETTINGS = {
     "partition": "algorithm.partition.name",
     "rule": "algorithm.rule.name",
 }
-PAIR = ["dataset", "selection", "target", "trial_seed", "seed"]
 
 
 @dataclass(frozen=True)
@@ -170,7 +169,7 @@ def granularity(runs: Runs, found: Summary) -> Panels:
 def paired(found: Summary, x: str, y: str) -> Panels:
     """Accuracy of method `y` against `x`, a point a target and seeds: axes a data set and selection that has both."""
     both = found.chosen[found.chosen["algorithm"].isin([x, y])]
-    shared = both.groupby(PAIR)["algorithm"].transform("nunique") == 2
+    shared = both.groupby([*PAIR, "selection"])["algorithm"].transform("nunique") == 2
     panels = [
         (f"{dataset}, {selection}: {y} against {x}", partial(plots.paired, rows, x=x, y=y))
         for (dataset, selection), rows in both[shared].groupby(["dataset", "selection"], sort=False)

@@ -38,6 +38,7 @@ from analysis.drawing import (
     write_values,
 )
 from analysis.labels import natural
+from analysis.statistics import PAIR
 from gsdg.errors import UserError, listing
 
 SELECTED = [("s", 40), ("o", 40), ("D", 14), ("^", 34), ("v", 34), ("x", 14)]  # hollow: several may pick one point
@@ -49,7 +50,6 @@ STATISTICS = {  # column of the diagnostics: label, factor
 }
 GRANULARITIES = ["model", "module", "tensor", "chunk", "filter", "element"]  # coarse to fine
 CHUNKS = 10  # n_parts of conf/algorithm/partition/chunk.yaml
-PAIR = ["dataset", "target", "trial_seed", "seed"]
 NO_CHOSEN = "no finished runs to choose from"
 NO_DIAGNOSTICS = "no diagnostics: run with algorithm.diagnostics=true"
 

@@ -21,7 +21,7 @@ CHOSEN = [*DRAW, "run_id", "step", "accuracy", "validation"]
 
 def training_domain(records: pd.DataFrame) -> pd.DataFrame:
     """The first step with the highest mean `out` accuracy of the sources. Steps that lack a source do not count."""
-    return best_draw(every_draw(records, "training_domain"))
+    return choose(every_draw(records, "training_domain"), "training_domain")
 
 
 def leave_one_domain_out(records: pd.DataFrame) -> pd.DataFrame:
@@ -29,22 +29,22 @@ def leave_one_domain_out(records: pd.DataFrame) -> pd.DataFrame:
 
     Needs, beside the run with the one target, the runs with it and each source as targets, at the same draw and step.
     """
-    return best_draw(every_draw(records, "leave_one_domain_out"))
+    return choose(every_draw(records, "leave_one_domain_out"), "leave_one_domain_out")
 
 
 def oracle(records: pd.DataFrame) -> pd.DataFrame:
     """DomainBed's: the last step. validation is the target's `out`, which is seen only once a draw."""
-    return best_draw(every_draw(records, "oracle"))
+    return choose(every_draw(records, "oracle"), "oracle")
 
 
 def oracle_best(records: pd.DataFrame) -> pd.DataFrame:
     """The SWAD fork's: the first step with the highest `out` accuracy of the target."""
-    return best_draw(every_draw(records, "oracle_best"))
+    return choose(every_draw(records, "oracle_best"), "oracle_best")
 
 
 def last(records: pd.DataFrame) -> pd.DataFrame:
     """The last step of the lowest draw (0: the defaults). validation is NaN: nothing was looked at."""
-    return every_draw(records, "last").drop_duplicates(REPETITION).reset_index(drop=True)
+    return choose(every_draw(records, "last"), "last")
 
 
 def every_draw(records: pd.DataFrame, selection: str) -> pd.DataFrame:
@@ -55,9 +55,13 @@ def every_draw(records: pd.DataFrame, selection: str) -> pd.DataFrame:
     return joined[CHOSEN].sort_values(CHOSEN[:7]).reset_index(drop=True)
 
 
-def best_draw(draws: pd.DataFrame) -> pd.DataFrame:
-    """Of each repetition's draws the one with the best validation accuracy; of equal ones the last, as in DomainBed."""
-    ordered = draws.sort_values("hparams_seed", kind="stable").sort_values("validation", kind="stable")
+def choose(draws: pd.DataFrame, selection: str) -> pd.DataFrame:
+    """Of each repetition's draws the one with the best validation accuracy; of equal ones the last, as in DomainBed.
+
+    `last` looks at nothing: the lowest draw.
+    """
+    ordered = draws.sort_values("hparams_seed", kind="stable")
+    ordered = ordered[::-1] if selection == "last" else ordered.sort_values("validation", kind="stable")
     return ordered.drop_duplicates(REPETITION, keep="last").sort_values(CHOSEN[:7]).reset_index(drop=True)
 
 

@@ -16,6 +16,7 @@ from gsdg.errors import UserError
 
 ROW = ["dataset", "algorithm"]
 CELL = [*ROW, "target"]
+PAIR = ["dataset", "target", "trial_seed", "seed"]  # what two methods' runs share that are compared
 CELLS = ["dataset", "algorithm", "selection", "target", "mean", "se", "n"]
 MISSING = [*CELL, "trial_seed", "hparams_seed", "run_id", "reason"]
 DIFFERENCES = [*CELL, "baseline", "difference", "low", "high", "better", "n"]
@@ -84,9 +85,8 @@ def paired_differences(chosen: pd.DataFrame, baseline: str, *, seed: int = 0) ->
     names = list(dict.fromkeys(chosen["algorithm"]))
     if baseline not in names:
         raise UserError("\n  ".join([f"no method is called {baseline!r}. Those that have results:", *names]))
-    pair = ["dataset", "target", "trial_seed", "seed"]
-    base = chosen.loc[chosen["algorithm"] == baseline, [*pair, "accuracy"]]
-    pairs = chosen[chosen["algorithm"] != baseline].merge(base, on=pair, suffixes=("", "_base"))
+    base = chosen.loc[chosen["algorithm"] == baseline, [*PAIR, "accuracy"]]
+    pairs = chosen[chosen["algorithm"] != baseline].merge(base, on=PAIR, suffixes=("", "_base"))
     pairs["difference"] = 100 * (pairs["accuracy"] - pairs["accuracy_base"])
     found = []
     for (dataset, algorithm), rows in pairs.groupby(ROW, sort=False):

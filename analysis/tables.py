@@ -11,7 +11,7 @@ import pandas as pd
 
 from analysis.formats import Entry, Sheet, text
 from analysis.frames import Runs, read_runs
-from analysis.selection import EXPLAINED, METHODS, every_draw
+from analysis.selection import EXPLAINED, METHODS, choose, every_draw
 from analysis.statistics import (
     AVERAGE,
     CELLS,
@@ -67,7 +67,8 @@ def summary(runs: Runs, selections: Sequence[str], *, error: str = "population",
     expected, records = grid(runs.status), runs.finished(unfinished=unfinished)
     parts: dict[str, list[pd.DataFrame]] = defaultdict(list)
     for selection in selections:
-        draws, chosen = every_draw(records, selection), METHODS[selection](records)
+        draws = every_draw(records, selection)
+        chosen = choose(draws, selection)
         missing = missing_cells(draws, runs.status, expected, selection)
         parts["cells"].append(table_cells(chosen, expected, selection, error))
         for name, frame in {"chosen": chosen, "missing": missing, "draws": draw_counts(draws)}.items():

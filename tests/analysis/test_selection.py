@@ -14,7 +14,7 @@ from analysis.selection import (
     EXPLAINED,
     METHODS,
     PICKED,
-    best_draw,
+    choose,
     every_draw,
     last,
     leave_one_domain_out,
@@ -138,7 +138,7 @@ def test_of_equal_draws_the_one_with_the_highest_number_is_reported(name, order)
 
 def test_the_draws_may_come_in_any_order():
     draws = every_draw(pd.concat([frame(CURVE, run_id=f"run{draw}", draw=draw) for draw in (0, 2, 10)]), "oracle")
-    assert best_draw(draws.iloc[::-1])["hparams_seed"].tolist() == [10]
+    assert choose(draws.iloc[::-1], "oracle")["hparams_seed"].tolist() == [10]
 
 
 def test_each_trial_chooses_its_own_draw():
