@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from analysis.formats import FORMATS, text
 from analysis.frames import Runs, read_config, read_runs
 from analysis.selection import METHODS
-from analysis.statistics import DIFFERENCES, ERRORS, paired_differences
+from analysis.statistics import ERRORS, paired_differences
 from analysis.tables import (
     Summary,
     account,
@@ -112,14 +112,8 @@ def _read(options: argparse.Namespace) -> tuple[Runs, Summary]:
 
 def _print_csv(found: Summary, baseline: str | None) -> None:
     """The numbers on stdout; what is missing on stderr, where it does not break a reader."""
-    if baseline:
-        frames = [
-            paired_differences(chosen, baseline).assign(selection=selection)
-            for selection, chosen in found.chosen.groupby("selection", sort=False)
-        ]
-        for number, frame in enumerate(frames):
-            columns = ["selection", *DIFFERENCES]
-            print(frame[columns].to_csv(index=False, header=not number, float_format="%.6f"), end="")
+    if baseline and len(found.chosen):
+        print(paired_differences(found.chosen, baseline).to_csv(index=False, float_format="%.6f"), end="")
     else:
         print(csv(found.cells), end="")
     for (dataset, selection), gaps in found.missing.groupby(["dataset", "selection"], sort=False):

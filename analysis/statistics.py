@@ -80,22 +80,24 @@ def paired_differences(chosen: pd.DataFrame, baseline: str, *, seed: int = 0) ->
     """Accuracy minus the baseline's on the same (target, trial seed, seed): a row (DIFFERENCES) a cell and an average.
 
     difference in percentage points, [low, high] the bootstrap's 95% percentile interval over the n pairs (none for one
-    pair), better the number of pairs above 0. UserError if no method is called `baseline`.
+    pair), better the number of pairs above 0. A column `selection` keeps selections apart, and stands first then.
+    UserError if no method is called `baseline`; no rows where it has no results.
     """
+    by = [column for column in chosen if column == "selection"]
     names = list(dict.fromkeys(chosen["algorithm"]))
     if baseline not in names:
         raise UserError("\n  ".join([f"no method is called {baseline!r}. Those that have results:", *names]))
-    base = chosen.loc[chosen["algorithm"] == baseline, [*PAIR, "accuracy"]]
-    pairs = chosen[chosen["algorithm"] != baseline].merge(base, on=PAIR, suffixes=("", "_base"))
+    base = chosen.loc[chosen["algorithm"] == baseline, [*by, *PAIR, "accuracy"]]
+    pairs = chosen[chosen["algorithm"] != baseline].merge(base, on=[*by, *PAIR], suffixes=("", "_base"))
     pairs["difference"] = 100 * (pairs["accuracy"] - pairs["accuracy_base"])
     found = []
-    for (dataset, algorithm), rows in pairs.groupby(ROW, sort=False):
+    for key, rows in pairs.groupby([*by, *ROW], sort=False):
         for target, some in [*rows.groupby("target", sort=False), (AVERAGE, rows)]:
             values = some["difference"].to_numpy()
             low, high = bootstrap_interval(values, seed)
             better = int((values > 0).sum())
-            found.append([dataset, algorithm, target, baseline, values.mean(), low, high, better, len(values)])
-    return pd.DataFrame(found, columns=DIFFERENCES)
+            found.append([*key, target, baseline, values.mean(), low, high, better, len(values)])
+    return pd.DataFrame(found, columns=[*by, *DIFFERENCES])
 
 
 def bootstrap_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:

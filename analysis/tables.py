@@ -92,17 +92,19 @@ def sheets(found: Summary, published: pd.DataFrame | None = None) -> list[Sheet]
 
 def comparison(found: Summary, baseline: str | None = None) -> list[Sheet]:
     """Every method against `baseline`, or the first: paired differences, a table a data set and selection."""
+    if found.chosen.empty:
+        return []
+    differences = paired_differences(found.chosen, baseline or found.chosen["algorithm"].iloc[0])
+    below = ["percentage points, same target and seeds; [95% bootstrap interval over the pairs]; better in k/n"]
     made = []
-    for selection, chosen in found.chosen.groupby("selection", sort=False):
-        baseline = chosen["algorithm"].iloc[0] if baseline is None else baseline
-        for dataset, rows in paired_differences(chosen, baseline).groupby("dataset", sort=False):
-            targets = [*_in_order(found.cells[found.cells["dataset"] == dataset]["target"]), AVERAGE]
-            table = [
-                [Entry(name), *(Entry(_difference(some, target)) for target in targets)]
-                for name, some in rows.groupby("algorithm", sort=False)
-            ]
-            below = ["percentage points, same target and seeds; [95% bootstrap interval over the pairs]; better in k/n"]
-            made.append(Sheet(f"{dataset}, {selection}: against {baseline}", ["algorithm", *targets], table, below))
+    for (selection, dataset), rows in differences.groupby(["selection", "dataset"], sort=False):
+        targets = [*_in_order(found.cells[found.cells["dataset"] == dataset]["target"]), AVERAGE]
+        table = [
+            [Entry(name), *(Entry(_difference(some, target)) for target in targets)]
+            for name, some in rows.groupby("algorithm", sort=False)
+        ]
+        title = f"{dataset}, {selection}: against {rows['baseline'].iloc[0]}"
+        made.append(Sheet(title, ["algorithm", *targets], table, below))
     return made
 
 
@@ -147,8 +149,8 @@ def read_published() -> pd.DataFrame:
 
 
 def csv(cells: pd.DataFrame) -> str:
-    """Columns CELLS, percent; se is empty for a single run; a cell without a run has no line."""
-    return cells.loc[cells["n"] > 0, CELLS].to_csv(index=False, lineterminator="\n", float_format="%.6f")
+    """Columns CELLS, percent; se is empty for a single run; a cell without a run, or its row's average, has no line."""
+    return cells.loc[cells["mean"].notna(), CELLS].to_csv(index=False, lineterminator="\n", float_format="%.6f")
 
 
 def missing_lines(missing: pd.DataFrame) -> list[str]:

@@ -236,6 +236,17 @@ def test_runs_of_other_seeds_are_no_pair(other):
     assert found.loc["a", ["difference", "n"]].tolist() == [pytest.approx(10), 1]
 
 
+def test_selections_are_kept_apart_and_one_without_the_baseline_has_no_rows():
+    both = chosen(("erm", "a", 0, 0.5), ("x", "a", 0, 0.6)).assign(selection="last")
+    without = chosen(("x", "a", 0, 0.9), ("y", "a", 0, 0.8)).assign(selection="oracle")
+    found = paired_differences(pd.concat([both, without]), "erm")
+    columns = ["selection", "algorithm", "target", "difference"]
+    assert found[columns].values.tolist() == [
+        ["last", "x", "a", pytest.approx(10)],
+        ["last", "x", "average", pytest.approx(10)],
+    ]
+
+
 def test_a_baseline_that_has_no_results_lists_those_that_have():
     with pytest.raises(UserError, match="'ermm'.*\n  erm\n  x"):
         paired_differences(chosen(("erm", "a", 0, 0.5), ("x", "a", 0, 0.5)), "ermm")

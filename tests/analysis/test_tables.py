@@ -249,6 +249,13 @@ def test_differences_to_a_baseline_are_a_table_of_their_own(tmp_path, capsys):
     assert table.set_index("target")["difference"].to_dict() == pytest.approx({"photo": 2, "art": -4, "average": -1})
 
 
+def test_an_average_without_a_complete_seed_is_in_the_csv_too(tmp_path, capsys):
+    write_run(tmp_path, "photo", 0, 0.8)
+    write_run(tmp_path, "art", 1, 0.6)
+    table = pd.read_csv(io.StringIO(printed(capsys, tmp_path, "--format", "csv"))).set_index("target")
+    assert table.loc["average", ["mean", "n"]].tolist() == [70.0, 0]
+
+
 def test_an_unknown_baseline_is_the_users_mistake(tmp_path, capsys):
     write_two_methods(tmp_path)
     assert main([str(tmp_path), "--baseline", "ermm"]) == 2
