@@ -23,10 +23,10 @@ from analysis import drawing, plots
 from analysis.drawing import Axes, Figure
 from analysis.frames import Runs, diagnostics
 from analysis.labels import label
-from analysis.ours import NO_METHOD
 from analysis.run import Run
 from analysis.statistics import AVERAGE, PAIR
 from analysis.tables import Summary
+from gsdg.errors import plural
 
 MOST = 12  # methods in one place: more are not told apart
 LEVEL = "chunk"  # at which all methods are compared, whatever their own granularity
@@ -255,7 +255,7 @@ def _counted(runs: Runs, what: str, run_ids: pd.Series) -> str:
     states = runs.status.loc[runs.status["run_id"].isin(names), "state"]
     unfinished = int((states != "done").sum())
     said = f", {unfinished} of them not done" if unfinished else ""
-    return f"{what}: {len(names)} run{'s' * (len(names) != 1)}{said}"
+    return f"{what}: {plural(len(names), 'run')}{said}"
 
 
 def _with_settings(runs: Runs, found: Summary) -> pd.DataFrame:
@@ -278,20 +278,15 @@ def _groups(runs: Runs, rows: pd.DataFrame, swept: Sequence[str]) -> Iterator[tu
     Otherwise a cell would mix two learning rates, and the next one would not.
     """
     for (dataset, selection), some in rows.groupby(["dataset", "selection"], sort=False):
-        methods = {run_id: _without(runs.configs[run_id], swept) for run_id in some["run_id"]}
+        methods = {run_id: _without(runs.methods[run_id], swept) for run_id in some["run_id"]}
         names = some["run_id"].map(_labelled({run_id: ("", method) for run_id, method in methods.items()}))
         for name, group in some.groupby(names, sort=False):
             yield f"{dataset}, {selection}{name}", group
 
 
-def _without(config: dict[str, str], swept: Sequence[str]) -> dict[str, str]:
-    """What two runs of one method share, without `swept` (keys, and all below them) and what a search has drawn."""
-    drawn = {value.strip('"') for key, value in config.items() if key.startswith("search.") and key.endswith(".key")}
-    return {
-        key: value
-        for key, value in config.items()
-        if key not in NO_METHOD and key not in drawn and not any(f"{key}.".startswith(f"{some}.") for some in swept)
-    }
+def _without(method: dict[str, str], swept: Sequence[str]) -> dict[str, str]:
+    """The method but for `swept`: keys, and all below them."""
+    return {key: value for key, value in method.items() if not any(f"{key}.".startswith(f"{some}.") for some in swept)}
 
 
 def _told_apart(runs: Runs, rows: pd.DataFrame, node: str) -> pd.Series:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -34,6 +34,13 @@ class Sheet:
     def _repr_html_(self) -> str:
         """In a notebook."""
         return as_html(self)
+
+
+def few(names: Iterable[object], most: int) -> str:
+    """`a, b and 7 more`."""
+    shown = [str(name) for name in names]
+    more = f" and {len(shown) - most} more" if len(shown) > most else ""
+    return ", ".join(shown[:most]) + more
 
 
 def text(sheet: Sheet, *, terminal: bool = False) -> str:

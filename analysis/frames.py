@@ -41,7 +41,7 @@ class Runs:
     config does not name them; drawn is what a hyper-parameter search has drawn, as text.
     `records`: a row per run, step, domain and part (columns RECORDS); accuracy is a fraction.
     `problems`: (folder, what was left out and why).
-    `configs`: run_id -> {dotted key: value as JSON}.
+    `configs`: run_id -> {dotted key: value as JSON}; `methods`: that part of it which the runs of one method share.
     A run with several targets has them joined by "+" in `target`; names may hold a "+": ask `targets`.
     """
 
@@ -49,6 +49,7 @@ class Runs:
     status: pd.DataFrame
     problems: tuple[tuple[str, str], ...]
     configs: dict[str, dict[str, str]] = field(default_factory=dict, repr=False)
+    methods: dict[str, dict[str, str]] = field(default_factory=dict, repr=False)
 
     def finished(self, *, unfinished: bool = False) -> pd.DataFrame:
         """The records of the runs that are done: what selection looks at. `unfinished`: of the others too."""
@@ -80,7 +81,8 @@ def read_runs(
     problems += [(run.facts["run_id"], what) for run in runs for what in run.problems]
     status = pd.DataFrame([run.facts for run in runs], columns=STATUS)
     configs = {run.facts["run_id"]: run.config for run in runs}
-    return Runs(_records(status, runs, places), status, tuple(problems), configs)
+    methods = {run.facts["run_id"]: run.method for run in runs}
+    return Runs(_records(status, runs, places), status, tuple(problems), configs, methods)
 
 
 def read_config(folder: str | Path) -> dict[str, str]:

@@ -35,16 +35,6 @@ def words_table(header: Sequence[str], rows: Iterable[Sequence[object]], kind: s
     return f'<div class="tall">{table}</div>'
 
 
-def few(names: Iterable[object], most: int = NAMED) -> str:
-    shown = [str(name) for name in names]
-    more = f" and {len(shown) - most} more" if len(shown) > most else ""
-    return ", ".join(shown[:most]) + more
-
-
-def counted(n: int, thing: str) -> str:
-    return f"{n} {thing}{'s' * (n != 1)}"
-
-
 def text_of(value: object) -> str:
     return "-" if value is None or value == "" else str(value)
 

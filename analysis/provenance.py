@@ -12,9 +12,10 @@ import pandas as pd
 
 from analysis.frames import Runs
 from analysis.ours import NO_METHOD
-from analysis.page import NAMED, anchor, counted, details, note, text_of, words_table
+from analysis.page import NAMED, anchor, details, note, text_of, words_table
 from analysis.run import read_json_lines
 from analysis.tables import Summary
+from gsdg.errors import plural
 
 NOT_DONE = ["failed", "dead", "stopped", "unknown", "unfinished", "running"]  # the worst first
 VERSIONS = 4  # of the code, in the head: every run's is in the table of runs
@@ -25,7 +26,7 @@ def provenance(runs: Runs, found: Summary, environments: dict[str, list[dict]]) 
     parts = {
         "Runs that are not done": _not_done(runs.status),
         "Methods": "".join(_methods(runs, found, dataset) for dataset in runs.status["dataset"].unique()),
-        "Runs": details(f"All {counted(len(runs.status), 'run')}", _run_table(runs.status, environments), opened=False),
+        "Runs": details(f"All {plural(len(runs.status), 'run')}", _run_table(runs.status, environments), opened=False),
     }
     return "".join(f'<h3 id="{anchor(title)}">{title}</h3>{text}' for title, text in parts.items())
 
@@ -41,10 +42,10 @@ def versions(environments: dict[str, list[dict]]) -> str:
     """Every version of the code that recorded one of the runs, and of how many."""
     last = [starts[-1] for starts in environments.values() if starts]
     counts = Counter(f"{_commit(start)} {_tree(start)}, fingerprint {text_of(start.get('code'))}" for start in last)
-    said = [f"commit {version} ({counted(n, 'run')})" for version, n in counts.most_common(VERSIONS)]
+    said = [f"commit {version} ({plural(n, 'run')})" for version, n in counts.most_common(VERSIONS)]
     said += [f"{len(counts) - VERSIONS} more"] * (len(counts) > VERSIONS)
     silent = sum(not starts for starts in environments.values())
-    said += [f"not noted ({counted(silent, 'run')})"] * bool(silent)
+    said += [f"not noted ({plural(silent, 'run')})"] * bool(silent)
     several = f"{len(counts)} versions, and their results in one table: " if len(counts) > 1 else ""
     return several + "; ".join(said)
 

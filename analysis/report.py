@@ -23,14 +23,14 @@ from analysis.figures import (
     granularity,
     pairs,
 )
-from analysis.formats import Sheet
+from analysis.formats import Sheet, few
 from analysis.frames import Runs, diagnostics
-from analysis.page import NAMED, anchor, counted, details, few, note, panels_html, sheets_html
+from analysis.page import NAMED, anchor, details, note, panels_html, sheets_html
 from analysis.provenance import badness, in_order, provenance, read_environment, versions
 from analysis.selection import EXPLAINED
 from analysis.statistics import AVERAGE
 from analysis.tables import Summary, account, chosen_runs, comparison, ranking, sheets
-from gsdg.errors import UserError
+from gsdg.errors import UserError, plural
 
 STYLE = Path(__file__).with_name("report.css")
 
@@ -90,14 +90,14 @@ def facts(runs: Runs, found: Summary, environments: dict[str, list[dict]], comma
     sources = Counter(status["source"])
     said = {
         "Runs": _states(status),
-        "Read from": few(f"{folder} ({n})" for folder, n in folders.items()) or "nothing",
+        "Read from": few([f"{folder} ({n})" for folder, n in folders.items()], NAMED) or "nothing",
         "Recorded by": ", ".join(f"{source} ({n})" for source, n in sources.items()) or "nobody",
-        "Data sets": few(status["dataset"].unique()) or "none",
+        "Data sets": few(status["dataset"].unique(), NAMED) or "none",
         "Methods": _counted_methods(in_order(runs, found)),
-        "Trial seeds": few(sorted(status["trial_seed"].unique())) or "none",
+        "Trial seeds": few(sorted(status["trial_seed"].unique()), NAMED) or "none",
         "Selection": "; ".join(f"{name}: {EXPLAINED[name]}" for name in found.cells["selection"].unique()) or "none",
         "Code": versions(environments),
-        "Left out": f"{counted(len(runs.problems), 'note')} on what could not be read" if runs.problems else "nothing",
+        "Left out": f"{plural(len(runs.problems), 'note')} on what could not be read" if runs.problems else "nothing",
         "Made": f"{time.strftime('%Y-%m-%d %H:%M:%S %Z')} on {socket.gethostname()}, "
         f"Python {platform.python_version()}, pandas {pd.__version__}",
     }
@@ -138,7 +138,7 @@ def every_curve(runs: Runs, found: Summary) -> str:
         made += [_curves(runs, found, dataset, name, opened=name == shown[0]) for name in shown]
         made.append(_not_drawn(runs, found, dataset, shown, left_out) if left_out else "")
     several = int((runs.status["n_targets"] > 1).sum())
-    made.append(note(f"Not drawn: {counted(several, 'run')} with several targets.") if several else "")
+    made.append(note(f"Not drawn: {plural(several, 'run')} with several targets.") if several else "")
     return "".join(made) or note("No curves: no run has one target.")
 
 
@@ -174,8 +174,8 @@ def _told(path: Path) -> Iterator[None]:
 
 
 def _title(runs: Runs) -> str:
-    on = f" on {few(runs.status['dataset'].unique())}" if len(runs.status) else ""
-    return counted(len(runs.status), "run") + on
+    on = f" on {few(runs.status['dataset'].unique(), NAMED)}" if len(runs.status) else ""
+    return plural(len(runs.status), "run") + on
 
 
 def _states(status: pd.DataFrame) -> str:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.formats import Entry, Sheet, text
+from analysis.formats import Entry, Sheet, few, text
 from analysis.frames import Runs, read_runs
 from analysis.selection import EXPLAINED, METHODS, choose, every_draw
 from analysis.statistics import (
@@ -23,7 +23,7 @@ from analysis.statistics import (
     paired_differences,
     table_cells,
 )
-from gsdg.errors import UserError, listing
+from gsdg.errors import UserError, listing, plural
 
 NAMED = 4  # run ids named in one line; of more, only the number is given
 PUBLISHED = Path(__file__).with_name("published.csv")
@@ -167,7 +167,7 @@ def account(runs: Runs, selections: Sequence[str] = ()) -> str:
     if status.empty:
         said = "no runs here yet: a run is a folder with a config.json or a results.jsonl"
     else:
-        said = f"read: {len(status)} run{'s' * (len(status) != 1)}: {_counted(status['state'], ' | ')}"
+        said = f"read: {plural(len(status), 'run')}: {_counted(status['state'], ' | ')}"
     of = f"; {_counted(status['source'].map(SOURCES.get), ', ')}" if set(status["source"]) - {"gsdg"} else ""
     return "\n".join(filter(None, [said + of, notes(runs, selections)]))
 
@@ -296,7 +296,4 @@ def _where(rows: pd.DataFrame) -> list[str]:
 
 def _runs_named(run_ids: Iterable[str]) -> str:
     names = [name for name in run_ids if name]
-    if not names:
-        return ""
-    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return f" ({', '.join(names[:NAMED])}{more})"
+    return f" ({few(names, NAMED)})" if names else ""

@@ -18,6 +18,11 @@ def listing(names: Iterable[object]) -> str:
     return ", ".join(str(name) for name in names) or "(none)"
 
 
+def plural(count: int, noun: str) -> str:
+    """`1 run`, `2 runs`."""
+    return f"{count} {noun}{'s' if count != 1 else ''}"
+
+
 def check_literal(name: str, value: object, literal: object) -> None:
     """UserError unless `value` is one of a Literal's."""
     if value not in get_args(literal):

@@ -50,9 +50,9 @@ class LocalSweep(LocalLauncher):
     composes = True
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        from gsdg.errors import UserError
+        from gsdg.errors import UserError, plural
         from gsdg.sweep.callback import note_run
-        from gsdg.sweep.states import plural, statuses
+        from gsdg.sweep.states import statuses
 
         folder, runs_dir = Path(self.config.hydra.sweep.dir), Path(self.config.runs_dir)
         runs, jobs = _submit(self, job_overrides)

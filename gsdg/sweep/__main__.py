@@ -11,11 +11,11 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-from gsdg.errors import UserError, explain, listing
+from gsdg.errors import UserError, explain, listing, plural
 from gsdg.sweep import slurm
 from gsdg.sweep.folder import Frozen, SweepFolder, find, matching, owners
 from gsdg.sweep.history import SILENT, History, Submitted
-from gsdg.sweep.states import TO_COME, TO_SUBMIT, Standing, plural, stand, stand_in, states_in
+from gsdg.sweep.states import TO_COME, TO_SUBMIT, Standing, stand, stand_in, states_in
 
 EXIT = "Exit status: 0 every run is done; 3 some run or wait; 1 none runs or waits, and some are not done."
 

@@ -141,8 +141,3 @@ def span(seconds: float) -> str:
             digits = 1 if name == "h" else 0
             return f"{seconds / unit:.{digits}f} {name}"
     return f"{seconds / 86400:.1f} days"
-
-
-def plural(count: int, noun: str) -> str:
-    """`1 run`, `2 runs`."""
-    return f"{count} {noun}{'s' if count != 1 else ''}"

@@ -18,12 +18,12 @@ from dataclasses import replace
 from pathlib import Path
 
 from gsdg.environment import code_state, visible_gpus
-from gsdg.errors import UserError, listing
+from gsdg.errors import UserError, listing, plural
 from gsdg.sweep import code, slurm
 from gsdg.sweep.folder import Frozen, SweepFolder, owners, writable
 from gsdg.sweep.job import Pack
 from gsdg.sweep.prepare import missing
-from gsdg.sweep.states import TO_SUBMIT, plural, stand
+from gsdg.sweep.states import TO_SUBMIT, stand
 from gsdg.sweep.table import counts
 from gsdg.sweep.task import Task, script
 

@@ -10,10 +10,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from gsdg.errors import plural
 from gsdg.sweep.estimate import Estimate, estimate
 from gsdg.sweep.folder import SweepFolder
 from gsdg.sweep.history import SILENT
-from gsdg.sweep.states import STATES, TO_COME, TO_SUBMIT, Standing, plural, span
+from gsdg.sweep.states import STATES, TO_COME, TO_SUBMIT, Standing, span
 
 WRONG = ("failed", "lost", "stopped")  # states with a reason that the user should read
 RETRY = "python -m gsdg.sweep retry"
