@@ -78,11 +78,14 @@ def by_pillow(root: Path) -> str:
 
 
 class Opener:
-    """A process that opens a cache, then tells what it saw there and what it logged."""
+    """A process that opens a cache, then tells what it saw there and what it logged.
 
-    def __init__(self, root: Path, where: Path, gate=None) -> None:
+    gate: a Barrier to begin behind. waited: an Event, set by one that waits for a builder; a builder waits for it.
+    """
+
+    def __init__(self, root: Path, where: Path, gate=None, waited=None) -> None:
         self.answer, theirs = FORK.Pipe(duplex=False)
-        self.process = FORK.Process(target=_open, args=(root, where, gate, theirs))
+        self.process = FORK.Process(target=_open, args=(root, where, gate, waited, theirs))
         self.process.start()
         theirs.close()
 
@@ -108,14 +111,26 @@ class Opener:
         self.process.join(20)
 
 
-def _open(root: Path, where: Path, gate, answer) -> None:
+def _open(root: Path, where: Path, gate, waited, answer) -> None:
     lines = []
+
+    def note(record: logging.LogRecord) -> None:
+        lines.append(record.getMessage())
+        if waited and said(lines, "waiting for process"):
+            waited.set()
+
+    def read(domain):
+        lines.append("reading")
+        if waited:
+            waited.wait(60)
+        return read_all(domain)
+
     handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())
+    handler.emit = note
     logging.getLogger("gsdg").addHandler(handler)
     logging.getLogger("gsdg").setLevel(logging.INFO)
     read_all = cache.inspected
-    cache.inspected = lambda domain: (lines.append("reading"), read_all(domain))[1]  # in this process only
+    cache.inspected = read  # in this process only
     if gate:
         gate.wait()
     answer.send((digest(opened(root, where)), lines))
@@ -142,7 +157,8 @@ def said(lines: list[str], start: str) -> int:
 
 def test_of_many_that_start_at_once_one_builds_and_all_see_the_same(tmp_path):
     root, where, gate = tree(tmp_path / "toy", each=40, size=(400, 300)), tmp_path / "cache", FORK.Barrier(6)
-    openers = [Opener(root, where, gate) for _ in range(6)]
+    waited = FORK.Event()  # however the six are scheduled, the builder is not done before another has met it
+    openers = [Opener(root, where, gate, waited) for _ in range(6)]
     results = [opener.result() for opener in openers]
     assert {seen for seen, _ in results} == {by_pillow(root)}
     assert Counter(said(lines, "decoding") for _, lines in results) == {0: 5, 1: 1}
