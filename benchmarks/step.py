@@ -95,7 +95,7 @@ def random_batches(n_domains: int, device: str, layout: torch.memory_format = to
 def step_of(algorithm: Algorithm, batches: list[Batch], device: str, layout: torch.memory_format) -> Callable[[], None]:
     """One training step of this algorithm on its own copy of the network."""
     model = network().to(device=device, memory_format=layout)
-    algorithm.setup(model)
+    algorithm.setup(model, [batch.domain for batch in batches])
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-5)
 
     def step() -> None:

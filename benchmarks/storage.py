@@ -37,7 +37,7 @@ CONTENDERS = {
 
 def train(model: nn.Module, batches: list[Batch], steps: int) -> None:
     algorithm, optimizer = ERM(), torch.optim.Adam(model.parameters(), lr=3e-4)
-    algorithm.setup(model)
+    algorithm.setup(model, [batch.domain for batch in batches])
     for _ in range(steps):
         optimizer.zero_grad()
         algorithm.backward(batches)

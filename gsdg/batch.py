@@ -1,7 +1,8 @@
-"""The two small things that data, models and algorithms agree on: what a minibatch is, and what a model is fed."""
+"""The small things that data, models and algorithms agree on: what a minibatch is, and what a model is fed."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,3 +34,26 @@ class Batch(NamedTuple):
     def to(self, device: torch.device) -> Batch:
         images = self.images.to(device, non_blocking=True)
         return Batch(images, self.labels.to(device, non_blocking=True), self.domain)
+
+
+class Joint(NamedTuple):
+    """The minibatches of D domains as one, in domain order, as DomainBed's networks get them; N images in all."""
+
+    images: Tensor  # [N, C, H, W]
+    labels: Tensor  # [N]
+    sizes: tuple[int, ...]  # images of each domain
+
+    def split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """rows [N, ...] -> each domain's own."""
+        return rows.split(self.sizes)
+
+    @property
+    def domains(self) -> Tensor:
+        """[N] int64: which of the D domains an image is of, for losses that classify or compare domains."""
+        device = self.labels.device
+        return torch.cat([torch.full((size,), d, device=device) for d, size in enumerate(self.sizes)])
+
+
+def join(batches: Sequence[Batch]) -> Joint:
+    images, labels = torch.cat([batch.images for batch in batches]), torch.cat([batch.labels for batch in batches])
+    return Joint(images, labels, tuple(len(batch.labels) for batch in batches))

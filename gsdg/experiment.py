@@ -30,7 +30,7 @@ from gsdg.evaluate import Evaluator
 from gsdg.outcome import logged_to, outcome_recorded
 from gsdg.runs import RunFolder, run_id
 from gsdg.schema import build, check
-from gsdg.search import apply, told
+from gsdg.search import apply, told, with_own
 from gsdg.seeding import seed_everything, seed_hash
 from gsdg.signals import Signals, Stopped, end
 from gsdg.trainer import Trainer
@@ -167,7 +167,8 @@ def resolved(raw: DictConfig | dict) -> dict:
         config = copy.deepcopy(raw)
     for key in ("experiment", "resubmit"):
         config.pop(key, None)
-    config["algorithm"].pop("n_parts", None)  # partition.n_parts took its value, or was given another
+    for key in ("n_parts", "ranges"):  # the partition's took its value, or was given another; a search took them
+        config["algorithm"].pop(key, None)
     if "search" in config:
         apply(config["search"], config)  # changes a composed config no more, but refuses keys that are gone by now
     return config
@@ -179,7 +180,10 @@ def searched(raw: DictConfig) -> DictConfig:
         return raw
     config, search = copy.deepcopy(raw), raw.search
     if OmegaConf.is_config(search):
-        search = config.search = OmegaConf.to_container(search, resolve=True, throw_on_missing=True)
+        search = OmegaConf.to_container(search, resolve=True, throw_on_missing=True)
+        own = OmegaConf.to_container(config.algorithm.get("ranges", OmegaConf.create()), resolve=True)
+        search["ranges"] = with_own(search["ranges"], own)
+        config.search = search
     apply(search, config)
     return config
 
@@ -190,10 +194,10 @@ def train(plan: Plan, folder: RunFolder, device: torch.device, signals: Signals)
     seed_everything(plan.seed, deterministic=plan.config["deterministic"])
     dataset = plan.source.read()
     model = build(plan.config["model"], classes=len(dataset.classes), precision=trainer.precision)
-    algorithm.setup(model.to(device=device, memory_format=trainer.memory_format))
-    optimizer = build(plan.config["optimizer"], params=[p for p in algorithm.parameters() if p.requires_grad])
-
     sources = plan.split.sources(plan.source.domains)
+    algorithm.setup(model.to(device=device, memory_format=trainer.memory_format), sources)
+    optimizer = build(plan.config["optimizer"], params=algorithm.parameter_groups())
+
     parts = plan.split.parts(dataset)  # {domain: {"in": indices, "out": indices}}
     transform = TRANSFORMS[trainer.transform]
     augmented, plain = transform(model.spec, plan.source.augment), transform(model.spec, "none")

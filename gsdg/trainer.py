@@ -128,7 +128,7 @@ class Trainer:
             metrics["grad_norm"] = gradient_norm(parameters)
             if device.type == "cpu" or self._reports(step):  # elsewhere, reading a number makes the host wait
                 refuse_nonfinite(metrics, step, algorithm)
-            optimizer.step()
+            algorithm.step(optimizer)
             window.add(metrics)
             clock.tick(step + 1)
             folder.progress(step + 1)

@@ -32,7 +32,7 @@ def batches(domains: int) -> list[Batch]:
 
 def gradient(algorithm, data: list[Batch]) -> torch.Tensor:
     """The flat gradient [P] that the algorithm leaves."""
-    algorithm.setup(network())
+    algorithm.setup(network(), [batch.domain for batch in data])
     algorithm.backward(data)
     return torch.cat([p.grad.flatten() for p in algorithm.model.parameters()])
 
@@ -80,7 +80,7 @@ def test_the_step_of_the_log_schedule_is_part_of_the_state():
         GradSurgery(partition=Chunk(), rule=CorGrad(), alpha_schedule="log", total_steps=10) for _ in range(2)
     )
     for algorithm in (first, second):
-        algorithm.setup(network())
+        algorithm.setup(network(), [])
     for _ in range(3):
         first.backward(batches(2))
     second.load_state_dict(first.state_dict())
@@ -93,7 +93,7 @@ def test_every_algorithm_trains_with_its_defaults(compose, name):
     torch.manual_seed(0)
     algorithm = build(resolved(compose(f"algorithm={name}"))["algorithm"])
     model = nn.Sequential(nn.Flatten(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 2))
-    algorithm.setup(model)
+    algorithm.setup(model, [f"domain {d}" for d in range(3)])
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
     losses = []
     for _ in range(60):
@@ -117,7 +117,7 @@ def test_the_joint_engine_normalises_all_domains_together():
     def normalising(algorithm):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 36, 5))
-        algorithm.setup(model.double())
+        algorithm.setup(model.double(), [batch.domain for batch in data])
         algorithm.backward(data)
         return torch.cat([p.grad.flatten() for p in algorithm.model.parameters()])
 
@@ -131,7 +131,7 @@ def test_the_joint_engine_normalises_all_domains_together():
 def test_a_rules_memory_is_in_the_checkpoint():
     first, second = (GradSurgery(partition=WholeModel(), rule=GradVac(beta=0.5)) for _ in range(2))
     for algorithm in (first, second):
-        algorithm.setup(network())
+        algorithm.setup(network(), [])
     first.backward(batches(3))
     second.load_state_dict(first.state_dict())
     assert torch.equal(second.surgery.rule.state_dict()["targets"], first.surgery.rule.state_dict()["targets"])

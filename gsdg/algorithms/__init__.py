@@ -3,5 +3,6 @@
 from gsdg.algorithms.base import Algorithm
 from gsdg.algorithms.erm import ERM
 from gsdg.algorithms.grad_surgery import GradSurgery
+from gsdg.algorithms.irm import IRM
 
-__all__ = ["ERM", "Algorithm", "GradSurgery"]
+__all__ = ["ERM", "IRM", "Algorithm", "GradSurgery"]

@@ -9,20 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from gsdg.algorithms.base import Algorithm
-from gsdg.batch import Batch
+from gsdg.batch import Batch, join
 
 
 class ERM(Algorithm):
     """No hyper-parameters."""
 
+    no_surgery = "ERM with surgery is algorithm=grad_surgery, pcgrad, ...: choose that, and algorithm/rule"
+
     def backward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        images = torch.cat([batch.images for batch in batches])  # [D * B, C, H, W]
-        labels = torch.cat([batch.labels for batch in batches])  # [D * B]
-        loss = F.cross_entropy(self.model(images), labels)
+        joint = join(batches)
+        loss = F.cross_entropy(self.model(joint.images), joint.labels)
         loss.backward()
         return {"loss": loss.detach()}

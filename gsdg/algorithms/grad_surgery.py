@@ -32,6 +32,8 @@ class GradSurgery(Algorithm):
     granularity.
     """
 
+    no_surgery = "it is one already: choose algorithm/partition and algorithm/rule"
+
     def __init__(
         self,
         *,
@@ -49,8 +51,8 @@ class GradSurgery(Algorithm):
         self.outliers = NormOutliers(alpha, schedule=alpha_schedule, total_steps=total_steps)
         self.diagnostics = Diagnostics(getattr(partition, "n_parts", 10)) if diagnostics else None
 
-    def setup(self, model: nn.Module) -> None:
-        super().setup(model)
+    def setup(self, model: nn.Module, domains: Sequence[str]) -> None:
+        super().setup(model, domains)
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
         names, params = [name for name, _ in named], [p for _, p in named]
         options = {"outliers": self.outliers, "storage": self.storage, "names": names}

@@ -68,10 +68,10 @@ class Classifier(nn.Module):
         self.train()  # torch starts in training mode without a call to train(): freeze at once
 
     def featurize(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, F] float32, after dropout."""
+        """[B, C, H, W] -> [B, F], after dropout; float32 under bf16 too."""
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
             features = self.featurizer(images)
-        return self.dropout(features.float())
+        return self.dropout(features.float() if self.precision == "bf16" else features)
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, C, H, W] -> logits float32: [B, classes], or [B, F] under `head="none"` (a label indexes a feature)."""

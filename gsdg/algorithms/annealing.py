@@ -1,0 +1,45 @@
+"""A penalty that waits: its weight is `before` for the first `steps` steps, then `after`.
+
+At the step at which it changes the optimizer forgets its moments, as in DomainBed: Adam's, made of small gradients,
+would turn the jump in size into a jump of the weights.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.optim import Optimizer
+
+from gsdg.errors import UserError
+
+
+class Annealing(nn.Module):
+    """Counts the steps on the host, where nothing has to wait for the number, and saves it with the weights."""
+
+    def __init__(self, *, steps: int, before: float, after: float) -> None:
+        super().__init__()
+        if steps < 0:
+            raise UserError(f"algorithm.anneal_steps: found {steps}, expected a number of steps, 0 or more.")
+        self.steps, self.before, self.after = steps, before, after
+        self.done = 0
+
+    @property
+    def waiting(self) -> bool:
+        return self.done < self.steps
+
+    @property
+    def weight(self) -> float:
+        """Of the penalty at the step to come."""
+        return self.before if self.waiting else self.after
+
+    def step(self, optimizer: Optimizer) -> None:
+        """The optimizer's step, after it has forgotten its moments where that is due."""
+        if self.done == self.steps:
+            optimizer.state.clear()
+        optimizer.step()
+        self.done += 1
+
+    def get_extra_state(self) -> dict:
+        return {"done": self.done}
+
+    def set_extra_state(self, state: dict) -> None:
+        self.done = int(state["done"])
