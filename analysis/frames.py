@@ -92,7 +92,7 @@ def read_config(folder: str | Path) -> dict[str, str]:
     try:
         if not kind:
             raise NotARun("neither config.json nor results.jsonl in it")
-        return _read(path, kind)[0].config
+        return _read(path, kind)[-1].config
     except NotARun as reason:
         raise UserError(f"{folder} is not a run: {reason}.\nGive a run's folder, for example: runs/<run_id>") from None
 
@@ -119,6 +119,8 @@ def diagnostics(runs: Runs, levels: Sequence[str] = ("chunk",)) -> pd.DataFrame:
     """`read_diagnostics` of all runs, with the columns RUN and steps before them."""
     found = []
     for row in runs.status[runs.status["source"] == "gsdg"].to_dict("records"):
+        if Path(row["folder"]).name != Path(row["run_id"]).name:
+            continue  # averaged weights: their gradients are the run's
         frame = read_diagnostics(row["folder"], levels)
         if len(frame):
             found.append(frame.assign(**{key: row[key] for key in [*RUN, "steps"]}))
@@ -182,10 +184,11 @@ def _below(folder: Path) -> list[Path]:
 
 
 def _read(folder: Path, kind: str) -> list[Run]:
-    """The runs of one folder, the folder's name as their id; of several in one file, with the target."""
-    runs = [read_run(folder)] if kind == "ours" else read_results(folder)
+    """The runs of one folder, the folder's name as their id; of several with the target, or the averaging, after it."""
+    runs = read_run(folder) if kind == "ours" else read_results(folder)
     for run in runs:
-        run.facts["run_id"] = folder.name if len(runs) == 1 else f"{folder.name}:{run.facts['target']}"
+        if kind == "peers":
+            run.facts["run_id"] = folder.name if len(runs) == 1 else f"{folder.name}:{run.facts['target']}"
         run.facts["folder"] = str(folder)
         run.facts |= {key: printable(value) for key, value in run.facts.items() if isinstance(value, str)}
     return runs
@@ -201,9 +204,7 @@ def _without_copies(runs: list[Run], problems: list[tuple[str, str]]) -> list[Ru
         first, *others = sorted(members, key=_poorer) if len(members) > 1 else members
         for run in others:
             copies.add(id(run))
-            same = first.facts["drawn"] == run.facts["drawn"]
-            what = "same config as another run: counted once" if same else _other_draw(run, first)
-            problems.append((run.facts["run_id"], what))
+            problems.append((run.facts["run_id"], _repeats(run, first)))
     return [run for run in runs if id(run) not in copies]
 
 
@@ -212,9 +213,12 @@ def _poorer(run: Run) -> tuple[bool, bool]:
     return run.facts["state"] != "done", not (Path(run.facts["folder"]) / "diagnostics.jsonl").exists()
 
 
-def _other_draw(run: Run, first: Run) -> str:
+def _repeats(run: Run, first: Run) -> str:
     draw, values = run.facts["hparams_seed"], run.facts["drawn"]
-    return f"draw {draw} with other values ({values}) than in {first.facts['run_id']}: left out"
+    if values != first.facts["drawn"]:
+        return f"draw {draw} with other values ({values}) than in {first.facts['run_id']}: left out"
+    same = run.facts.get("averaging") == first.facts.get("averaging")
+    return f"same {'config' if same else 'training'} as another run: counted once"
 
 
 def _named(runs: list[Run], problems: list[tuple[str, str]]) -> list[Run]:

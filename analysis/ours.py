@@ -1,4 +1,4 @@
-"""A run folder of GSDG -> a `Run`. The layout is described in gsdg/runs.py."""
+"""A run folder of GSDG -> a `Run`, or two where weights were averaged. The layout is described in gsdg/runs.py."""
 
 from __future__ import annotations
 
@@ -12,11 +12,15 @@ from analysis.run import Evaluations, NotARun, Run, first_of, flat, is_fraction,
 from gsdg.runs import NOT_SCIENTIFIC, STALE_AFTER, run_id
 
 NO_METHOD = {*NOT_SCIENTIFIC, "split.target", "split.trial_seed", "seed", "search.hparams_seed"}
+AVERAGING = "trainer.averaging."  # what is set there does not change how the weights themselves are trained
 RUN_ID = re.compile(r"[0-9a-f]{12}")
 
 
-def read_run(folder: Path) -> Run:
-    """NotARun if its config.json is absent, unreadable or something else."""
+def read_run(folder: Path) -> list[Run]:
+    """The run and, with trainer/averaging, that of its averaged weights: `<id>:swad`, a method of its own, `erm+swad`.
+
+    NotARun if its config.json is absent, unreadable or something else.
+    """
     config = _read_config(folder)
     facts = _facts(config) | _status(folder / "status.json", config)
     evaluations, problems = read_records(folder / "records.jsonl")
@@ -25,8 +29,20 @@ def read_run(folder: Path) -> Run:
     whole = flat(config)
     drawn = _drawn(config)
     facts["drawn"] = said_values({name: json.loads(whole.get(key, "null")) for name, key in drawn.items()})
+    facts |= {"run_id": folder.name, "averaging": {key: whole[key] for key in whole if key.startswith(AVERAGING)}}
     method = {key: value for key, value in whole.items() if key not in NO_METHOD}
-    return Run(facts, whole, method | dict.fromkeys(drawn.values(), SEARCHED), evaluations, problems)
+    method |= dict.fromkeys(drawn.values(), SEARCHED)
+    run = Run(facts, _plain(whole), _plain(method), evaluations, problems)
+    if f"{AVERAGING}name" not in whole:
+        return [run]
+    name = json.loads(whole[f"{AVERAGING}name"])
+    facts = facts | {"run_id": f"{folder.name}:{name}", "algorithm": f"{facts['algorithm']}+{name}"}
+    return [run, Run(facts, whole, method, *read_records(folder / "averaged.jsonl"))]
+
+
+def _plain(flat: dict[str, str]) -> dict[str, str]:
+    """A config without what is about averaged weights."""
+    return {key: value for key, value in flat.items() if not key.startswith(AVERAGING)}
 
 
 def read_records(path: Path) -> tuple[Evaluations, list[str]]:

@@ -5,8 +5,8 @@
 
 Its classes are imported from the checkout (which wants timm; its Fishr backpack-for-pytorch): none of its code is here.
 CPU, float64, its MNIST_CNN, three domains of 8 images, Adam; both draw from the same random streams. A row says how far
-losses and weights are apart after the last step. Where its code is changed or avoided for the comparison, PEERS says so;
-why a method differs is in that method's file.
+losses and weights are apart after the last step. Where its code is mended for the comparison, PEERS says so; why a
+method differs is in that method's file.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ import sys
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hydra
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 REPOSITORY = Path(__file__).parents[1]
@@ -54,10 +58,185 @@ class Peer:
     loss: str | None = "loss"
 
 
+def draw_our_pairs(theirs: Any) -> None:
+    """SelfReg's permutations of a class, each a call of torch.randperm in its update, made those that ours draws."""
+    from gsdg.algorithms.selfreg import partners
+
+    update, randperm = theirs.update, torch.randperm
+
+    def patched(minibatches: list) -> dict:
+        labels = torch.cat([y for _, y in minibatches])
+        order = labels.sort()[1]  # it puts the images in this order: its sort, which need not be stable
+        both = [order.argsort()[partners(labels)[order]] for _ in range(2)]
+        bounds = [0, *(labels[order].diff().nonzero().flatten() + 1).tolist(), len(labels)]
+        drawn = [pair[a:b] - a for a, b in pairwise(bounds) for pair in both]
+        torch.randperm = lambda size: drawn.pop(0) if size else randperm(0)  # 0: before the first class, if not 0
+        try:
+            return update(minibatches)
+        finally:
+            torch.randperm = randperm
+
+    theirs.update = patched
+
+
+def return_the_objective(weight: str) -> Callable[[Any], None]:
+    """Where its class returns the risk and the penalty, not what it minimises; `weight` names the penalty's."""
+
+    def prepare(theirs: Any) -> None:
+        update = theirs.update
+
+        def summed(minibatches: list) -> dict:
+            found = update(minibatches)
+            return found | {"loss": found["loss"] + theirs.hparams[weight] * found["penalty"]}
+
+        theirs.update = summed
+
+    return prepare
+
+
+def count_all_classes(theirs: Any) -> None:
+    """CDANN's weights, made of the highest label in a batch instead of the number of classes, and of float32."""
+    from domainbed import algorithms
+
+    one_hot = partial(F.one_hot, num_classes=CLASSES)
+    algorithms.F = SimpleNamespace(**vars(F) | {"one_hot": one_hot})  # no other class of it calls this
+    update, single = theirs.update, torch.Tensor.float
+
+    def patched(minibatches: list) -> dict:
+        torch.Tensor.float = torch.Tensor.double
+        try:
+            return update(minibatches)
+        finally:
+            torch.Tensor.float = single
+
+    theirs.update = patched
+
+
+GAME = (
+    "algorithm.d_steps_per_g_step=2",
+    "algorithm.grad_penalty=0.3",
+    "algorithm.mlp_dropout=0.1",
+    "algorithm.discriminator_weight_decay=0.01",
+)
+
+
+def reach_the_features(theirs: Any) -> None:
+    """Fishr under today's BackPACK (1.7), which notices a backward pass only if it goes on to the head's inputs."""
+    from backpack import backpack
+    from backpack.extensions import BatchGrad
+
+    features = []
+    theirs.featurizer.register_forward_hook(lambda module, given, out: features.append(out))
+
+    def gradients(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        theirs.optimizer.zero_grad()
+        inputs = [*theirs.classifier.parameters(), features.pop()]
+        with backpack(BatchGrad()):
+            loss = theirs.bce_extended(logits, labels).sum()
+            loss.backward(inputs=inputs, retain_graph=True, create_graph=True)
+        return {name: p.grad_batch.flatten(1) for name, p in theirs.classifier.named_parameters()}
+
+    theirs._get_grads = gradients
+
+
+def read_the_means(theirs: Any) -> None:
+    """MTL without the noise that overwrites its embeddings; the domains' losses averaged, where it adds them up."""
+    update = theirs.update
+
+    def logits(images: Tensor, domain: int | None = None) -> Tensor:
+        features = theirs.featurizer(images)
+        return theirs.classifier(torch.cat([features, theirs.update_embeddings_(features, domain)], 1))
+
+    theirs.predict = logits
+    theirs.update = lambda minibatches: {"loss": update(minibatches)["loss"] / DOMAINS}
+    theirs.optimizer.param_groups[0]["eps"] *= DOMAINS  # Adam then makes the same of D times the gradient
+
+
+def train_the_context(theirs: Any) -> None:
+    """ARM with its context network in its optimizer."""
+    theirs.optimizer.add_param_group({"params": list(theirs.context_net.parameters())})
+
+
+def divide_by_pairs(theirs: Any) -> None:
+    """MLDG's sums over pairs divided by their number, where it divides them by that of the domains."""
+    update, share = theirs.update, (DOMAINS - theirs.num_meta_test) / DOMAINS
+    theirs.update = lambda minibatches: {"loss": update(minibatches)["loss"] / share}
+    theirs.optimizer.param_groups[0]["eps"] *= share  # Adam then makes the same of `share` of the gradient
+
+
 # `algorithm=` -> its peer. Annealing ends in the middle of the twenty steps, so that both halves are compared.
 PEERS = {
     "erm": Peer("ERM"),
     "irm": Peer("IRM", {"irm_penalty_anneal_iters": 7}, ("algorithm.anneal_steps=7",)),
+    "vrex": Peer("VREx", {"vrex_penalty_anneal_iters": 7}, ("algorithm.anneal_steps=7",)),
+    "groupdro": Peer("GroupDRO", {"groupdro_eta": 0.5}, ("algorithm.eta=0.5",)),
+    # Its gradient of the quantile is not the exact one, our default.
+    "eqrm": Peer(
+        "EQRM",
+        {"eqrm_burnin_iters": 7, "eqrm_lr": 1e-4},
+        ("algorithm.anneal_steps=7", "algorithm.final_lr=1e-4", "algorithm.gradient=bracket"),
+    ),
+    "iga": Peer("IGA", prepare=return_the_objective("penalty")),
+    "sd": Peer("SD", prepare=return_the_objective("sd_reg")),
+    "cad": Peer("CAD", loss="total_loss"),
+    "condcad": Peer("CondCAD", loss="total_loss"),
+    # Its projection is not in its optimizer; its pairs are drawn otherwise.
+    "selfreg": Peer(
+        "SelfReg",
+        overrides=("algorithm.train_projection=false",),
+        modules=PLAIN | {"projection": "cdpl"},
+        prepare=draw_our_pairs,
+    ),
+    "mmd": Peer("MMD", {"mmd_gamma": 3.0}, ("algorithm.penalty_weight=3",), prepare=return_the_objective("mmd_gamma")),
+    "coral": Peer(
+        "CORAL", {"mmd_gamma": 3.0}, ("algorithm.penalty_weight=3",), prepare=return_the_objective("mmd_gamma")
+    ),
+    "causirl_mmd": Peer("CausIRL_MMD", prepare=return_the_objective("mmd_gamma")),
+    "causirl_coral": Peer("CausIRL_CORAL", prepare=return_the_objective("mmd_gamma")),
+    "dann": Peer(  # its loss is in turns the discriminator's and the model's
+        "DANN",
+        {"d_steps_per_g_step": 2, "grad_penalty": 0.3, "mlp_dropout": 0.1, "weight_decay_d": 0.01, "lambda": 0.7},
+        (*GAME, "algorithm.adversary_weight=0.7"),
+        modules=PLAIN | {"discriminator": "discriminator"},
+        loss=None,
+    ),
+    "cdann": Peer(
+        "CDANN",
+        {"d_steps_per_g_step": 2, "grad_penalty": 0.3, "mlp_dropout": 0.1, "weight_decay_d": 0.01},
+        GAME,
+        modules=PLAIN | {"discriminator": "discriminator", "embeddings": "class_embeddings"},
+        prepare=count_all_classes,
+        loss=None,
+    ),
+    "sagnet": Peer(
+        "SagNet",
+        modules={"model.featurizer": "network_f", "model.head": "network_c", "style_head": "network_s"},
+        loss="loss_c",
+    ),
+    "rsc": Peer("RSC"),
+    "mixup": Peer("Mixup"),
+    "fishr": Peer("Fishr", {"penalty_anneal_iters": 7}, ("algorithm.anneal_steps=7",), prepare=reach_the_features),
+    "mtl": Peer("MTL", {"mtl_ema": 0.5}, ("algorithm.ema=0.5",), prepare=read_the_means),
+    # The context network is not in its optimizer.
+    "arm": Peer(
+        "ARM",
+        overrides=(f"trainer.batch_size={IMAGES}",),
+        modules=PLAIN | {"model.context": "context_net"},
+        prepare=train_the_context,
+    ),
+    "fish": Peer(  # its loss is the last domain's
+        "Fish",
+        {"meta_lr": 0.1},
+        ("algorithm.meta_lr=0.1",),
+        modules={"model.featurizer": "network.net.0", "model.head": "network.net.1"},
+        loss=None,
+    ),
+    "mldg": Peer(
+        "MLDG",
+        {"n_meta_test": 1, "mldg_beta": 0.7},
+        ("algorithm.n_meta_test=1", "algorithm.beta=0.7"),
+        prepare=divide_by_pairs,
+    ),
 }
 
 

@@ -29,6 +29,15 @@ def check_literal(name: str, value: object, literal: object) -> None:
         raise UserError(f"{name} is {value!r}; valid: {listing(get_args(literal))}")
 
 
+def check_range(where: str, interval: str, **values: float | None) -> None:
+    """UserError unless each value, `<where>.<its name>`, is in an interval such as "[0, 1)" or "(0, inf)"; None is."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    for name, value in values.items():
+        above = value is None or (value >= low if interval[0] == "[" else value > low)
+        if not above or not (value is None or (value <= high if interval[-1] == "]" else value < high)):
+            raise UserError(f"{where}.{name}: found {value}, expected a number in {interval}.")
+
+
 def explain(error: BaseException) -> str | None:
     """The message for a mistake of the user's, found by us or by Hydra; None for anything else: a traceback is due."""
     from hydra.errors import HydraException

@@ -1,17 +1,30 @@
-"""Model x domain x part -> accuracy. One pass over all domains: each image is read once, in the order of the disk."""
+"""Model x domain x part -> accuracy, and other means. One pass: each image is read once, in the order of the disk."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from gsdg.algorithms import Algorithm
 from gsdg.data.augment import Transform
 from gsdg.data.domains import DomainDataset
 from gsdg.data.loader import evaluate_loader
 from gsdg.seeding import seed_hash
+
+Table = dict[str, dict[str, float]]  # {domain: {part: mean over its images}}
+Measure = Callable[[Tensor, Tensor], Tensor]  # logits [B, classes], labels [B] -> a number an image [B]
+
+
+def correct(logits: Tensor, labels: Tensor) -> Tensor:
+    return logits.argmax(1) == labels
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, reduction="none")
 
 
 class Evaluator:
@@ -42,35 +55,52 @@ class Evaluator:
             "memory_format": memory_format,
         }
 
-    @torch.no_grad()
-    def __call__(
-        self, algorithm: Algorithm, step: int, between: Callable[[], None] = lambda: None
-    ) -> dict[str, dict[str, float]]:
+    def __call__(self, algorithm: Algorithm, step: int, between: Callable[[], None] = lambda: None) -> Table:
         """{domain: {part: fraction of images classified correctly}}; a part without images is left out.
 
         `between` is called after every batch: a pass can take minutes, and it may raise to end it.
         """
+        return self.measure(algorithm, step, [correct], between)[0]
+
+    @torch.no_grad()
+    def measure(
+        self,
+        algorithm: Algorithm,
+        step: int,
+        measures: Sequence[Measure],
+        between: Callable[[], None] = lambda: None,
+    ) -> list[Table]:
+        """The means of several measures, made in one pass."""
         was_training = algorithm.training
         algorithm.eval()
         try:
-            hits = self._hits(algorithm, step, between)
+            values = self._values(algorithm, step, measures, between)
         finally:
             algorithm.train(was_training)
-        return {
-            domain: {part: float(hits[domain][own].mean()) for part, own in parts.items() if len(own)}
-            for domain, parts in self.parts.items()
-        }
+        return [
+            {
+                domain: {part: float(own[domain][images].mean()) for part, images in parts.items() if len(images)}
+                for domain, parts in self.parts.items()
+            }
+            for own in values
+        ]
 
-    def _hits(self, algorithm: Algorithm, step: int, between: Callable[[], None]) -> dict[str, np.ndarray]:
-        """By domain, for each of its images whether it was classified correctly, float64; NaN where no part has it."""
-        hits = {name: np.full(len(self.dataset.domains[name]), np.nan) for name in self.parts}
+    def _values(
+        self, algorithm: Algorithm, step: int, measures: Sequence[Measure], between: Callable[[], None]
+    ) -> list[dict[str, np.ndarray]]:
+        """By measure and domain, a number for each of its images, float64; NaN where no part has the image."""
         wanted = {name: np.unique(np.concatenate(list(parts.values()))) for name, parts in self.parts.items()}
         seed = seed_hash("evaluate", self.seed, step)
-        found = {name: [] for name in self.parts}
+        found: list[dict[str, list[Tensor]]] = [{name: [] for name in self.parts} for _ in measures]
         for batch in evaluate_loader(self.dataset, wanted, self.transforms, seed=seed, **self.loading):
-            found[batch.domain].append(algorithm.predict(batch.images).argmax(1) == batch.labels)
+            logits = algorithm.predict(batch.images)
+            for measure, own in zip(measures, found, strict=True):
+                own[batch.domain].append(measure(logits, batch.labels))
             between()
-        for name, batches in found.items():
-            if batches:
-                hits[name][wanted[name]] = torch.cat(batches).cpu()
-        return hits
+        return [{name: self._placed(name, wanted[name], batches) for name, batches in own.items()} for own in found]
+
+    def _placed(self, domain: str, images: np.ndarray, batches: list[Tensor]) -> np.ndarray:
+        values = np.full(len(self.dataset.domains[domain]), np.nan)
+        if batches:
+            values[images] = torch.cat(batches).cpu()
+        return values

@@ -14,6 +14,7 @@ from functools import cache, cached_property
 from pathlib import Path
 
 import torch
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from gsdg.algorithms import Algorithm
@@ -119,6 +120,7 @@ def prepare(raw: DictConfig | dict) -> Plan:
     A Plan's config gives the same plan again: a sweep freezes it, and its jobs prepare it where they run.
     """
     config = resolved(raw)
+    refuse_surgery(config["algorithm"])
     for group, supplied in SUPPLIED.items():
         config[group] = check(config[group], group, supplied)
     for key, kind in {"seed": int, "deterministic": bool, "force": bool}.items():
@@ -133,6 +135,8 @@ def prepare(raw: DictConfig | dict) -> Plan:
     try_optimizer(json.dumps(config["optimizer"]))
     named_device(config["device"])
     algorithm, trainer = build(config["algorithm"]), build(config["trainer"])
+    check_sources(config["algorithm"]["name"], algorithm, split.sources(source.domains))
+    check_held_out(trainer, split)
     return Plan(config, source, split, algorithm, trainer)
 
 
@@ -147,6 +151,31 @@ def check_channels(model: dict, source: object) -> None:
         f"model={model['name']} looks at {looks_at} of 3 colour channels, dataset={source.name} has "
         f"{kinds[source.channels]}.\nChoose a model that takes them: model={fitting[source.channels]}."
     )
+
+
+def refuse_surgery(algorithm: dict) -> None:
+    """UserError where surgery is asked for, but the algorithm's loss is not one a domain; or asked for wrongly."""
+    surgery, kind = algorithm.get("surgery"), get_object(algorithm["_target_"])
+    if surgery is not None and kind.no_surgery:
+        raise UserError(f"algorithm={algorithm['name']} takes no algorithm/surgery: {kind.no_surgery}.")
+    if isinstance(surgery, str):
+        raise UserError(f"algorithm.surgery={surgery}: it is a choice among files. Write algorithm/surgery={surgery}.")
+
+
+def check_sources(name: str, algorithm: Algorithm, sources: list[str]) -> None:
+    if len(sources) < algorithm.needs_domains:
+        raise UserError(
+            f"algorithm={name} needs {algorithm.needs_domains} source domains or more, found {listing(sources)}.\n"
+            "Choose fewer targets (split.target), more domains (dataset.domains), or another algorithm."
+        )
+
+
+def check_held_out(trainer: Trainer, split: Split) -> None:
+    if trainer.averaging and trainer.averaging.needs_losses and not split.holdout_fraction:
+        raise UserError(
+            f"trainer/averaging={trainer.averaging.name} looks at the sources' held-out loss: "
+            "split.holdout_fraction=0.0 holds nothing out.\nSet it higher (DomainBed's is 0.2)."
+        )
 
 
 def check_stored_size(config: dict) -> None:

@@ -5,13 +5,14 @@
     status.json         {state: running | done | failed | stopped, step, steps, reason, heartbeat, started, submission,
                         host, pid, process_start, job, node}; stopped: it saved itself, started again it goes on
     records.jsonl       append-only, one evaluation a line (see `RunFolder.append_record`)
+    averaged.jsonl      the same of averaged weights, where there are such (trainer/averaging)
     diagnostics.jsonl   append-only, one logged step a line, where the algorithm has diagnostics switched on
     environment.jsonl   one line a start: versions, commit, host, device
     log.txt             everything logged, tracebacks included
     lock                who writes here: {token, host, pid, process_start, job, node, restart}
     .guard              locked by whoever writes, so that nobody takes the run over in the middle of it
     checkpoints/        the last two; gone when the run is done
-    model.pt            the final weights
+    model.pt            the final weights; model_averaged.pt their average
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ from gsdg.owner import process_start as process_start
 
 HEARTBEAT_EVERY = 15.0  # seconds
 LOOK_EVERY = 1.0  # seconds, for a sign of life of a silent owner
-LINES = ("records.jsonl", "diagnostics.jsonl")
+OF_EVALUATIONS = ("records.jsonl", "averaged.jsonl")
+LINES = (*OF_EVALUATIONS, "diagnostics.jsonl")
 IN_STATUS = ("host", "pid", "process_start", "job", "node")  # of the process that works on it
 
 # What may differ between two executions of the same experiment.
@@ -142,6 +144,10 @@ class RunFolder:
         """Append {step, accuracy: {domain: {part: fraction}}, metrics: {name: mean since the last}, seconds}."""
         self.append("records.jsonl", record)
 
+    def append_averaged(self, record: dict) -> None:
+        """Append {step, accuracy, averaging: its name, start, end: steps of the first and last weights, n, seconds}."""
+        self.append("averaged.jsonl", record)
+
     def append_diagnosis(self, diagnosis: dict) -> None:
         """Append {step, ...}, whatever the algorithm has to say of that step."""
         self.append("diagnostics.jsonl", diagnosis)
@@ -173,7 +179,7 @@ class RunFolder:
         """
         with self.writing():
             for name in LINES:
-                first = step - 1 if name == "records.jsonl" and not recorded else step
+                first = step - 1 if name in OF_EVALUATIONS and not recorded else step
                 lines = read_lines(self.path / name)
                 if lines:
                     temporary = self.path / f".{name}"

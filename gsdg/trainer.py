@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -16,10 +17,11 @@ import torch
 from torch import Tensor
 
 from gsdg.algorithms import Algorithm
-from gsdg.checkpoint import Saver, save_atomically
+from gsdg.averaging import Averaging
+from gsdg.checkpoint import Saver, random_states, restore_random_states, save_atomically
 from gsdg.data.loader import TrainBatches, train_loader
-from gsdg.errors import UserError
-from gsdg.evaluate import Evaluator
+from gsdg.errors import UserError, listing
+from gsdg.evaluate import Evaluator, Table, correct, cross_entropy
 from gsdg.runs import RunFolder
 from gsdg.signals import Signals
 
@@ -66,6 +68,7 @@ class Trainer:
     arithmetic on the training device, from images that were decoded once (dataset.cache).
     batch_size: images per source domain and step. precision: of the forward pass.
     checkpoint_every, log_every, workers (processes that load images) and keep_weights change no result.
+    averaging: of the weights, evaluated beside them; it changes no result of theirs.
     """
 
     steps: int
@@ -83,6 +86,7 @@ class Trainer:
     log_every: int
     workers: int | None
     keep_weights: bool
+    averaging: Averaging | None = None
 
     def __post_init__(self) -> None:
         for name in ("steps", "eval_every", "batch_size", "eval_batch_size", "checkpoint_every", "log_every"):
@@ -90,6 +94,13 @@ class Trainer:
                 raise UserError(f"trainer.{name}: found {getattr(self, name)}, expected 1 or more.")
         if self.workers is not None and self.workers < 0:
             raise UserError(f"trainer.workers: found {self.workers}, expected 0 (no extra process) or more.")
+        if self.averaging:
+            self.averaging.check(self.evaluations)
+
+    @property
+    def evaluations(self) -> list[int]:
+        """The steps after which there is an evaluation."""
+        return [step for step in range(self.steps) if self._evaluates(step)]
 
     @property
     def memory_format(self) -> torch.memory_format:
@@ -111,6 +122,9 @@ class Trainer:
         """
         window, clock = Window(), Clock(self.steps)
         parts = {"algorithm": algorithm, "optimizer": optimizer, "window": window, "clock": clock}
+        if self.averaging:
+            self.averaging.setup(algorithm, self.evaluations)
+            parts["averaging"] = self.averaging
         saver = Saver(parts, folder, signals or Signals(), self.steps)
         start, unrecorded = saver.resume()
         parameters = [p for p in algorithm.parameters() if p.requires_grad]
@@ -126,9 +140,15 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
             metrics = algorithm.backward(drawn)
             metrics["grad_norm"] = gradient_norm(parameters)
-            if device.type == "cpu" or self._reports(step):  # elsewhere, reading a number makes the host wait
+            looks = device.type == "cpu" or self._reports(step)  # elsewhere, reading a number makes the host wait
+            if looks:
                 refuse_nonfinite(metrics, step, algorithm)
+            known = set(metrics)
             algorithm.step(optimizer)
+            if looks and (later := set(metrics) - known):  # losses of the rest of a step: what they spoil is not saved
+                refuse_nonfinite(metrics, step, algorithm, later)
+            if self.averaging:
+                self.averaging.after_step(step)
             window.add(metrics)
             clock.tick(step + 1)
             folder.progress(step + 1)
@@ -142,7 +162,7 @@ class Trainer:
             saver.after_step(step + 1, self._saves(step), partial(refuse_nonfinite, metrics, step, algorithm))
 
         if self.keep_weights:
-            save_atomically(folder.path / "model.pt", algorithm.model.state_dict(), fence=folder.writing)
+            self._keep(algorithm, folder)
         folder.set_status(state="done", step=self.steps)
         saver.checkpoints.remove()  # only now: until the run is marked done, it is resumed from them
 
@@ -158,16 +178,42 @@ class Trainer:
     def _reports(self, step: int) -> bool:
         return self._logs(step) or self._evaluates(step) or self._saves(step)
 
+    def _keep(self, algorithm: Algorithm, folder: RunFolder) -> None:
+        kept = {"model.pt": algorithm}
+        if self.averaging and (mean := self.averaging.mean(self.evaluations[-1])):
+            kept["model_averaged.pt"] = self.averaging.averaged(mean)
+        for name, own in kept.items():
+            save_atomically(folder.path / name, own.model.state_dict(), fence=folder.writing)
+
     def _record(self, step, window, clock, evaluator, algorithm, folder, saver) -> None:
         began = time.perf_counter()
         metrics, seconds_per_step = window.means(), clock.seconds_per_step()
-        accuracy = evaluator(algorithm, step, saver.in_evaluation(step + 1))
+        between = saver.in_evaluation(step + 1)
+        measures = [correct, cross_entropy] if self.averaging and self.averaging.needs_losses else [correct]
+        accuracy, *losses = evaluator.measure(algorithm, step, measures, between)
         evaluation = time.perf_counter() - began
         clock.exclude(evaluation)
         seconds = {"step": seconds_per_step, "evaluation": evaluation}
         folder.append_record({"step": step, "accuracy": accuracy, "metrics": metrics, "seconds": seconds})
         log.info("step %d  %s", step, format_accuracy(accuracy))
-        window.clear()
+        if self.averaging:
+            loss = held_out_loss(*losses, algorithm.domains) if losses else float("nan")
+            self._record_average(step, loss, clock, evaluator, folder, between)
+        window.clear()  # not before: an evaluation that is cut short is recorded again from its start
+
+    def _record_average(self, step, loss, clock, evaluator, folder, between) -> None:
+        """As without it the plain weights are trained on: the pass draws random numbers, and gives them back."""
+        self.averaging.after_evaluation(step, loss)
+        mean = self.averaging.mean(step)
+        if mean is None:
+            return
+        began, random, facts = time.perf_counter(), random_states(), self.averaging.facts(mean)
+        accuracy = evaluator(self.averaging.averaged(mean), step, between)
+        restore_random_states(random)
+        evaluation = time.perf_counter() - began
+        clock.exclude(evaluation)
+        folder.append_averaged({"step": step, "accuracy": accuracy, **facts, "seconds": {"evaluation": evaluation}})
+        log.info("step %d, averaged (%s)  %s", step, self.averaging.name, format_accuracy(accuracy))
 
 
 def gradient_norm(parameters: list[Tensor]) -> Tensor:
@@ -175,14 +221,27 @@ def gradient_norm(parameters: list[Tensor]) -> Tensor:
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
-def refuse_nonfinite(metrics: dict[str, Tensor], step: int, algorithm: Algorithm) -> None:
+def refuse_nonfinite(
+    metrics: dict[str, Tensor], step: int, algorithm: Algorithm, names: Container[str] = ("loss", "grad_norm")
+) -> None:
     blame = algorithm.blame()
     if blame:
         raise NonFinite(f"noticed at step {step}: {blame}")
-    for name in ("loss", "grad_norm"):
+    for name in [name for name in metrics if name in names]:
         value = metrics[name].item()
         if value - value != 0:  # NaN and both infinities
             raise NonFinite(f"{name} is {value} at step {step}.")
+
+
+def held_out_loss(losses: Table, sources: Sequence[str]) -> float:
+    """The mean over the sources of their loss on images that are held out. UserError where one has none."""
+    lacking = [domain for domain in sources if "out" not in losses[domain]]
+    if lacking:
+        raise UserError(
+            f"this averaging looks at the sources' held-out loss, but no image of {listing(lacking)} is held out.\n"
+            "Set split.holdout_fraction higher (DomainBed's is 0.2)."
+        )
+    return sum(losses[domain]["out"] for domain in sources) / len(sources)
 
 
 def format_accuracy(accuracy: dict[str, dict[str, float]]) -> str:

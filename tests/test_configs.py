@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from helpers import REPOSITORY
@@ -12,12 +14,14 @@ from hydra.errors import ConfigCompositionException
 from gsdg.experiment import SUPPLIED, resolved
 from gsdg.runs import run_id
 from gsdg.schema import check
+from gsdg.sweep.grid import from_command_line
 
 CONF = REPOSITORY / "conf"
 CHOICES = [
     f"{path.parent.relative_to(CONF)}={path.stem}"
     for group in SUPPLIED
     for path in sorted((CONF / group).rglob("*.yaml"))
+    if path.stem != "base"  # what others of its folder are made of
 ]
 ALGORITHMS = sorted(path.stem for path in (CONF / "algorithm").glob("*.yaml"))
 NEEDED = {  # what a choice cannot be composed without
@@ -40,7 +44,8 @@ def checked(config) -> dict:
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_fits_its_constructor(compose, choice):
-    checked(compose(choice, *NEEDED.get(choice, [])))
+    needed = ["algorithm=irm"] if choice.startswith("algorithm/surgery=") else NEEDED.get(choice, [])
+    checked(compose(choice, *needed))
 
 
 @pytest.mark.parametrize("search", SEARCHES)
@@ -55,7 +60,7 @@ def test_every_preset_fits_and_is_headed_by_its_command(compose, preset):
     assert f"python launch.py experiment={preset}" in (CONF / "experiment" / f"{preset}.yaml").read_text()
 
 
-@pytest.mark.parametrize("preset", [name for name in PRESETS if name.startswith("paper/")])
+@pytest.mark.parametrize("preset", [name for name in PRESETS if re.fullmatch(r"paper/(?!table)\w+", name)])
 def test_a_paper_preset_sweeps_every_target_and_three_trials(compose, preset):
     config = compose(f"experiment={preset}")
     params = yaml.safe_load((CONF / "experiment" / f"{preset}.yaml").read_text())["hydra"]["sweeper"]["params"]
@@ -72,13 +77,57 @@ PARTITION = {"grad_surgery": "chunk", "gradvac": "module"} | dict.fromkeys(
 )
 
 
-@pytest.mark.parametrize("algorithm", sorted(set(ALGORITHMS) - {"erm"}))
+SURGERY = sorted(path.stem for path in (CONF / "algorithm" / "surgery").glob("*.yaml") if path.stem != "base")
+
+
+@pytest.mark.parametrize("algorithm", SURGERY)
 def test_a_surgery_preset_is_its_rule_at_its_papers_granularity(compose, algorithm):
     node = compose(f"algorithm={algorithm}").algorithm
     assert node._target_ == "gsdg.algorithms.GradSurgery"
     assert node.partition.name == PARTITION.get(algorithm, "element")
     assert (node.name, node.rule.name) == (algorithm, "corgrad" if algorithm == "grad_surgery" else algorithm)
     assert node.alpha == (0.6 if algorithm == "grad_surgery" else 1)
+
+
+@pytest.mark.parametrize("name", SURGERY)
+def test_surgery_of_an_algorithms_losses_is_what_it_is_of_erms(compose, name):
+    node, whole = compose(f"algorithm/surgery={name}", "algorithm=irm").algorithm.surgery, compose(f"algorithm={name}")
+    assert (node.name, node.partition, node.rule) == (name, whole.algorithm.partition, whole.algorithm.rule)
+    assert (node._target_, node.alpha, node.engine) == (whole.algorithm._target_, whole.algorithm.alpha, "joint")
+
+
+def params(preset: str) -> dict[str, str]:
+    """What a preset itself sweeps over."""
+    return yaml.safe_load((CONF / "experiment" / f"{preset}.yaml").read_text())["hydra"]["sweeper"]["params"]
+
+
+def test_the_papers_table_is_of_the_methods_it_was_published_with():
+    published = pd.read_csv(REPOSITORY / "analysis" / "published.csv", comment="#")["algorithm"].str.lower()
+    expected = set(published) - {"gradsurgery"} | {"grad_surgery"}
+    found = params("paper/table")["algorithm"].split(",")
+    assert len(found) == len(set(found)) == 23
+    assert set(found) == expected
+
+
+@pytest.mark.parametrize("dataset", ["pacs", "vlcs", "officehome", "terraincognita", "domainnet"])
+def test_the_papers_table_on_a_data_set_is_its_preset_with_every_method(dataset):
+    _, jobs, _ = from_command_line([f"experiment=paper/table/{dataset}"])
+    _, alone, _ = from_command_line([f"experiment=paper/{dataset}"])
+    assert len(jobs) == 23 * len(alone)
+    assert len({tuple(job) for job in jobs}) == len(jobs)
+
+
+@pytest.mark.parametrize("dataset", ["pacs", "domainnet"])
+def test_a_run_of_the_papers_table_has_the_settings_of_its_data_set(compose, dataset):
+    found, expected = (
+        resolved(compose(f"experiment=paper/{preset}", "algorithm=erm")) for preset in (f"table/{dataset}", dataset)
+    )
+    assert run_id(found) == run_id(expected)
+
+
+def test_every_algorithm_is_in_the_presets_of_all():
+    assert params("every_algorithm/digits")["algorithm"].split(",") == ALGORITHMS
+    assert params("every_algorithm/features")["algorithm"].split(",") == [a for a in ALGORITHMS if a != "mixstyle"]
 
 
 @pytest.mark.parametrize("knob", ["algorithm.n_parts=7", "algorithm.partition.n_parts=7"])

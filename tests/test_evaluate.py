@@ -15,7 +15,7 @@ from gsdg.algorithms import Algorithm
 from gsdg.batch import ImageSpec
 from gsdg.data.augment import Exact
 from gsdg.data.digits import RotatedDigits
-from gsdg.evaluate import Evaluator
+from gsdg.evaluate import Evaluator, correct, cross_entropy
 
 SPEC = ImageSpec(28, 1, (0.0,), (1.0,))
 DATASET = RotatedDigits(name="rotated_digits", domains=["0", "90"]).read()
@@ -57,6 +57,18 @@ def test_each_part_is_counted_on_its_own_images():
     parts = {"in": np.concatenate([threes[:4], others[:12]]), "out": others[:5], "none": others[:0]}
     found = evaluator({"90": parts})(AlwaysThree(), 0)
     assert found == {"90": {"in": 4 / 16, "out": 0.0}}
+
+
+def test_losses_are_means_over_each_parts_own_images_from_the_same_pass():
+    labels = DATASET.domains["90"].labels
+    threes, others = np.flatnonzero(labels == 3), np.flatnonzero(labels != 3)
+    parts = {"in": np.append(threes[:3], others[6]), "out": others[:5], "none": others[:0]}  # in batches of 7 and 2
+    algorithm = AlwaysThree()  # logits: 1 for a 3, 0 for the nine others
+    accuracy, loss = evaluator({"90": parts}).measure(algorithm, 0, [correct, cross_entropy])
+    assert accuracy == {"90": {"in": 3 / 4, "out": 0.0}}
+    wrong = np.log(np.e + 9)
+    assert loss["90"] == pytest.approx({"in": wrong - 3 / 4, "out": wrong})
+    assert sum(len(images) for images in algorithm.seen) == 9
 
 
 def test_evaluation_leaves_the_training_mode_as_it_was():

@@ -297,8 +297,8 @@ def test_where_the_host_may_not_look_a_bad_gradient_spares_the_weights(compose, 
     """As on an accelerator, which a CPU can only play: no check in the step, a mask, a message at the next report."""
     setup, seen = GradSurgery.setup, {}
 
-    def spoilt(self, model):
-        setup(self, model)
+    def spoilt(self, model, domains):
+        setup(self, model, domains)
         self.surgery._reading_is_free = False
         calls = iter(range(10**6))  # five sources: number 7 is the third of step 1
         model.register_forward_hook(

@@ -25,7 +25,15 @@ FLOORS = [
     },
     {"gsdg.data", "gsdg.models", "gsdg.surgery"},
     {"gsdg.algorithms"},
-    {"gsdg.checkpoint", "gsdg.evaluate", "gsdg.trainer", "gsdg.devices", "gsdg.outcome", "gsdg.experiment"},
+    {
+        "gsdg.averaging",
+        "gsdg.checkpoint",
+        "gsdg.devices",
+        "gsdg.evaluate",
+        "gsdg.experiment",
+        "gsdg.outcome",
+        "gsdg.trainer",
+    },
     {"gsdg.sweep"},
 ]
 NEIGHBOURS = FLOORS[1]  # they never import one another

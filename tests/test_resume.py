@@ -60,6 +60,8 @@ def kill_at(launcher: Launcher, step: int, *overrides: str) -> None:
         ("algorithm=erm", "trainer.workers=0"),
         ("algorithm=grad_surgery", "trainer.workers=2", "algorithm.rule.order=random", "algorithm.alpha_schedule=log"),
         ("algorithm=gradvac", "trainer.workers=0", "algorithm.rule.beta=0.5", "algorithm.diagnostics=true"),
+        ("trainer/averaging=ema", "trainer.workers=0", "trainer.steps=70"),
+        ("trainer/averaging=swad", "trainer.workers=0", "trainer.steps=70", "trainer.eval_every=5"),
         ("algorithm=erm", "trainer.transform=exact", "trainer.workers=2", *PHOTOS),
         ("algorithm=grad_surgery", "trainer.transform=batched", *PHOTOS),
     ],
@@ -83,9 +85,15 @@ def test_killed_three_times_a_run_ends_as_if_nothing_had_happened(tmp_path, vari
     assert status(second)["state"] == "done"
     assert records_without_time(first) == records_without_time(second)
     assert read_lines(first / "diagnostics.jsonl") == read_lines(second / "diagnostics.jsonl")
-    weights, again = (torch.load(folder / "model.pt", weights_only=True) for folder in (first, second))
-    assert weights.keys() == again.keys()
-    assert all(torch.equal(weights[name], again[name]) for name in weights)
+    averaged, repeated = (
+        [{**row, "seconds": None} for row in read_lines(f / "averaged.jsonl")] for f in (first, second)
+    )
+    assert averaged == repeated
+    assert bool(averaged) == ("averaging" in variant[0])
+    for path in first.glob("model*.pt"):
+        weights, again = (torch.load(folder / path.name, weights_only=True) for folder in (first, second))
+        assert weights.keys() == again.keys()
+        assert all(torch.equal(weights[name], again[name]) for name in weights)
 
 
 @pytest.mark.slow

@@ -1,8 +1,63 @@
 """One algorithm a file; `erm.py` is the one to copy."""
 
+from gsdg.algorithms.arm import ARM
 from gsdg.algorithms.base import Algorithm
+from gsdg.algorithms.cad import CAD
+from gsdg.algorithms.causirl_coral import CausIRLCORAL
+from gsdg.algorithms.causirl_mmd import CausIRLMMD
+from gsdg.algorithms.cdann import CDANN
+from gsdg.algorithms.coral import CORAL
+from gsdg.algorithms.dann import DANN
+from gsdg.algorithms.eqrm import EQRM
 from gsdg.algorithms.erm import ERM
+from gsdg.algorithms.fish import Fish
+from gsdg.algorithms.fishr import Fishr
+from gsdg.algorithms.gga_l import GGAL
 from gsdg.algorithms.grad_surgery import GradSurgery
+from gsdg.algorithms.groupdro import GroupDRO
+from gsdg.algorithms.iga import IGA
 from gsdg.algorithms.irm import IRM
+from gsdg.algorithms.mixstyle import MixStyle
+from gsdg.algorithms.mixup import Mixup
+from gsdg.algorithms.mldg import MLDG
+from gsdg.algorithms.mmd import MMD
+from gsdg.algorithms.mtl import MTL
+from gsdg.algorithms.rsc import RSC
+from gsdg.algorithms.sagm import SAGM
+from gsdg.algorithms.sagnet import SagNet
+from gsdg.algorithms.sam import SAM
+from gsdg.algorithms.sd import SD
+from gsdg.algorithms.selfreg import SelfReg
+from gsdg.algorithms.vrex import VREx
 
-__all__ = ["ERM", "IRM", "Algorithm", "GradSurgery"]
+__all__ = [
+    "ARM",
+    "CAD",
+    "CDANN",
+    "DANN",
+    "EQRM",
+    "ERM",
+    "IGA",
+    "IRM",
+    "MTL",
+    "SD",
+    "Algorithm",
+    "Fishr",
+    "GradSurgery",
+    "GroupDRO",
+    "SagNet",
+    "SelfReg",
+    "VREx",
+    "MixStyle",
+    "Mixup",
+    "RSC",
+    "CORAL",
+    "MMD",
+    "CausIRLCORAL",
+    "CausIRLMMD",
+    "Fish",
+    "GGAL",
+    "MLDG",
+    "SAGM",
+    "SAM",
+]

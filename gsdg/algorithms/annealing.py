@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import nn
 from torch.optim import Optimizer
 
-from gsdg.errors import UserError
+from gsdg.errors import check_range
 
 
 class Annealing(nn.Module):
@@ -17,8 +17,7 @@ class Annealing(nn.Module):
 
     def __init__(self, *, steps: int, before: float, after: float) -> None:
         super().__init__()
-        if steps < 0:
-            raise UserError(f"algorithm.anneal_steps: found {steps}, expected a number of steps, 0 or more.")
+        check_range("algorithm", "[0, inf)", anneal_steps=steps)
         self.steps, self.before, self.after = steps, before, after
         self.done = 0
 

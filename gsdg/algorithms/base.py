@@ -19,11 +19,12 @@ from gsdg.batch import Batch
 class Algorithm(nn.Module, ABC):
     """Subclasses take keyword-only hyper-parameters and check them at once.
 
-    needs_domains: source domains without which it means nothing. no_surgery: why its loss is no mean of one loss a
-    domain, so that `algorithm/surgery=...` is refused; "" where it is one.
+    needs_domains: source domains without which it means nothing. needs: what it asks of the model, in words.
+    no_surgery: why its loss is no mean of one loss a domain, so that `algorithm/surgery=...` is refused; "" if it is.
     """
 
-    needs_domains: ClassVar[int] = 1
+    needs_domains: int = 1  # an object's own, where its hyper-parameters decide
+    needs: ClassVar[str] = ""
     no_surgery: ClassVar[str] = ""
 
     model: nn.Module
@@ -46,7 +47,10 @@ class Algorithm(nn.Module, ABC):
         """
 
     def step(self, optimizer: Optimizer) -> None:
-        """Make the update from `.grad`, after it was found finite. Overridden where one step of it is not all."""
+        """Make the update from `.grad`, after it was found finite. Overridden where one step of it is not all.
+
+        What it adds to the dict that `backward` returned is recorded too.
+        """
         optimizer.step()
 
     def parameter_groups(self) -> list[dict]:

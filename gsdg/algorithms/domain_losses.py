@@ -1,41 +1,43 @@
 """Algorithms whose loss is the mean of one loss a source domain: those losses may go through gradient surgery.
 
-    L(theta) = 1 / D  sum_d L_d(theta)          without surgery
+    L(theta) = 1 / D  sum_d L_d(theta)            without surgery
     update   = rule of (grad L_1, ..., grad L_D)  with `algorithm/surgery=...`
 
 The domains go through the network as one batch, as in DomainBed, so that with surgery the graph is kept for D
-backward passes: `algorithm=grad_surgery` is the cheaper form for plain cross-entropy.
+backward passes: for plain cross-entropy `algorithm=grad_surgery` is the cheaper form.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from gsdg.algorithms.base import Algorithm
+from gsdg.algorithms.grad_surgery import GradSurgery
 from gsdg.batch import Batch
-from gsdg.surgery import Surgery
-
-MakeSurgery = Callable[..., Surgery] | None  # of a list of parameters and names=; None: no surgery
+from gsdg.errors import UserError
 
 
 class DomainLosses(Algorithm):
-    """surgery: makes a `gsdg.surgery.Surgery` of parameters and their names; None: the plain mean."""
+    """surgery: what is made of the domains' gradients; None: their mean."""
 
-    def __init__(self, *, surgery: MakeSurgery = None) -> None:
+    def __init__(self, *, surgery: GradSurgery | None = None) -> None:
         super().__init__()
-        self.make_surgery = surgery
-        self.surgery: Surgery | None = None
+        if surgery is not None and getattr(surgery, "engine", None) != "joint":
+            raise UserError(
+                "algorithm.surgery: expected gradient surgery with engine: joint, as conf/algorithm/surgery has it.\n"
+                "Choose one of those: algorithm/surgery=pcgrad."
+            )
+        self.surgery = surgery
 
     def setup(self, model: nn.Module, domains: Sequence[str]) -> None:
         """A subclass adds its own modules before it calls this: surgery operates on all that are trained."""
         super().setup(model, domains)
-        if self.make_surgery:
-            named = {name: p for name, p in self.named_parameters() if p.requires_grad}
-            self.surgery = self.make_surgery(list(named.values()), names=list(named))
+        if self.surgery:
+            self.surgery.operate_on(self)
 
     @abstractmethod
     def losses(self, batches: Sequence[Batch]) -> tuple[list[Tensor], dict[str, Tensor]]:
@@ -45,17 +47,13 @@ class DomainLosses(Algorithm):
         losses, metrics = self.losses(batches)
         metrics = {name: value.detach() for name, value in metrics.items()}
         if self.surgery:
-            return self.surgery.backward(losses, self.domains, shared_graph=True) | metrics
+            return self.surgery.surgery.backward(losses, self.domains, shared_graph=True) | metrics
         loss = torch.stack(losses).mean()
         loss.backward()
         return {"loss": loss.detach(), **metrics}
 
+    def diagnose(self) -> dict:
+        return self.surgery.diagnose() if self.surgery else {}
+
     def blame(self) -> str:
-        return (self.surgery.first_nonfinite() or "") if self.surgery else ""
-
-    def get_extra_state(self) -> dict:
-        return self.surgery.state_dict() if self.surgery else {}
-
-    def set_extra_state(self, state: dict) -> None:
-        if self.surgery:
-            self.surgery.load_state_dict(state)
+        return self.surgery.blame() if self.surgery else ""

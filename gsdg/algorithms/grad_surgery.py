@@ -53,10 +53,13 @@ class GradSurgery(Algorithm):
 
     def setup(self, model: nn.Module, domains: Sequence[str]) -> None:
         super().setup(model, domains)
-        named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        names, params = [name for name, _ in named], [p for _, p in named]
-        options = {"outliers": self.outliers, "storage": self.storage, "names": names}
-        self.surgery = Surgery(params, self.partition, self.rule, **options)
+        self.operate_on(model)
+
+    def operate_on(self, module: nn.Module) -> None:
+        """Make the surgery on all that a module trains: the model, or an algorithm whose losses are operated on."""
+        named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        options = {"outliers": self.outliers, "storage": self.storage, "names": list(named)}
+        self.surgery = Surgery(list(named.values()), self.partition, self.rule, **options)
 
     def backward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         joint = self.engine == "joint"

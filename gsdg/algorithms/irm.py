@@ -20,14 +20,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from gsdg.algorithms.annealing import Annealing
-from gsdg.algorithms.domain_losses import DomainLosses, MakeSurgery
+from gsdg.algorithms.domain_losses import DomainLosses
+from gsdg.algorithms.grad_surgery import GradSurgery
 from gsdg.batch import Batch, join
 
 
 class IRM(DomainLosses):
     """penalty_weight: of the squared slope, once `anneal_steps` steps are done; before that it is 1."""
 
-    def __init__(self, *, penalty_weight: float, anneal_steps: int, surgery: MakeSurgery = None) -> None:
+    def __init__(self, *, penalty_weight: float, anneal_steps: int, surgery: GradSurgery | None = None) -> None:
         super().__init__(surgery=surgery)
         self.annealing = Annealing(steps=anneal_steps, before=1.0, after=penalty_weight)
 

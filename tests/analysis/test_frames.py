@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from analysis_folders import config, write_run
 
-from analysis.frames import diagnostics, read_runs
+from analysis.frames import diagnostics, read_config, read_runs
+from analysis.selection import METHODS
+from analysis.tables import report
 from gsdg.errors import UserError
 
 BOTH = {"in": 0.5, "out": 0.25}
@@ -274,6 +276,79 @@ def test_diagnostics_of_all_runs_are_one_frame_with_their_runs(tmp_path):
     assert diagnostics(runs)[columns].values.tolist() == [["r1", "erm", 2, 10, 3, "chunk", "conv", 0.5, -0.1]]
     assert diagnostics(runs, ["model"])["module"].tolist() == ["model"]
     assert len(diagnostics(runs, ["filter"])) == 0
+
+
+def averaged(runs: Path, name: str, rows: dict, averaging=None, records=None, **of_run) -> Path:
+    """A run with averaged weights, as `trainer/averaging` leaves it."""
+    averaging = averaging or {"name": "swad", "tolerance_ratio": 0.3}
+    trainer = {"trainer": {"averaging": averaging}}
+    status = {key: of_run.pop(key) for key in ("state", "heartbeat") if key in of_run}
+    folder = write_run(runs, name, config(**trainer, **of_run), records or {0: {"c": BOTH}, 9: {"c": BOTH}}, **status)
+    lines = [json.dumps({"step": step, "accuracy": accuracy, "averaging": "swad"}) for step, accuracy in rows.items()]
+    (folder / "averaged.jsonl").write_text("".join(line + "\n" for line in lines))
+    return folder
+
+
+def test_averaged_weights_are_a_run_and_a_method_of_their_own(tmp_path):
+    averaged(tmp_path, "r", {9: {"a": {"out": 0.5}, "c": {"in": 0.75}}}, trial_seed=2)
+    runs = read_runs(tmp_path)
+    found = runs.status[["run_id", "algorithm", "target", "trial_seed", "state", "step"]].values.tolist()
+    assert found == [["r", "erm", "c", 2, "done", 10], ["r:swad", "erm+swad", "c", 2, "done", 10]]
+    own = runs.records[runs.records["run_id"] == "r:swad"]
+    assert own[["step", "domain", "part", "accuracy"]].values.tolist() == [[9, "a", "out", 0.5], [9, "c", "in", 0.75]]
+    assert set(runs.records.loc[runs.records["run_id"] == "r", "step"]) == {0, 9}
+    assert runs.problems == ()
+
+
+def test_the_weights_themselves_are_one_method_however_they_were_averaged(tmp_path):
+    """They are the same to the bit: a second run of them is a copy."""
+    write_run(tmp_path, "r0", config(), {0: {"c": BOTH}})
+    averaged(tmp_path, "r1", {9: {"c": BOTH}}, trial_seed=1)
+    averaged(tmp_path, "r2", {9: {"c": BOTH}}, {"name": "ema", "decay": 0.9}, trial_seed=1)
+    averaged(tmp_path, "r3", {9: {"c": BOTH}}, {"name": "ema", "decay": 0.99}, trial_seed=1)
+    assert labels(tmp_path) == {
+        "r0": "erm",
+        "r1": "erm",
+        "r1:swad": "erm+swad",
+        "r2:ema": "erm+ema (trainer.averaging.decay=0.9)",
+        "r3:ema": "erm+ema (trainer.averaging.decay=0.99)",
+    }
+    said = "same training as another run: counted once"
+    assert read_runs(tmp_path).problems == (("r2", said), ("r3", said))
+    drawn = read_runs(tmp_path, draws=["trainer.averaging.decay"]).status.set_index("run_id")
+    assert drawn.loc[["r1", "r2:ema", "r3:ema"], "hparams_seed"].tolist() == [0, 0, 1]
+
+
+def test_averaged_weights_have_no_diagnostics_and_no_rows_before_there_are_any(tmp_path):
+    line = {"step": 3, "statistics": ["conflict_rate"], "levels": {"chunk": {"conv": [0.5]}}}
+    folder = averaged(tmp_path, "r", {}, state="running", heartbeat=1.0)
+    (folder / "diagnostics.jsonl").write_text(json.dumps(line) + "\n")
+    runs = read_runs(tmp_path)
+    assert runs.status["run_id"].tolist() == ["r", "r:swad"]
+    assert diagnostics(runs)["run_id"].tolist() == ["r"]
+    assert set(runs.records["run_id"]) == {"r"}
+
+
+@pytest.mark.parametrize("selection", METHODS)
+def test_every_selection_takes_the_one_row_of_an_average(tmp_path, selection):
+    def rows(step: int, value: float) -> dict:
+        return {step: {name: {"in": value, "out": value} for name in "abc"}}
+
+    for target, value in (("c", 0.5), (["a", "c"], 0.25), (["b", "c"], 0.75)):
+        averaged(tmp_path, "+".join(target), rows(9, value), target=target, records=rows(0, 0.1) | rows(9, 0.2))
+    chosen = METHODS[selection](read_runs(tmp_path).finished())
+    found = chosen.loc[chosen["algorithm"] == "erm+swad", ["run_id", "step", "accuracy", "validation"]].values.tolist()
+    validation = 0.5 if selection != "last" else pytest.approx(float("nan"), nan_ok=True)
+    assert found == [["c:swad", 9, 0.5, validation]]
+
+
+def test_the_config_of_a_folder_is_all_of_it_and_its_tables_tell_the_two_apart(tmp_path):
+    averaged(tmp_path, "r", {9: {"c": {"in": 0.75, "out": 0.5}, "a": BOTH, "b": BOTH}})
+    assert read_config(tmp_path / "r")["trainer.averaging.name"] == '"swad"'
+    settings = read_runs(tmp_path).settings(averaging="trainer.averaging.name").set_index("run_id")["averaging"]
+    assert settings["r:swad"] == "swad"
+    assert settings.isna()["r"]
+    assert "erm+swad" in report(tmp_path)
 
 
 def test_folders_in_folders_and_a_run_itself_are_found(tmp_path):

@@ -1,0 +1,157 @@
+"""What does a step of each algorithm cost, against ERM's on the same batches, and against DomainBed's own class?
+
+    git clone https://github.com/facebookresearch/DomainBed /tmp/db
+    python benchmarks/algorithms.py --domainbed /tmp/db --network resnet18
+    python benchmarks/algorithms.py --domainbed /tmp/db --network mnist_cnn
+
+A step is `backward` and the optimizer's (Adam's), on images that are in memory: 3 x 32 of 64 px through a ResNet-18
+with frozen BatchNorm, or 3 x 64 of 28 px through DomainBed's MNIST_CNN, random weights. Contenders take turns, its
+class right after ours; medians over the rounds. Penalties are on from the first step. Memory is the peak of what a step
+allocates over what is there before it, by torch's profiler (CPU). DomainBed's classes run as they are, imported from
+the checkout, around the same network; its Fishr wants backpack-for-pytorch. Without --domainbed only ours are measured.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import hydra
+import torch
+from domainbed_steps import PEERS, REPOSITORY
+from timing import medians, options, parsed, provenance, report
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+from torchvision import models
+
+from gsdg.algorithms import Algorithm
+from gsdg.batch import Batch
+from gsdg.experiment import resolved
+from gsdg.models import Classifier
+from gsdg.schema import build
+
+NAMES = sorted(path.stem for path in (REPOSITORY / "conf" / "algorithm").glob("*.yaml"))
+NETWORKS = {"resnet18": (3, 64, 32, 7), "mnist_cnn": (1, 28, 64, 10)}  # channels, px, images a domain, classes
+DOMAINS = 3
+# DomainBed's classes that PEERS does not compare, because they compute something else.
+OTHERS = {"and_mask": "ANDMask", "sand_mask": "SANDMask", "eqrm": "EQRM", "iga": "IGA", "mtl": "MTL"}
+ANNEALING = ("irm_penalty_anneal_iters", "vrex_penalty_anneal_iters", "penalty_anneal_iters", "eqrm_burnin_iters")
+
+
+def network(name: str, channels: int | None = None) -> tuple[nn.Module, int]:
+    """A featurizer, the same weights at every call, and the number of its features."""
+    torch.manual_seed(0)
+    channels = channels or NETWORKS[name][0]
+    if name == "mnist_cnn":
+        from domainbed.networks import MNIST_CNN
+
+        return MNIST_CNN((channels, 28, 28)), MNIST_CNN.n_outputs
+    net = models.resnet18()
+    net.fc = nn.Identity()
+    if channels != 3:
+        net.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
+    for module in net.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    return net, 512
+
+
+def minibatches(name: str, device: str) -> list[Batch]:
+    channels, size, images, classes = NETWORKS[name]
+    drawn = [(torch.rand(images, channels, size, size), torch.randint(classes, (images,))) for _ in range(DOMAINS)]
+    return [Batch(x.to(device), y.to(device), f"domain {d}") for d, (x, y) in enumerate(drawn)]
+
+
+def ours(algorithm: str, name: str, batches: list[Batch], device: str) -> Callable[[], None]:
+    """A training step of our algorithm with its defaults, but for a penalty that waits: it is on."""
+    channels, size, images, classes = NETWORKS[name]
+    net, features = network(name)
+    fixed = {"dropout": 0.0, "freeze_bn": True, "image_size": size, "mean": [0.0] * channels, "std": [1.0] * channels}
+    model = Classifier(backbone=lambda _: (net, features), weights=None, classes=classes, head="linear", **fixed)
+    made: Algorithm = build(configured(algorithm, name, images)["algorithm"])
+    made.setup(model.to(device), [batch.domain for batch in batches])
+    optimizer = torch.optim.Adam(made.parameter_groups(), lr=5e-5)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        made.backward(batches)
+        made.step(optimizer)
+
+    return step
+
+
+def configured(algorithm: str, name: str, images: int) -> dict:
+    with hydra.initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
+        plain = hydra.compose("config", [f"algorithm={algorithm}"])
+        more = ["algorithm.anneal_steps=0"] if "anneal_steps" in plain.algorithm else []
+        more += ["algorithm.after=[conv1,conv2]"] if (algorithm, name) == ("mixstyle", "mnist_cnn") else []
+        return resolved(hydra.compose("config", [f"algorithm={algorithm}", f"trainer.batch_size={images}", *more]))
+
+
+def theirs(algorithm: str, name: str, batches: list[Batch], device: str) -> Callable[[], Any]:
+    """An update of DomainBed's class, as it is, with its defaults, around the same network; the penalty is on."""
+    from domainbed import algorithms, hparams_registry, networks
+
+    def featurizer(input_shape: tuple, hparams: dict) -> nn.Module:
+        net, net.n_outputs = network(name, input_shape[0])
+        return net
+
+    channels, size, images, classes = NETWORKS[name]
+    kind = PEERS[algorithm].name if algorithm in PEERS else OTHERS[algorithm]
+    hparams = hparams_registry.default_hparams(kind, "PACS") | {"batch_size": images, "lr": 5e-5}
+    hparams |= dict.fromkeys(set(hparams) & set(ANNEALING), 0)
+    networks.Featurizer = featurizer  # its own downloads weights, and takes this network at 224 px only
+    made = algorithms.get_algorithm_class(kind)((channels, size, size), classes, DOMAINS, hparams).to(device)
+    data = [(batch.images, batch.labels) for batch in batches]
+    return lambda: made.update(data)
+
+
+def peak_bytes(step: Callable[[], Any]) -> int:
+    """The most that a step holds over what is there before it."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step()
+    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(accumulate(event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())))
+
+
+def main() -> None:
+    parser = options(__doc__, "algorithms.csv", rounds=7)
+    parser.add_argument("--domainbed", type=Path, help="a checkout of it")
+    parser.add_argument("--network", choices=list(NETWORKS), default="resnet18")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="algorithms beside erm; all if none is given")
+    args = parsed(parser)
+    if args.domainbed:
+        sys.path.insert(0, str(args.domainbed))
+    batches = minibatches(args.network, args.device)
+    contenders = {}
+    for name in ["erm", *(other for other in args.names or NAMES if other != "erm")]:
+        contenders[name] = ours(name, args.network, batches, args.device)
+        if args.domainbed and name in PEERS | OTHERS:
+            contenders[f"DomainBed {name}"] = theirs(name, args.network, batches, args.device)
+    times = medians(contenders, args.rounds, args.device)
+    memory = {name: peak_bytes(step) / 2**20 for name, step in contenders.items()}
+    shared = provenance(args.device)
+    report([row(name, args.network, times, memory) | shared for name in contenders if " " not in name], args.output)
+
+
+def row(name: str, network: str, times: dict, memory: dict) -> dict:
+    peer = f"DomainBed {name}"
+    return {
+        "algorithm": name,
+        "network": network,
+        "ms": round(times[name].ms, 1),
+        "to_erm": round(times[name].ms / times["erm"].ms, 2),
+        "domainbed_ms": round(times[peer].ms, 1) if peer in times else "",
+        "domainbed_to_ours": round(times[peer].ms / times[name].ms, 2) if peer in times else "",
+        "peak_mib": round(memory[name]),
+        "peak_to_erm": round(memory[name] / memory["erm"], 2),
+        "domainbed_peak_mib": round(memory[peer]) if peer in memory else "",
+        "rounds": times[name].rounds,
+    }
+
+
+if __name__ == "__main__":
+    main()

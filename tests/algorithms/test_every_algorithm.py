@@ -1,0 +1,183 @@
+"""What every file of conf/algorithm must do: learn, resume bit for bit, compose with surgery or say why not."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from algorithm_cases import (
+    CHANNELS,
+    SIZE,
+    assert_same,
+    batches,
+    gradients,
+    made,
+    ready,
+    seed_all,
+)
+from helpers import REPOSITORY
+from hydra.utils import get_object
+
+from gsdg.algorithms.__main__ import page
+from gsdg.batch import Batch
+from gsdg.errors import UserError
+from gsdg.experiment import prepare, resolved
+from gsdg.surgery.rules import Mean
+
+NAMES = sorted(path.stem for path in (REPOSITORY / "conf" / "algorithm").glob("*.yaml"))
+DRAWN = json.loads((REPOSITORY / "tests" / "golden" / "domainbed_draws.json").read_text())
+
+
+def stripes(step: int, domains: int = 3, images: int = 16) -> list[Batch]:
+    """Upright or lying stripes in noise; brightness, contrast and colour are the domain's."""
+    generator = torch.Generator().manual_seed(step)
+    labels = torch.randint(2, (domains, images), generator=generator)
+    upright = torch.arange(SIZE).remainder(2).float().expand(CHANNELS, SIZE, SIZE)
+    clean = torch.where(labels[..., None, None, None] == 0, upright, upright.mT)
+    noisy = clean + 0.3 * torch.randn(domains, images, CHANNELS, SIZE, SIZE, generator=generator)
+    return [
+        Batch((1 + 0.3 * d) * x - 0.3 * d, y, f"domain {d}") for d, (x, y) in enumerate(zip(noisy, labels, strict=True))
+    ]
+
+
+def train(algorithm, optimizer, steps: range) -> list[dict]:
+    """The trainer's order of things; what was recorded at each step."""
+    found = []
+    for step in steps:
+        optimizer.zero_grad(set_to_none=True)
+        metrics = algorithm.backward(stripes(step))
+        algorithm.step(optimizer)
+        found.append(metrics)
+    return found
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_learns_with_its_defaults(compose, name):
+    algorithm = ready(made(compose, name, "optimizer.lr=0.02", "trainer.batch_size=16"), dtype=torch.float32)
+    optimizer = torch.optim.Adam(algorithm.parameter_groups(), lr=0.02)
+    seed_all()
+    recorded = train(algorithm, optimizer, range(60))
+    algorithm.eval()
+    with torch.no_grad():
+        right = [(algorithm.predict(batch.images).argmax(1) == batch.labels).float().mean() for batch in stripes(1000)]
+    assert min(right) > 0.9
+    for metrics in recorded:
+        assert "loss" in metrics
+        assert all(value.ndim == 0 and not value.requires_grad and value.isfinite() for value in metrics.values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_resumed_run_goes_on_bit_for_bit(compose, name):
+    """Six steps at once, or three, saved, loaded into new objects, and three more; a penalty starts at the fifth."""
+
+    def start():
+        changes = ["algorithm.anneal_steps=4"] if "anneal_steps" in compose(f"algorithm={name}").algorithm else []
+        algorithm = ready(made(compose, name, "trainer.batch_size=16", *changes), dtype=torch.float32, dropout=0.2)
+        return algorithm, torch.optim.Adam(algorithm.parameter_groups(), lr=0.01)
+
+    whole, optimizer = start()
+    seed_all()
+    expected = train(whole, optimizer, range(6))
+
+    first, optimizer = start()
+    seed_all()
+    train(first, optimizer, range(3))
+    saved = io.BytesIO()
+    torch.save({"algorithm": first.state_dict(), "optimizer": optimizer.state_dict()}, saved)
+    saved.seek(0)
+    state, streams = torch.load(saved, weights_only=True), torch.get_rng_state()
+    numpy_state = np.random.get_state()
+    second, optimizer = start()
+    second.load_state_dict(state["algorithm"])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(streams)
+    np.random.set_state(numpy_state)
+    found = train(second, optimizer, range(3, 6))
+
+    assert [{key: value.item() for key, value in metrics.items()} for metrics in found] == [
+        {key: value.item() for key, value in metrics.items()} for metrics in expected[3:]
+    ]
+    ours, theirs = second.state_dict(), whole.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours if isinstance(ours[key], torch.Tensor))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_surgery_that_takes_the_mean_changes_nothing_or_is_refused_with_a_reason(compose, name):
+    kind = get_object(compose(f"algorithm={name}").algorithm._target_)
+    chosen = [f"algorithm={name}", "algorithm/surgery=upgrad", "split.target='30'"]
+    if kind.no_surgery:
+        with pytest.raises(
+            UserError, match=re.escape(f"algorithm={name} takes no algorithm/surgery: {kind.no_surgery}")
+        ):
+            prepare(compose(*chosen))
+        return
+    assert prepare(compose(*chosen)).algorithm.surgery.rule
+    operated = made(compose, name, "algorithm/surgery=upgrad", "trainer.batch_size=4")
+    operated.surgery.rule = Mean()
+    plain = made(compose, name, "trainer.batch_size=4")
+    found, expected = (gradients(ready(one), batches()) for one in (operated, plain))
+    assert_same(found, expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_surgery_changes_what_it_should(compose, name):
+    """One domain's loss turned round conflicts with the others: agr_sum must not leave the mean."""
+    if get_object(compose(f"algorithm={name}").algorithm._target_).no_surgery:
+        pytest.skip("takes no surgery: tested above")
+    plain, operated = (
+        made(compose, name, *more, "trainer.batch_size=4") for more in ([], ["algorithm/surgery=agr_sum"])
+    )
+    found, other = gradients(ready(operated), batches()), gradients(ready(plain), batches())
+    zeros = [(found[key] == 0).float().mean().item() for key in found]
+    assert sum(zeros) / len(zeros) > 0.2  # where signs disagree
+    assert found.keys() == other.keys()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_too_few_sources_are_refused_before_anything_is_read(compose, name):
+    needed = made(compose, name).needs_domains
+    lone = compose(f"algorithm={name}", "dataset.domains=['0','30']", "split.target='30'")
+    if needed < 2:
+        prepare(lone)
+        return
+    with pytest.raises(UserError, match=f"algorithm={name} needs {needed} source domains or more, found 0"):
+        prepare(lone)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_names_its_paper(compose, name):
+    yaml = (REPOSITORY / "conf" / "algorithm" / f"{name}.yaml").read_text()
+    kind = get_object(compose(f"algorithm={name}").algorithm._target_)
+    doc = importlib.import_module(kind.__module__).__doc__
+    for text in (yaml.splitlines()[0], doc):
+        assert re.search(r"(19|20)\d\d", text), "a year"
+
+
+@pytest.mark.parametrize("case", DRAWN, ids=lambda case: f"{case['algorithm']}-{case['search']}")
+def test_a_search_draws_what_domainbeds_registry_draws(compose, case):
+    """The golden values are DomainBed's (b93c22a), of PACS and of RotatedMNIST."""
+    overrides = [f"algorithm={case['algorithm']}", f"search={case['search']}"]
+    overrides += [f"search.hparams_seed={case['hparams_seed']}", f"split.trial_seed={case['trial_seed']}"]
+    if (case["algorithm"], case["search"]) == ("arm", "domainbed_small"):
+        overrides.append("~algorithm.ranges")  # as its YAML says: the batch of 8 is for photos
+    config = resolved(compose(*overrides))
+    drawn = {name: value_at(config, one["key"]) for name, one in config["search"]["ranges"].items()}
+    assert drawn == {name: case["drawn"][name] for name in drawn}
+    assert set(drawn) >= set(case["own"])
+
+
+def value_at(config: dict, key: str) -> object:
+    for word in key.split("."):
+        config = config[word]
+    return config
+
+
+def test_the_page_says_what_the_files_say():
+    """`python -m gsdg.algorithms > gsdg/algorithms/README.md` makes it."""
+    assert (REPOSITORY / "gsdg" / "algorithms" / "README.md").read_text() == page()

@@ -1,0 +1,77 @@
+"""GGA-L against its equation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from algorithm_cases import assert_same, batches, classifier, gradients, gradients_of, ready, risk, seed_all
+
+from gsdg.algorithms import ERM, GGAL
+from gsdg.errors import UserError
+
+DRAWS = {"normal": torch.randn, "uniform": torch.rand}
+
+
+def similarity(model, data) -> float:
+    flat = [torch.cat([g.flatten() for g in gradients_of(model, risk(model, batch)).values()]) for batch in data]
+    cosines = [F.cosine_similarity(flat[i], flat[j], dim=0) for i in range(len(flat)) for j in range(i)]
+    return (sum(cosines) / len(cosines)).item()
+
+
+@pytest.mark.parametrize("noise", DRAWS)
+@pytest.mark.parametrize("domains", [2, 4])
+def test_the_noise_grows_with_disagreement(noise, domains):
+    data, model = [*batches(domains - 1), *batches(1, images=7, seed=5)], classifier()
+    algorithm = ready(GGAL(gamma=0.1, noise=noise), domains=domains)
+    alpha = 0.1 * (1 - similarity(model, data))
+    found, expected = gradients(algorithm, data, seed=3), gradients(ready(ERM()), data)
+    seed_all(3)
+    for name, p in model.named_parameters():
+        expected[name] += alpha * DRAWS[noise](p.shape, dtype=p.dtype)
+    assert_same(found, expected, rtol=1e-9, atol=1e-12)
+    metrics = algorithm.backward(data)
+    assert metrics["noise"].item() == pytest.approx(alpha)
+    assert metrics["similarity"].item() == pytest.approx(1 - alpha / 0.1)
+    images = sum(len(batch.labels) for batch in data)
+    risks = [len(batch.labels) / images * risk(model, batch).item() for batch in data]
+    assert metrics["loss"].item() == pytest.approx(sum(risks))
+
+
+def test_gamma_0_is_erm():
+    data = [*batches(2), *batches(1, images=7)]
+    assert_same(gradients(ready(GGAL(gamma=0.0)), data), gradients(ready(ERM()), data), rtol=1e-12, atol=1e-14)
+
+
+def test_domains_that_agree_get_no_noise():
+    data = [batches(1)[0]] * 3
+    assert_same(gradients(ready(GGAL(gamma=1.0)), data), gradients(ready(ERM()), data), rtol=1e-9, atol=1e-12)
+
+
+def test_a_domain_without_a_gradient_agrees_with_none():
+    """Equal logits of a zero head, and every class once: no gradient."""
+    algorithm = ready(GGAL(gamma=1.0), domains=2)
+    with torch.no_grad():
+        algorithm.model.head.weight.zero_(), algorithm.model.head.bias.zero_()
+    empty = batches(1, images=5)[0]
+    empty = empty._replace(images=empty.images[:1].expand(5, -1, -1, -1), labels=torch.arange(5))
+    metrics = algorithm.backward([batches(1)[0], empty])
+    assert abs(metrics["similarity"].item()) < 1e-6
+
+
+def test_a_frozen_layer_gets_no_noise():
+    algorithm = ready(GGAL(gamma=1.0))
+    algorithm.model.head.bias.requires_grad_(False)
+    assert "head.bias" not in gradients(algorithm, batches())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gamma": -1.0}, r"algorithm.gamma: found -1.0, expected a number in"),
+        ({"noise": "pink"}, r"algorithm.noise is 'pink'; valid: normal, uniform"),
+    ],
+)
+def test_bad_values_are_refused(change, message):
+    with pytest.raises(UserError, match=message):
+        GGAL(**{"gamma": 1.0} | change)
