@@ -1,4 +1,8 @@
-"""Model x domain x part -> accuracy, and other means. One pass: each image is read once, in the order of the disk."""
+"""Model x domain x part -> accuracy, and other means. One pass: each image is read once, in the order of the disk.
+
+An algorithm whose prediction for an image depends on those beside it gets a domain's images shuffled, as DomainBed's
+are: the disk has them class by class. Deviation: in and out parts share its batches there.
+"""
 
 from __future__ import annotations
 
@@ -89,7 +93,7 @@ class Evaluator:
         self, algorithm: Algorithm, step: int, measures: Sequence[Measure], between: Callable[[], None]
     ) -> list[dict[str, np.ndarray]]:
         """By measure and domain, a number for each of its images, float64; NaN where no part has the image."""
-        wanted = {name: np.unique(np.concatenate(list(parts.values()))) for name, parts in self.parts.items()}
+        wanted = self._wanted(algorithm.sees_together)
         seed = seed_hash("evaluate", self.seed, step)
         found: list[dict[str, list[Tensor]]] = [{name: [] for name in self.parts} for _ in measures]
         for batch in evaluate_loader(self.dataset, wanted, self.transforms, seed=seed, **self.loading):
@@ -98,6 +102,14 @@ class Evaluator:
                 own[batch.domain].append(measure(logits, batch.labels))
             between()
         return [{name: self._placed(name, wanted[name], batches) for name, batches in own.items()} for own in found]
+
+    def _wanted(self, shuffled: bool) -> dict[str, np.ndarray]:
+        """Each domain's images in the order of the disk, which is by class; or shuffled, always the same."""
+        wanted = {name: np.unique(np.concatenate(list(parts.values()))) for name, parts in self.parts.items()}
+        if shuffled:
+            for name, images in wanted.items():
+                np.random.RandomState(seed_hash("evaluated together", self.seed, name)).shuffle(images)
+        return wanted
 
     def _placed(self, domain: str, images: np.ndarray, batches: list[Tensor]) -> np.ndarray:
         values = np.full(len(self.dataset.domains[domain]), np.nan)

@@ -51,6 +51,22 @@ def evaluator(parts: dict, transform=None, seed: int = 0, dataset=DATASET, worke
     )
 
 
+class Together(AlwaysThree):
+    sees_together = True
+
+
+def test_what_is_predicted_together_is_shuffled_and_counted_all_the_same():
+    parts = {"in": np.arange(40), "out": np.arange(40, 60)}
+    apart, together = AlwaysThree(), Together()
+    found = [evaluator({"90": parts})(algorithm, step) for algorithm in (apart, together) for step in (0, 1)]
+    assert found[0] == found[1] == found[2] == found[3]
+    shown, shuffled = (torch.cat(algorithm.seen).split(60) for algorithm in (apart, together))
+    assert torch.equal(shown[0], shown[1])
+    assert torch.equal(shuffled[0], shuffled[1])
+    assert (shown[0] != shuffled[0]).flatten(1).any(1).float().mean() > 0.8
+    assert sorted(image.sum().item() for image in shown[0]) == sorted(image.sum().item() for image in shuffled[0])
+
+
 def test_each_part_is_counted_on_its_own_images():
     labels = DATASET.domains["90"].labels
     threes, others = np.flatnonzero(labels == 3), np.flatnonzero(labels != 3)

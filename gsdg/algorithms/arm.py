@@ -5,8 +5,8 @@
 The context network g makes one channel [1, H, W] of an image; its mean over `support_size` images of a domain is given
 to the model beside each of them, so that the model learns to adapt to images without labels. To predict, the images
 given at once are adapted in groups of that size, in their order; those left over share the mean of the last
-`support_size` of all, so that a context is of as many images as in training. The order thus matters: a group should be
-a sample of the domain.
+`support_size` of all, so that a context is of as many images as in training. The order thus matters: images
+are evaluated shuffled.
 
 The model's first layer gets the weights of its first channel for the new one too; the context network is the model's.
 
@@ -35,6 +35,7 @@ class ARM(DomainLosses):
     """support_size: images that make one context. train_context: false leaves the context network as it was made."""
 
     needs = "a first layer that can take a channel more; sees the images of a domain together"
+    sees_together = True
 
     def __init__(self, *, support_size: int, train_context: bool, surgery: GradSurgery | None = None) -> None:
         super().__init__(surgery=surgery)

@@ -20,11 +20,13 @@ class Algorithm(nn.Module, ABC):
     """Subclasses take keyword-only hyper-parameters and check them at once.
 
     needs_domains: source domains without which it means nothing. needs: what it asks of the model, in words.
+    sees_together: whether what it predicts for an image depends on those beside it.
     no_surgery: why its loss is no mean of one loss a domain, so that `algorithm/surgery=...` is refused; "" if it is.
     """
 
     needs_domains: int = 1  # an object's own, where its hyper-parameters decide
     needs: ClassVar[str] = ""
+    sees_together: ClassVar[bool] = False
     no_surgery: ClassVar[str] = ""
 
     model: nn.Module

@@ -3,8 +3,8 @@
     L_d = mean_b CE(h(z_b, e_d), y_b)      e_d <- ema mean_b z_b + (1 - ema) e_d,  a gradient flows through the mean
 
 The head is linear in the F features z_b of an image and the F numbers e_d, the mean embedding of its domain. To
-predict, e is the mean over the images given at once: `trainer.eval_batch_size` and the order of the images thus matter,
-and a batch should be a sample of the domain.
+predict, e is the mean over the images given at once: `trainer.eval_batch_size` and the order of the images thus matter:
+they are evaluated shuffled.
 
 Deviations: the paper is about kernel machines; this is DomainBed's form for networks. DomainBed fills the embedding
 with standard normal noise, a draw an image, before the head reads it (its issue 159), so that its published MTL is ERM
@@ -34,6 +34,7 @@ class MTL(DomainLosses):
     """ema: the share of this minibatch in its domain's embedding; 1: all of it. embedding: what the head reads."""
 
     needs = "a linear head; sees the images of a domain together"
+    sees_together = True
 
     embeddings: Tensor  # [D, F], in the order of `domains`
 
