@@ -139,6 +139,47 @@ def test_surgery_changes_what_it_should(compose, name):
     assert found.keys() == other.keys()
 
 
+# What makes a method ERM. The others are no ERM with anything added: mixup, mldg, fish, sagnet, arm, mtl, surgery.
+ERM_AT = {
+    "cad": ["penalty_weight=0"],
+    "causirl_coral": ["penalty_weight=0"],
+    "causirl_mmd": ["penalty_weight=0"],
+    "cdann": ["adversary_weight=0"],  # of the model's step, which is the first
+    "condcad": ["penalty_weight=0"],
+    "coral": ["penalty_weight=0"],
+    "dann": ["adversary_weight=0"],
+    "eqrm": ["anneal_steps=1"],  # until then
+    "fishr": ["penalty_weight=0", "anneal_steps=0"],
+    "gga_l": ["gamma=0"],
+    "groupdro": ["eta=0"],
+    "iga": ["penalty_weight=0"],
+    "irm": ["penalty_weight=0", "anneal_steps=0"],
+    "mixstyle": ["p=0"],
+    "mmd": ["penalty_weight=0"],
+    "rsc": ["feature_drop=0", "batch_drop=0"],
+    "sagm": ["rho=0", "alpha=0"],
+    "sam": ["rho=0"],
+    "sd": ["penalty_weight=0"],
+    "selfreg": ["logit_weight=0", "feature_weight=0"],
+    "vrex": ["penalty_weight=0", "anneal_steps=0"],
+}
+
+
+# What makes it something else at the first step.
+NOT_ERM_AT = {name: ["anneal_steps=0"] for name in ("eqrm", "fishr", "irm", "vrex")} | {"mixstyle": ["p=1"]}
+
+
+@pytest.mark.parametrize("name", ERM_AT)
+def test_without_its_penalty_it_is_erm(compose, name):
+    data = batches()
+    bare = made(compose, name, *(f"algorithm.{setting}" for setting in ERM_AT[name]))
+    found, expected = gradients(ready(bare), data), gradients(ready(made(compose, "erm")), data)
+    assert_same(found, expected, rtol=1e-12, atol=1e-14)
+    whole = made(compose, name, *(f"algorithm.{setting}" for setting in NOT_ERM_AT.get(name, [])))
+    with_it = gradients(ready(whole), data)
+    assert any(not torch.allclose(with_it[key], expected[key], rtol=1e-6) for key in expected)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_too_few_sources_are_refused_before_anything_is_read(compose, name):
     needed = made(compose, name).needs_domains
