@@ -198,6 +198,8 @@ def resolved(raw: DictConfig | dict) -> dict:
         config.pop(key, None)
     for key in ("n_parts", "ranges"):  # the partition's took its value, or was given another; a search took them
         config["algorithm"].pop(key, None)
+    if config["algorithm"].get("surgery", "none") is None:
+        del config["algorithm"]["surgery"]
     if "search" in config:
         apply(config["search"], config)  # changes a composed config no more, but refuses keys that are gone by now
     return config

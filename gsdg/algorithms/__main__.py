@@ -63,7 +63,7 @@ def row(name: str, node: dict, head: str, cost: str) -> str:
 def hyperparameters(node: dict) -> str:
     """`penalty_weight` 100 [10^U(-1, 5)], one a line."""
     ranges = dict(node.get("ranges") or {})
-    keys = [key for key in node if key not in ("name", "_target_", "ranges", "defaults")]
+    keys = [key for key in node if key not in ("name", "_target_", "ranges", "surgery")]
     found = []
     for key in keys:
         mine = [name for name, one in ranges.items() if one["key"] == f"algorithm.{key}"]

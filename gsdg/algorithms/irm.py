@@ -23,6 +23,7 @@ from gsdg.algorithms.annealing import Annealing
 from gsdg.algorithms.domain_losses import DomainLosses
 from gsdg.algorithms.grad_surgery import GradSurgery
 from gsdg.batch import Batch, join
+from gsdg.errors import check_range
 
 
 class IRM(DomainLosses):
@@ -30,6 +31,7 @@ class IRM(DomainLosses):
 
     def __init__(self, *, penalty_weight: float, anneal_steps: int, surgery: GradSurgery | None = None) -> None:
         super().__init__(surgery=surgery)
+        check_range("algorithm", "[0, inf)", penalty_weight=penalty_weight)
         self.annealing = Annealing(steps=anneal_steps, before=1.0, after=penalty_weight)
 
     def losses(self, batches: Sequence[Batch]) -> tuple[list[Tensor], dict[str, Tensor]]:

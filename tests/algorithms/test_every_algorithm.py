@@ -125,6 +125,11 @@ def test_surgery_that_takes_the_mean_changes_nothing_or_is_refused_with_a_reason
     assert_same(found, expected, rtol=1e-10, atol=1e-14)
 
 
+def test_surgery_given_as_a_value_is_told_to_be_a_choice(compose):
+    with pytest.raises(UserError, match="algorithm.surgery=pcgrad: .* Write algorithm/surgery=pcgrad"):
+        prepare(compose("algorithm=irm", "algorithm.surgery=pcgrad", "split.target='30'"))
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_surgery_changes_what_it_should(compose, name):
     """One domain's loss turned round conflicts with the others: agr_sum must not leave the mean."""

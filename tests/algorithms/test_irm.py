@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
 from algorithm_cases import assert_same, batches, classifier, gradients, gradients_of, ready
 from torch import Tensor
 
 from gsdg.algorithms import IRM
+from gsdg.errors import UserError
 
 
 def slope(logits: Tensor, labels: Tensor) -> Tensor:
@@ -41,3 +43,8 @@ def test_before_the_annealing_ends_the_weight_is_1_and_at_its_end_the_optimizer_
         algorithm.step(optimizer)
         ages.append(int(optimizer.state[model.head.weight]["step"]))
     assert ages == [1, 2, 1, 2]
+
+
+def test_a_negative_weight_is_refused():
+    with pytest.raises(UserError, match=r"algorithm.penalty_weight: found -1.0, expected a number in \[0, inf\)"):
+        IRM(penalty_weight=-1.0, anneal_steps=0)
