@@ -1,19 +1,21 @@
 """What does a step of each algorithm cost, against ERM's on the same batches, and against DomainBed's own class?
 
     git clone https://github.com/facebookresearch/DomainBed /tmp/db
-    python benchmarks/algorithms.py --domainbed /tmp/db --network resnet18
-    python benchmarks/algorithms.py --domainbed /tmp/db --network mnist_cnn
+    python benchmarks/algorithms.py --domainbed /tmp/db
 
 A step is `backward` and the optimizer's (Adam's), on images that are in memory: 3 x 32 of 64 px through a ResNet-18
-with frozen BatchNorm, or 3 x 64 of 28 px through DomainBed's MNIST_CNN, random weights. Contenders take turns, its
-class right after ours; medians over the rounds. Penalties are on from the first step. Memory is the peak of what a step
-allocates over what is there before it, by torch's profiler (CPU). DomainBed's classes run as they are, imported from
-the checkout, around the same network; its Fishr wants backpack-for-pytorch. Without --domainbed only ours are measured.
+with frozen BatchNorm, then 3 x 32 of 28 px through DomainBed's MNIST_CNN, random weights. Contenders take turns, its
+class right after ours; medians over the rounds. Penalties are on from the first step. Memory is the peak of what a
+step allocates over what is there before it, by torch's profiler (CPU). DomainBed's classes run as they are, imported
+from the checkout, around the same network: its own ResNet would want 224 px, and Fish would read that one's weights
+from the disk at every step. Its Fishr wants backpack-for-pytorch, and a mended hook (`reach_the_features`).
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
+import time
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
@@ -21,7 +23,7 @@ from typing import Any
 
 import hydra
 import torch
-from domainbed_steps import PEERS, REPOSITORY
+from domainbed_steps import PEERS, REPOSITORY, reach_the_features
 from timing import medians, options, parsed, provenance, report
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -34,10 +36,11 @@ from gsdg.models import Classifier
 from gsdg.schema import build
 
 NAMES = sorted(path.stem for path in (REPOSITORY / "conf" / "algorithm").glob("*.yaml"))
-NETWORKS = {"resnet18": (3, 64, 32, 7), "mnist_cnn": (1, 28, 64, 10)}  # channels, px, images a domain, classes
+NETWORKS = {"resnet18": (3, 64, 32, 7), "mnist_cnn": (1, 28, 32, 10)}  # channels, px, images a domain, classes
 DOMAINS = 3
 # DomainBed's classes that PEERS does not compare, because they compute something else.
 OTHERS = {"and_mask": "ANDMask", "sand_mask": "SANDMask", "eqrm": "EQRM", "iga": "IGA", "mtl": "MTL"}
+ALTERNATING = ("dann", "cdann")  # a step of the discriminator, a step of the model
 ANNEALING = ("irm_penalty_anneal_iters", "vrex_penalty_anneal_iters", "penalty_anneal_iters", "eqrm_burnin_iters")
 
 
@@ -83,6 +86,19 @@ def ours(algorithm: str, name: str, batches: list[Batch], device: str) -> Callab
     return step
 
 
+def cycled(step: Callable[[], Any], algorithm: str) -> Callable[[], Any]:
+    """The mean time of a step, where their cost alternates."""
+    if algorithm not in ALTERNATING:
+        return step
+
+    def both() -> float:
+        start = time.perf_counter()
+        step(), step()
+        return (time.perf_counter() - start) / 2
+
+    return both
+
+
 def configured(algorithm: str, name: str, images: int) -> dict:
     with hydra.initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
         plain = hydra.compose("config", [f"algorithm={algorithm}"])
@@ -105,6 +121,8 @@ def theirs(algorithm: str, name: str, batches: list[Batch], device: str) -> Call
     hparams |= dict.fromkeys(set(hparams) & set(ANNEALING), 0)
     networks.Featurizer = featurizer  # its own downloads weights, and takes this network at 224 px only
     made = algorithms.get_algorithm_class(kind)((channels, size, size), classes, DOMAINS, hparams).to(device)
+    if kind == "Fishr":
+        reach_the_features(made)
     data = [(batch.images, batch.labels) for batch in batches]
     return lambda: made.update(data)
 
@@ -120,21 +138,24 @@ def peak_bytes(step: Callable[[], Any]) -> int:
 def main() -> None:
     parser = options(__doc__, "algorithms.csv", rounds=7)
     parser.add_argument("--domainbed", type=Path, help="a checkout of it")
-    parser.add_argument("--network", choices=list(NETWORKS), default="resnet18")
-    parser.add_argument("names", nargs="*", metavar="NAME", help="algorithms beside erm; all if none is given")
+    parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
+    parser.add_argument("--names", nargs="+", metavar="NAME", default=NAMES, help="algorithms beside erm; default: all")
     args = parsed(parser)
     if args.domainbed:
         sys.path.insert(0, str(args.domainbed))
-    batches = minibatches(args.network, args.device)
-    contenders = {}
-    for name in ["erm", *(other for other in args.names or NAMES if other != "erm")]:
-        contenders[name] = ours(name, args.network, batches, args.device)
+    rows = [row for network in args.networks for row in measured(network, args)]
+    report([row | provenance(args.device) for row in rows], args.output)
+
+
+def measured(network: str, args: argparse.Namespace) -> list[dict]:
+    batches, contenders = minibatches(network, args.device), {}
+    for name in ["erm", *(other for other in args.names if other != "erm")]:
+        contenders[name] = cycled(ours(name, network, batches, args.device), name)
         if args.domainbed and name in PEERS | OTHERS:
-            contenders[f"DomainBed {name}"] = theirs(name, args.network, batches, args.device)
+            contenders[f"DomainBed {name}"] = cycled(theirs(name, network, batches, args.device), name)
     times = medians(contenders, args.rounds, args.device)
     memory = {name: peak_bytes(step) / 2**20 for name, step in contenders.items()}
-    shared = provenance(args.device)
-    report([row(name, args.network, times, memory) | shared for name in contenders if " " not in name], args.output)
+    return [row(name, network, times, memory) for name in contenders if " " not in name]
 
 
 def row(name: str, network: str, times: dict, memory: dict) -> dict:
