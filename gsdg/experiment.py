@@ -213,8 +213,7 @@ def searched(raw: DictConfig) -> DictConfig:
     if OmegaConf.is_config(search):
         search = OmegaConf.to_container(search, resolve=True, throw_on_missing=True)
         own = OmegaConf.to_container(config.algorithm.get("ranges", OmegaConf.create()), resolve=True)
-        search["ranges"] = with_own(search["ranges"], own)
-        config.search = search
+        config.search = search = with_own(search, own)
     apply(search, config)
     return config
 

@@ -47,18 +47,19 @@ def apply(search: dict, config: MutableMapping) -> None:
             node[leaf] = drawn[key]
 
 
-def with_own(ranges: dict, own: dict) -> dict:
-    """The ranges of a search and those of its algorithm, which take the place of those for the same key.
+def with_own(search: dict, own: dict) -> dict:
+    """The search with the ranges of its algorithm beside its own, in the place of those for the same key.
 
     One of the algorithm's that says `like: lr` is drawn as the search's lr is, under its own name, and left out where
     the search does not draw that: as in DomainBed, whose ranges depend on the data set.
     """
+    ranges = search.get("ranges")
     if not isinstance(ranges, dict):
-        return ranges  # refused later
+        return search  # refused later
     own = {name: _like(one, ranges) for name, one in own.items() if one.get("like", name) in {name, *ranges}}
     taken = {one["key"] for one in own.values()}
     kept = {name: one for name, one in ranges.items() if not (isinstance(one, dict) and one.get("key") in taken)}
-    return kept | own
+    return search | {"ranges": kept | own}
 
 
 def _like(one: dict, ranges: dict) -> dict:

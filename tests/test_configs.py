@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import yaml
+from config_choices import CHOICES, CONF, NEEDED, PRESETS
 from helpers import REPOSITORY
 from hydra.errors import ConfigCompositionException
 
@@ -16,21 +17,8 @@ from gsdg.runs import run_id
 from gsdg.schema import check
 from gsdg.sweep.grid import from_command_line
 
-CONF = REPOSITORY / "conf"
-CHOICES = [
-    f"{path.parent.relative_to(CONF)}={path.stem}"
-    for group in SUPPLIED
-    for path in sorted((CONF / group).rglob("*.yaml"))
-    if path.stem != "base"  # what others of its folder are made of
-]
 ALGORITHMS = sorted(path.stem for path in (CONF / "algorithm").glob("*.yaml"))
-NEEDED = {  # what a choice cannot be composed without
-    "dataset=image_folder": ["dataset.root=x"],
-    "algorithm/partition=groups": ["algorithm.partition.patterns=['*.bias']"],
-}
-PRESETS = sorted(
-    str(path.relative_to(CONF / "experiment").with_suffix("")) for path in (CONF / "experiment").rglob("*.yaml")
-)
+SURGERY = sorted(path.stem for path in (CONF / "algorithm" / "surgery").glob("*.yaml") if path.stem != "base")
 SEARCHES = sorted(path.stem for path in (CONF / "search").glob("*.yaml"))
 DATASETS = sorted(path.stem for path in (CONF / "dataset").glob("*.yaml"))
 
@@ -44,8 +32,7 @@ def checked(config) -> dict:
 
 @pytest.mark.parametrize("choice", CHOICES)
 def test_every_choice_fits_its_constructor(compose, choice):
-    needed = ["algorithm=irm"] if choice.startswith("algorithm/surgery=") else NEEDED.get(choice, [])
-    checked(compose(choice, *needed))
+    checked(compose(choice, *NEEDED.get(choice, [])))
 
 
 @pytest.mark.parametrize("search", SEARCHES)
@@ -75,9 +62,6 @@ def test_a_paper_preset_sweeps_every_target_and_three_trials(compose, preset):
 PARTITION = {"grad_surgery": "chunk", "gradvac": "module"} | dict.fromkeys(
     ("pcgrad", "mgda", "cagrad", "imtl_g", "aligned_mtl", "upgrad", "dualproj", "nash"), "model"
 )
-
-
-SURGERY = sorted(path.stem for path in (CONF / "algorithm" / "surgery").glob("*.yaml") if path.stem != "base")
 
 
 @pytest.mark.parametrize("algorithm", SURGERY)

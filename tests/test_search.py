@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from gsdg.errors import UserError
 from gsdg.experiment import prepare, resolved, run
-from gsdg.search import apply, draw
+from gsdg.search import apply, draw, with_own
 from gsdg.sweep.freeze import frozen
 from gsdg.sweep.grid import from_command_line
 
@@ -324,3 +324,25 @@ def test_a_search_is_a_node(search):
 def test_what_does_not_fit_the_key_is_said_as_everywhere(compose):
     with pytest.raises(UserError, match=r"trainer\.batch_size: found 39\.63\d* \(float\), expected int"):
         prepare(searched(compose, "domainbed", 1, 0, "~search.ranges.batch_size.integer"))
+
+
+# ---- an algorithm's own ranges ----------------------------------------------------------------------------------
+
+LR = {"key": "optimizer.lr", "log10": [-5, -3.5]}
+
+
+def test_an_algorithms_ranges_stand_beside_the_searchs_and_replace_those_of_the_same_key():
+    search = {"name": "s", "ranges": {"lr": LR, "size": {"key": "trainer.batch_size", "log2": [3, 5]}}}
+    own = {"lr_g": {"key": "optimizer.lr", "uniform": [0, 1]}, "w": {"key": "algorithm.w", "choice": [1]}}
+    assert with_own(search, own)["ranges"] == {"size": search["ranges"]["size"], **own}
+    assert search["ranges"]["lr"] == LR, "it changed what it was given"
+
+
+def test_a_range_like_one_of_the_searchs_has_its_form_or_is_left_out_where_the_search_has_none():
+    own = {"lr_d": {"key": "algorithm.lr", "like": "lr"}, "decay": {"key": "algorithm.decay", "like": "weight_decay"}}
+    found = with_own({"name": "s", "ranges": {"lr": LR}}, own)["ranges"]
+    assert found == {"lr": LR, "lr_d": {"key": "algorithm.lr", "log10": [-5, -3.5]}}
+
+
+def test_an_algorithms_ranges_do_not_change_which_experiment_a_plain_run_is(compose):
+    assert "ranges" not in resolved(compose("algorithm=irm"))["algorithm"]

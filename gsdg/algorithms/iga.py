@@ -38,20 +38,19 @@ class IGA(Algorithm):
     def backward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         risks = [F.cross_entropy(self.model(batch.images), batch.labels) for batch in batches]
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        nll, penalty = torch.stack(risks).mean(), scatter([flat_gradient(risk, parameters) for risk in risks])
+        nll, penalty = torch.stack(risks).mean(), scatter([gradients(risk, parameters) for risk in risks])
         loss = nll + self.penalty_weight * penalty
         loss.backward()
         return {"loss": loss.detach(), "nll": nll.detach(), "penalty": penalty.detach()}
 
 
-def flat_gradient(risk: Tensor, parameters: Sequence[Tensor]) -> Tensor:
-    """[P], with a graph; zeros for a parameter that the risk does not depend on."""
-    found = torch.autograd.grad(risk, parameters, create_graph=True, materialize_grads=True)
-    return torch.cat([grad.flatten() for grad in found])
+def gradients(risk: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
+    """One a parameter, with a graph; zeros for one that the risk does not depend on."""
+    return torch.autograd.grad(risk, parameters, create_graph=True, materialize_grads=True)
 
 
-def scatter(gradients: Sequence[Tensor]) -> Tensor:
-    """D gradients [P] -> the sum of their squared distances from their mean, 0-dim."""
+def scatter(gradients: Sequence[Sequence[Tensor]]) -> Tensor:
+    """D gradients, one tensor a parameter -> the sum of their squared distances from their mean, 0-dim."""
     with torch.no_grad():
-        mean = sum(gradients) / len(gradients)
-    return sum((own - mean).square().sum() for own in gradients)
+        means = [sum(own) / len(gradients) for own in zip(*gradients, strict=True)]
+    return sum((own - mean).square().sum() for one in gradients for own, mean in zip(one, means, strict=True))

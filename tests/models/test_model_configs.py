@@ -30,7 +30,8 @@ class TestModelConfig:
         if yaml["name"] in ("efficientnet_lite0", "resnet50_augmix"):
             pytest.importorskip("timm", reason="pip install 'gsdg[backbones]'")
         model = build(yaml | {"weights": None}, classes=5)
-        images = torch.randn(2, model.spec.channels, 32, 32)
+        size = min(32, yaml["image_size"])  # a perceptron takes its own size only
+        images = torch.randn(2, model.spec.channels, size, size)
         assert model(images).shape == (2, 5)
         assert model.featurize(images).shape == (2, model.features)
         assert model.spec == (yaml["image_size"], len(yaml["mean"]), tuple(yaml["mean"]), tuple(yaml["std"]))
