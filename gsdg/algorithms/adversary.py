@@ -5,18 +5,16 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Optimizer
+
+from gsdg.algorithms.steps import Steps
 
 
-class Turns(nn.Module):
-    """Whose step it is: `d_steps` of the discriminator alone for one of the model alone; with 0, each is of both.
-
-    Counted on the host, where nothing has to wait for the number, and saved with the weights.
-    """
+class Turns(Steps):
+    """Whose step it is: `d_steps` of the discriminator alone for one of the model alone; with 0, each is of both."""
 
     def __init__(self, d_steps: int) -> None:
         super().__init__()
-        self.d_steps, self.done = d_steps, 0
+        self.d_steps = d_steps
 
     @property
     def discriminator(self) -> bool:
@@ -27,16 +25,6 @@ class Turns(nn.Module):
     def model(self) -> bool:
         """Does the step to come train it?"""
         return self.d_steps == 0 or not self.discriminator
-
-    def step(self, optimizer: Optimizer) -> None:
-        optimizer.step()
-        self.done += 1
-
-    def get_extra_state(self) -> dict:
-        return {"done": self.done}
-
-    def set_extra_state(self, state: dict) -> None:
-        self.done = int(state["done"])
 
 
 def perceptron(inputs: int, outputs: int, *, width: int, depth: int, dropout: float) -> nn.Sequential:

@@ -6,20 +6,19 @@ would turn the jump in size into a jump of the weights.
 
 from __future__ import annotations
 
-from torch import nn
 from torch.optim import Optimizer
 
+from gsdg.algorithms.steps import Steps
 from gsdg.errors import check_range
 
 
-class Annealing(nn.Module):
-    """Counts the steps on the host, where nothing has to wait for the number, and saves it with the weights."""
+class Annealing(Steps):
+    """before, after: weights of the penalty. steps: how many have the first."""
 
     def __init__(self, *, steps: int, before: float, after: float) -> None:
         super().__init__()
         check_range("algorithm", "[0, inf)", anneal_steps=steps)
         self.steps, self.before, self.after = steps, before, after
-        self.done = 0
 
     @property
     def waiting(self) -> bool:
@@ -34,11 +33,4 @@ class Annealing(nn.Module):
         """The optimizer's step, after it has forgotten its moments where that is due."""
         if self.done == self.steps:
             optimizer.state.clear()
-        optimizer.step()
-        self.done += 1
-
-    def get_extra_state(self) -> dict:
-        return {"done": self.done}
-
-    def set_extra_state(self, state: dict) -> None:
-        self.done = int(state["done"])
+        super().step(optimizer)

@@ -20,11 +20,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gsdg.algorithms.domain_losses import DomainLosses
 from gsdg.algorithms.grad_surgery import GradSurgery
+from gsdg.algorithms.risks import risks
 from gsdg.batch import Batch, join
 from gsdg.errors import UserError, check_range
 
@@ -51,8 +51,7 @@ class ARM(DomainLosses):
 
     def losses(self, batches: Sequence[Batch]) -> tuple[list[Tensor], dict[str, Tensor]]:
         joint = join(batches)
-        logits = joint.split(self.model(self._adapted(joint.images, joint.sizes)))
-        return [F.cross_entropy(own, y) for own, y in zip(logits, joint.split(joint.labels), strict=True)], {}
+        return risks(self.model(self._adapted(joint.images, joint.sizes)), joint), {}
 
     def predict(self, images: Tensor) -> Tensor:
         """The images of one domain -> logits."""

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from gsdg.algorithms.annealing import Annealing
 from gsdg.algorithms.domain_losses import DomainLosses
 from gsdg.algorithms.grad_surgery import GradSurgery
+from gsdg.algorithms.risks import risks
 from gsdg.batch import Batch, join
 from gsdg.errors import check_range
 
@@ -36,11 +37,11 @@ class IRM(DomainLosses):
 
     def losses(self, batches: Sequence[Batch]) -> tuple[list[Tensor], dict[str, Tensor]]:
         joint = join(batches)
-        logits, labels = joint.split(self.model(joint.images)), joint.split(joint.labels)
-        risks = [F.cross_entropy(own, y) for own, y in zip(logits, labels, strict=True)]
-        penalties = [slopes(own, y) for own, y in zip(logits, labels, strict=True)]
-        losses = [risk + self.annealing.weight * penalty for risk, penalty in zip(risks, penalties, strict=True)]
-        return losses, {"nll": torch.stack(risks).mean(), "penalty": torch.stack(penalties).mean()}
+        logits = self.model(joint.images)
+        pairs = zip(joint.split(logits), joint.split(joint.labels), strict=True)
+        nll, penalties = torch.stack(risks(logits, joint)), torch.stack([slopes(own, labels) for own, labels in pairs])
+        losses = nll + self.annealing.weight * penalties
+        return list(losses), {"nll": nll.mean(), "penalty": penalties.mean()}
 
     def step(self, optimizer: Optimizer) -> None:
         self.annealing.step(optimizer)

@@ -21,11 +21,11 @@ from typing import Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gsdg.algorithms.domain_losses import DomainLosses
 from gsdg.algorithms.grad_surgery import GradSurgery
+from gsdg.algorithms.risks import risks
 from gsdg.algorithms.stages import places
 from gsdg.batch import Batch, join
 from gsdg.errors import check_literal, check_range
@@ -59,8 +59,7 @@ class MixStyle(DomainLosses):
     def losses(self, batches: Sequence[Batch]) -> tuple[list[Tensor], dict[str, Tensor]]:
         joint = join(batches)
         with self.mixing(joint.sizes):
-            logits = joint.split(self.model(joint.images))
-        return [F.cross_entropy(own, y) for own, y in zip(logits, joint.split(joint.labels), strict=True)], {}
+            return risks(self.model(joint.images), joint), {}
 
     @contextmanager
     def mixing(self, sizes: Sequence[int]) -> Iterator[None]:

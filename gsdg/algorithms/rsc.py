@@ -21,11 +21,11 @@ import math
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gsdg.algorithms.domain_losses import DomainLosses
 from gsdg.algorithms.grad_surgery import GradSurgery
+from gsdg.algorithms.risks import risks
 from gsdg.batch import Batch, join
 from gsdg.errors import UserError, check_range
 
@@ -51,9 +51,7 @@ class RSC(DomainLosses):
         joint = join(batches)
         features = self.model.featurize(joint.images)
         muted = self.muted(features.detach(), joint.labels)
-        logits = joint.split(self.model.head(features.masked_fill(muted, 0)))
-        labels = joint.split(joint.labels)
-        return [F.cross_entropy(own, y) for own, y in zip(logits, labels, strict=True)], {}
+        return risks(self.model.head(features.masked_fill(muted, 0)), joint), {}
 
     def muted(self, features: Tensor, labels: Tensor) -> Tensor:
         """Constants [N, F], labels [N] -> bool [N, F]."""

@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from gsdg.algorithms.domain_losses import DomainLosses
 from gsdg.algorithms.grad_surgery import GradSurgery
+from gsdg.algorithms.risks import risks
 from gsdg.batch import Batch, join
 from gsdg.errors import check_range
 
@@ -33,8 +33,8 @@ class SD(DomainLosses):
 
     def losses(self, batches: Sequence[Batch]) -> tuple[list[Tensor], dict[str, Tensor]]:
         joint = join(batches)
-        logits, labels = joint.split(self.model(joint.images)), joint.split(joint.labels)
-        risks = torch.stack([F.cross_entropy(own, y) for own, y in zip(logits, labels, strict=True)])
-        penalties = torch.stack([own.square().mean() for own in logits])
-        losses = risks + self.penalty_weight * penalties
-        return list(losses), {"nll": risks.mean(), "penalty": penalties.mean()}
+        logits = self.model(joint.images)
+        nll = torch.stack(risks(logits, joint))
+        penalties = torch.stack([own.square().mean() for own in joint.split(logits)])
+        losses = nll + self.penalty_weight * penalties
+        return list(losses), {"nll": nll.mean(), "penalty": penalties.mean()}
