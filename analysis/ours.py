@@ -9,7 +9,8 @@ from pathlib import Path
 
 from analysis.labels import SEARCHED
 from analysis.run import Evaluations, NotARun, Run, first_of, flat, is_fraction, read_json_lines, repeated, said_values
-from gsdg.runs import NOT_SCIENTIFIC, STALE_AFTER, run_id
+from gsdg.identity import NOT_SCIENTIFIC, edited, hashed
+from gsdg.runs import STALE_AFTER, read_json
 
 NO_METHOD = {*NOT_SCIENTIFIC, "split.target", "split.trial_seed", "seed", "search.hparams_seed"}
 AVERAGING = "trainer.averaging."  # what is set there does not change how the weights themselves are trained
@@ -24,8 +25,7 @@ def read_run(folder: Path) -> list[Run]:
     config = _read_config(folder)
     facts = _facts(config) | _status(folder / "status.json", config)
     evaluations, problems = read_records(folder / "records.jsonl")
-    if RUN_ID.fullmatch(folder.name) and run_id(config) != folder.name:
-        problems.append("its name is not its config's hash: the config was edited, or is another version's")
+    problems += _other_than_its_name(folder, config)
     whole = flat(config)
     drawn = _drawn(config)
     facts["drawn"] = said_values({name: json.loads(whole.get(key, "null")) for name, key in drawn.items()})
@@ -38,6 +38,17 @@ def read_run(folder: Path) -> list[Run]:
     name = json.loads(whole[f"{AVERAGING}name"])
     facts = facts | {"run_id": f"{folder.name}:{name}", "algorithm": f"{facts['algorithm']}+{name}"}
     return [run, Run(facts, whole, method, *read_records(folder / "averaged.jsonl"))]
+
+
+def _other_than_its_name(folder: Path, config: dict) -> list[str]:
+    """A problem where a run's config is not the one that its folder is named after."""
+    identity = read_json(folder / "identity.json").get("config")
+    if identity is None or not RUN_ID.fullmatch(folder.name):
+        return []
+    if hashed(identity) != folder.name:
+        return ["its name is not its identity's hash: identity.json was edited, or is another version's"]
+    changed = edited(identity, config)
+    return [f"its config.json was edited, it is not what was run: {', '.join(changed[:3])}"] if changed else []
 
 
 def _plain(flat: dict[str, str]) -> dict[str, str]:

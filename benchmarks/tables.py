@@ -23,7 +23,7 @@ import timing
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY))
 from gsdg.experiment import prepare  # noqa: E402
-from gsdg.runs import run_id  # noqa: E402
+from gsdg.identity import run_id  # noqa: E402
 from gsdg.sweep.grid import from_command_line  # noqa: E402
 
 READ = "import sys; from analysis.frames import read_runs; assert not read_runs(sys.argv[1]).problems"

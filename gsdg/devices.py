@@ -37,3 +37,16 @@ def device_name(device: torch.device) -> str:
     return (
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
     )
+
+
+def device_facts(device: torch.device) -> dict:
+    """What the bits of a step depend on beside code and versions: a line's worth of environment.jsonl.
+
+    tf32: whether convolutions and matrix products in float32 are computed with TF32's ten bits of mantissa, which torch
+    allows convolutions by default. cuda, cudnn and tf32 only for a CUDA device.
+    """
+    facts = {"device": device_name(device), "threads": torch.get_num_threads(), "gpus": torch.cuda.device_count()}
+    if device.type != "cuda":
+        return facts
+    tf32 = {"convolutions": torch.backends.cudnn.allow_tf32, "products": torch.backends.cuda.matmul.allow_tf32}
+    return {**facts, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "tf32": tf32}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
+from gsdg import reuse
 from gsdg.algorithms import Algorithm
 from gsdg.data.augment import Exact
 from gsdg.data.batched import Batched
@@ -24,12 +26,14 @@ from gsdg.data.cache import as_arrays, in_memory
 from gsdg.data.domains import DomainDataset
 from gsdg.data.loader import TrainBatches
 from gsdg.data.split import Split
-from gsdg.devices import choose_device, device_name, named_device
+from gsdg.devices import choose_device, device_facts, named_device
 from gsdg.environment import environment, usable_cores
 from gsdg.errors import UserError, listing
 from gsdg.evaluate import Evaluator
+from gsdg.identity import hashed, identity
+from gsdg.models.weights import check_weights_file, weights_source
 from gsdg.outcome import logged_to, outcome_recorded
-from gsdg.runs import RunFolder, run_id
+from gsdg.runs import RunFolder
 from gsdg.schema import build, check
 from gsdg.search import apply, told, with_own
 from gsdg.seeding import seed_everything, seed_hash
@@ -61,8 +65,12 @@ class Plan:
     trainer: Trainer
 
     @cached_property
+    def identity(self) -> dict:
+        return identity(self.config)
+
+    @property
     def run_id(self) -> str:
-        return run_id(self.config)
+        return hashed(self.identity)
 
     @property
     def seed(self) -> int:
@@ -93,25 +101,45 @@ def run(plan: Plan, *, signals: Signals | None = None, submission: str | None = 
 def _run(plan: Plan, signals: Signals, submission: str | None, patience: float) -> None:
     device = choose_device(plan.config["device"])
     folder = RunFolder(Path(plan.config["runs_dir"]) / plan.run_id)
+    start = environment(plan.config) | device_facts(device)
     afresh = plan.config["force"] and (submission is None or folder.status.get("submission") != submission)
-    if done_already(folder, afresh):
+    afresh = afresh or reuse.code_change(folder, start, plan.config["on_code_change"])
+    if done_already(plan, folder, afresh):
         return
     with folder.hold(afresh=afresh, patience=patience, steps=plan.trainer.steps, submission=submission):
-        if done_already(folder):  # by the process that we have waited for
+        if done_already(plan, folder):  # by the process that we have waited for
             return
         with logged_to(folder), outcome_recorded(folder, signals):
+            reuse.note_other_machine(folder, start)
             folder.write("config.json", plan.config)
-            folder.append("environment.jsonl", environment() | {"device": device_name(device)})
+            folder.append("environment.jsonl", start)
             log.info("run %s: %s", folder.path, summary(plan, device))
             train(plan, folder, device, signals)
             log.info("done: %s", folder.path)
 
 
-def done_already(folder: RunFolder, afresh: bool = False) -> bool:
+def done_already(plan: Plan, folder: RunFolder, afresh: bool = False) -> bool:
+    """Whether the run is done, with the data and weights that are here now. UserError if they are others."""
     done = folder.status.get("state") == "done" and not afresh
     if done:
+        reuse.check_inputs(folder, inputs_here(plan.config))
         log.info("done already: %s (force=true to run it again)", folder.path)
     return done
+
+
+def inputs_here(config: dict) -> dict:
+    """{"data", "weights"}: the digests of what a run of this config would read now; of what is not here, none."""
+    found: dict = {"data": {}, "weights": {}}
+    with suppress(UserError):
+        found["data"] = reuse.data_digests(build(config["dataset"], data_dir=config["data_dir"]).read())
+    with suppress(UserError):
+        found["weights"] = weights_here(config["model"])
+    return found
+
+
+def weights_here(model: dict) -> dict:
+    source = weights_source(model)
+    return reuse.weights_digests(model.get("weights"), source and source.file())
 
 
 def prepare(raw: DictConfig | dict) -> Plan:
@@ -126,6 +154,8 @@ def prepare(raw: DictConfig | dict) -> Plan:
     for key, kind in {"seed": int, "deterministic": bool, "force": bool}.items():
         if type(config[key]) is not kind:
             raise UserError(f"{key}: found {config[key]!r}, expected {kind.__name__}.")
+    reuse.check_on_code_change(config["on_code_change"])
+    check_weights_file(config["model"])
     source = build(config["dataset"], data_dir=config["data_dir"])
     split = build(config["split"])
     split.check(source.domains)
@@ -224,6 +254,9 @@ def train(plan: Plan, folder: RunFolder, device: torch.device, signals: Signals)
     seed_everything(plan.seed, deterministic=plan.config["deterministic"])
     dataset = plan.source.read()
     model = build(plan.config["model"], classes=len(dataset.classes), precision=trainer.precision)
+    inputs = {"data": reuse.data_digests(dataset), "weights": weights_here(plan.config["model"])}
+    reuse.check_inputs(folder, inputs)
+    reuse.note_inputs(folder, plan.identity, inputs)
     sources = plan.split.sources(plan.source.domains)
     algorithm.setup(model.to(device=device, memory_format=trainer.memory_format), sources)
     optimizer = build(plan.config["optimizer"], params=algorithm.parameter_groups())

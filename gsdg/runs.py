@@ -1,13 +1,14 @@
-"""A run on disk: its identity, its folder, who owns it, how it stands, what it recorded. Standard library only.
+"""A run on disk: its folder, who owns it, how it stands, what it recorded. Standard library only.
 
 <runs_dir>/<run_id>/
     config.json         the resolved config
+    identity.json       {version, config: what of it the run id is a hash of, data, weights: digests} (see identity.py)
     status.json         {state: running | done | failed | stopped, step, steps, reason, heartbeat, started, submission,
                         host, pid, process_start, job, node}; stopped: it saved itself, started again it goes on
     records.jsonl       append-only, one evaluation a line (see `RunFolder.append_record`)
     averaged.jsonl      the same of averaged weights, where there are such (trainer/averaging)
     diagnostics.jsonl   append-only, one logged step a line, where the algorithm has diagnostics switched on
-    environment.jsonl   one line a start: versions, commit, host, device
+    environment.jsonl   one line a start: versions, commit, fingerprints of the code, host, device
     log.txt             everything logged, tracebacks included
     lock                who writes here: {token, host, pid, process_start, job, node, restart}
     .guard              locked by whoever writes, so that nobody takes the run over in the middle of it
@@ -18,7 +19,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -37,36 +37,6 @@ LOOK_EVERY = 1.0  # seconds, for a sign of life of a silent owner
 OF_EVALUATIONS = ("records.jsonl", "averaged.jsonl")
 LINES = (*OF_EVALUATIONS, "diagnostics.jsonl")
 IN_STATUS = ("host", "pid", "process_start", "job", "node")  # of the process that works on it
-
-# What may differ between two executions of the same experiment.
-NOT_SCIENTIFIC = (
-    "data_dir",
-    "runs_dir",
-    "device",
-    "force",
-    "resubmit",
-    "dataset.cache",
-    "trainer.checkpoint_every",
-    "trainer.log_every",
-    "trainer.workers",
-    "trainer.keep_weights",
-    "algorithm.diagnostics",
-)
-
-
-def scientific(config: dict) -> dict:
-    """The config without what cannot change a result: folders, device, logging, workers."""
-    config = {key: dict(value) if isinstance(value, dict) else value for key, value in config.items()}
-    for key in NOT_SCIENTIFIC:  # none is deeper than a.b
-        parent, _, leaf = key.rpartition(".")
-        (config.get(parent, {}) if parent else config).pop(leaf, None)
-    return config
-
-
-def run_id(config: dict) -> str:
-    """Twelve hex digits: the hash of the scientific config. The same experiment has the same folder everywhere."""
-    text = json.dumps(scientific(config), sort_keys=True)
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:12]
 
 
 def write_json(path: Path, value: object, *, flush: bool = False) -> None:

@@ -24,7 +24,8 @@ from gsdg.averaging.weights import Mean, Weights, with_mean
 from gsdg.errors import UserError
 from gsdg.evaluate import Evaluator
 from gsdg.experiment import prepare, run
-from gsdg.runs import RunFolder, read_lines, run_id
+from gsdg.identity import run_id
+from gsdg.runs import RunFolder, read_lines
 
 ALGORITHMS = sorted(path.stem for path in (REPOSITORY / "conf" / "algorithm").glob("*.yaml"))
 DEFAULTS = {"n_converge": 3, "n_tolerance": 6, "tolerance_ratio": 0.3}

@@ -13,7 +13,7 @@ from helpers import REPOSITORY
 from hydra.errors import ConfigCompositionException
 
 from gsdg.experiment import SUPPLIED, resolved
-from gsdg.runs import run_id
+from gsdg.identity import run_id
 from gsdg.schema import check
 from gsdg.sweep.grid import from_command_line
 

@@ -16,7 +16,8 @@ from gsdg.data.cache import as_arrays
 from gsdg.environment import usable_cores
 from gsdg.errors import UserError
 from gsdg.experiment import needed_workers, prepare, run
-from gsdg.runs import LockLost, read_lines, run_id
+from gsdg.identity import run_id
+from gsdg.runs import LockLost, read_lines
 from gsdg.trainer import NonFinite, Trainer
 
 
@@ -71,7 +72,15 @@ def test_a_run_leaves_config_environment_records_status_and_weights(compose, tmp
     run(prepare(compose(*SMALL, f"algorithm={algorithm}", "trainer.steps=10")))
     folder = only_run(tmp_path / "runs")
     left = {path.name for path in folder.iterdir()} - {".guard"}
-    assert left == {"config.json", "environment.jsonl", "log.txt", "model.pt", "records.jsonl", "status.json"}
+    assert left == {
+        "config.json",
+        "environment.jsonl",
+        "identity.json",
+        "log.txt",
+        "model.pt",
+        "records.jsonl",
+        "status.json",
+    }
     assert status(folder)["state"] == "done"
     assert status(folder)["step"] == status(folder)["steps"] == 10
     records = records_without_time(folder)

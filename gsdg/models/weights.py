@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlparse
 
 import torch
+from hydra.utils import get_object
 from torch import Tensor, nn
 
 from gsdg.errors import UserError
@@ -43,14 +44,24 @@ def pretrained(weights: Pretrained) -> Callable[[Any], Any]:
     return noted
 
 
-def source_of(backbone: object, weights: str | None) -> Pretrained | None:
-    """Where `weights` will be read from; None: from nowhere, or only the backbone knows."""
+def weights_source(model: dict) -> Pretrained | None:
+    """Where a model's config node says its weights are read from; None: from nowhere, or only the backbone knows."""
+    weights, backbone = model.get("weights"), model.get("backbone")
     if weights is None:
         return None
     if weights == "imagenet":
-        return getattr(backbone, "imagenet", None)
+        return getattr(get_object(backbone["_target_"]), "imagenet", None) if isinstance(backbone, dict) else None
     path = Path(weights).expanduser()
     return Pretrained(lambda: path, partial(read_state, path))
+
+
+def check_weights_file(model: dict) -> None:
+    """UserError where one of gsdg's backbones is to start from a file that is not there: its content is part of a run's
+    identity. What another's `weights` mean, only its code knows."""
+    weights, backbone = model.get("weights"), model.get("backbone")
+    ours = isinstance(backbone, dict) and backbone["_target_"].startswith("gsdg.")
+    if ours and weights not in (None, "imagenet") and not Path(weights).expanduser().is_file():
+        raise UserError(_no_such_file(Path(weights).expanduser()))
 
 
 def load_weights(net: nn.Module, weights: str | None, *, imagenet: Callable[[], State] | None, ignore: str) -> None:
@@ -70,10 +81,7 @@ def load_weights(net: nn.Module, weights: str | None, *, imagenet: Callable[[], 
 def read_state(path: Path) -> State:
     """The state dict in a file written by `torch.save(net.state_dict(), path)`; nothing in it is executed."""
     if not path.is_file():
-        raise UserError(
-            f"model.weights={path}: no such file. Valid: imagenet (where the model has such weights), null, or the "
-            "path of a state dict saved with torch.save(net.state_dict(), path)"
-        )
+        raise UserError(_no_such_file(path))
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
@@ -89,6 +97,13 @@ def read_state(path: Path) -> State:
             "save it with torch.save(net.state_dict(), path)"
         )
     return state
+
+
+def _no_such_file(path: Path) -> str:
+    return (
+        f"model.weights={path}: no such file. Valid: imagenet (where the model has such weights), null, or the "
+        "path of a state dict saved with torch.save(net.state_dict(), path)"
+    )
 
 
 def hub(url: str) -> Pretrained:

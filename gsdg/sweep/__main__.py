@@ -169,19 +169,21 @@ def queue(runs_dir: Path) -> dict | None:
 
 
 def _plan(chosen: argparse.Namespace) -> int:
+    from gsdg.environment import code_state
     from gsdg.sweep import table
+    from gsdg.sweep.earlier import due as to_submit
     from gsdg.sweep.estimate import estimate
 
     runs, resubmit, launcher = enumerated(chosen.words)
     runs_dir = Path(runs[0].config["runs_dir"])
     found = stand(runs, runs_dir, queue(runs_dir))
-    due = [one for one in found if one.state in TO_SUBMIT[resubmit]]
-    afresh = resubmit == "all"
-    cost = estimate([one.config for one in due], runs_dir, [0 if afresh else one.step for one in due])
+    due = to_submit(runs, found, resubmit, runs_dir, code_state([run.config for run in runs]))
+    begun = [0 if resubmit == "all" or one.state == "done" else one.step for one in due]
+    cost = estimate([one.config for one in due], runs_dir, begun)
     size, side = launcher.get("runs_per_task") or len(due), launcher.get("side_by_side", 1)
     tasks = -(-len(due) // max(1, size))
     at_once = min(tasks, launcher.get("array_parallelism", 1)) * min(side, size)
-    print(table.plan(found, resubmit, tasks, cost, at_once, "GPU" if launcher.get("gpus_per_node") else "CPU"))
+    print(table.plan(found, due, resubmit, tasks, cost, at_once, "GPU" if launcher.get("gpus_per_node") else "CPU"))
     if chosen.all:
         print("\n" + "\n".join(table.rows(found, ("state", "reason"))))
     return 0

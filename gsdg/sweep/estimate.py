@@ -17,7 +17,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from gsdg.errors import listing
-from gsdg.runs import RunFolder, read_json, read_lines, scientific
+from gsdg.identity import scientific
+from gsdg.runs import RunFolder, read_json, read_lines
 
 ENOUGH = 12  # measured runs of a kind: more make the median no better
 READERS = 16

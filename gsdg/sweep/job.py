@@ -100,7 +100,9 @@ class Pack:
 
     def _start(self, run: Frozen) -> None:
         status = _folder(run).status
-        if status.get("state") == "done" and not (self.afresh and status.get("submission") != self.submission):
+        again = self.afresh and status.get("submission") != self.submission
+        again = again or run.config.get("on_code_change") == "rerun"  # the run itself looks whether its code changed
+        if status.get("state") == "done" and not again:
             log.info("run %s is done", run.run_id)
             return
         slot = next(number for number in range(self.side_by_side) if number not in self._children)

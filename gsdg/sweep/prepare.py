@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hydra.utils import get_object
-
 from gsdg.data.cache import Cache, in_memory
 from gsdg.data.cache_build import NoRoom
 from gsdg.data.domains import DomainDataset
@@ -131,11 +129,9 @@ def _fetched(model: dict) -> str:
 def _pretrained(model: dict) -> Pretrained | None:
     if model.get("weights") is None:
         return None
-    from gsdg.models.weights import source_of  # imports torch
+    from gsdg.models.weights import weights_source  # imports torch
 
-    backbone = model.get("backbone")
-    known = get_object(backbone["_target_"]) if isinstance(backbone, dict) else None
-    return source_of(known, model.get("weights"))
+    return weights_source(model)
 
 
 def _build(config: dict, classes: int) -> None:

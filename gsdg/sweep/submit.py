@@ -17,9 +17,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from gsdg.environment import code_state, visible_gpus
+from gsdg.environment import code_state, described_code, visible_gpus
 from gsdg.errors import UserError, listing, plural
-from gsdg.sweep import code, slurm
+from gsdg.sweep import code, earlier, slurm
 from gsdg.sweep.folder import Frozen, SweepFolder, owners, writable
 from gsdg.sweep.job import Pack
 from gsdg.sweep.prepare import missing
@@ -59,7 +59,7 @@ def launch(
             "directory": os.getcwd(),
             "environment": dict(environment),
         }
-        facts["code"] = code_state()
+        facts["code"] = code_state([run.config for run in runs])
         runs = [on_gpu(run) for run in runs] if task.wants_gpu else runs
         sweep.write({**facts, "launcher": {"cluster": task.cluster, **task.parameters}}, runs)
         for line in missing([run.config for run in runs]) if task.cluster == "slurm" else ():
@@ -97,14 +97,14 @@ def submit(sweep: SweepFolder, runs: list[Frozen], task: Task, resubmit: str) ->
     """Submit those of `runs` that `resubmit` asks for. UserError, with nothing left in the queue, if SLURM refuses."""
     queue = slurm.queue(owners=owners(sweep.runs_dir)) if task.cluster == "slurm" else None
     found = stand(runs, sweep.runs_dir, queue)
-    due = {standing.run_id for standing in found if standing.state in TO_SUBMIT[resubmit]}
+    now = code_state([run.config for run in runs])
+    due = {one.run_id for one in earlier.due(runs, found, resubmit, sweep.runs_dir, now)}
     runs_now = f"{plural(len(found), 'run')}: {counts(found)}"
     print(f"sweep {sweep.name}: {runs_now}; {len(due)} to submit (resubmit={resubmit})")
     if not due:
         return []
-    now = code_state()
     _say_code(sweep, now)
-    start = code.snapshot(sweep.runs_dir / ".code", now) / "gsdg" / "sweep" / "start.py"
+    start = code.snapshot(sweep.runs_dir / ".code", now, [run.config for run in runs]) / "gsdg" / "sweep" / "start.py"
     arrays = split(packed([run for run in runs if run.run_id in due], task.parameters), task)
     jobs = _submit_arrays(sweep, task, arrays, start, now, afresh=resubmit == "all")
     _say_next(sweep, task, arrays, jobs)
@@ -146,7 +146,7 @@ def _submit_arrays(sweep: SweepFolder, task: Task, arrays: list, start: Path, no
         packs = [Pack(sweep.path, name, name, pack, **options) for pack in array]
         ids = [[run.run_id for run in pack] for pack in array]
         try:
-            sweep.append("submitted", cluster=task.cluster, array=name, packs=ids, code=now["code"])
+            sweep.append("submitted", cluster=task.cluster, array=name, packs=ids, code=code.snapshot_name(now))
             submitted = executor.submit_array(packs)
         except Exception as error:
             _withdraw(sweep, task, jobs, [run for array in arrays for pack in array for run in pack], error)
@@ -195,11 +195,11 @@ def _withdraw(sweep: SweepFolder, task: Task, jobs: list, runs: list[Frozen], er
 
 
 def _say_code(sweep: SweepFolder, now: dict) -> None:
-    print(f"code {code.described(now)}: jobs run a copy of it, whatever happens to the checkout")
+    print(f"code {described_code(now)}: jobs run a copy of it, whatever happens to the checkout")
     before = {event["code"] for event in sweep.events() if event["event"] == "submitted"} | {
-        sweep.read()["code"]["code"]
+        code.snapshot_name(sweep.read()["code"])
     }
-    if others := before - {now["code"]}:
+    if others := before - {code.snapshot_name(now)}:
         print(f"note: it was submitted before with other code ({listing(sorted(others))}); runs go on with today's")
 
 

