@@ -189,8 +189,13 @@ def test_corgrad_without_conflicts_or_outlier_stage_is_the_sum():
 
 @pytest.mark.parametrize("alpha", [1.0, 0.4])
 @pytest.mark.parametrize("name", ["corgrad", "pcgrad", "mgda"])
-def test_element_by_element_is_every_row_of_one_element(name, alpha):
-    """The path without a table against the one with: all tensors as vectors, whose rows are their elements."""
+@pytest.mark.parametrize("piece", [2**16, 40, 7])
+def test_element_by_element_is_every_row_of_one_element(piece, name, alpha, monkeypatch):
+    """The path without a table against the one with: all tensors as vectors, whose rows are their elements.
+
+    Pieces of all tensors, of several, and tensors of several pieces.
+    """
+    monkeypatch.setattr("gsdg.surgery.elements.PIECE", piece)
     G = draw(4, 1)
     params = [torch.zeros(shape.numel(), dtype=G.dtype, requires_grad=True) for shape in SHAPES]
     torch.manual_seed(0)
