@@ -25,7 +25,7 @@ from gsdg.batch import Batch
 from gsdg.surgery import Chunk, CorGrad, NormOutliers, Partition, PerTensor, Surgery, WholeModel
 from gsdg.surgery.grams import part_grams
 from gsdg.surgery.rules import MGDA, PCGrad, Rule
-from gsdg.surgery.surgery import EPS
+from gsdg.surgery.rules.precision import GRAM_EPS
 
 TRAINED = 8  # steps
 CONTENDERS = {
@@ -56,7 +56,7 @@ def compared(model: nn.Module, G: Tensor, partition: Partition, rule: Rule, alph
     surgery = Surgery(model.parameters(), partition, rule, outliers=NormOutliers(alpha))
     low = G.bfloat16()
     (u, rate), (u_low, rate_low) = (updated(surgery, kept) for kept in (G, low))
-    conflict, conflict_low = (conflicts(part_grams(kept, surgery.table), EPS[kept.dtype]) for kept in (G, low))
+    conflict, conflict_low = (conflicts(part_grams(kept, surgery.table), GRAM_EPS[kept.dtype]) for kept in (G, low))
     flipped = (conflict != conflict_low).sum() / conflict.sum().clamp_min(1)
     return {
         "relative_error": round(float((u_low - u).norm() / u.norm()), 6),

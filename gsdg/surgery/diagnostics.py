@@ -3,7 +3,7 @@
 The row Gram matrices [R, D, D] are computed once; every granularity from `filter` up is a sum of them. Of each part and
 pair of domains, cos = <g_i, g_j> / (||g_i|| ||g_j||):
 
-    conflict_rate        share of the pairs with cos < -eps
+    conflict_rate        share of the pairs with cos < -gram_eps
     cosine               mean of cos (pairs with a zero gradient left out)
     removed_norm_ratio   mean of |cos| over the conflicts: what projecting g_i off g_j once would remove of it
 
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from gsdg.surgery.grams import part_grams
 from gsdg.surgery.partition import Chunk, PerFilter, PerModule, PerTensor, WholeModel, module_of, part_of_rows
-from gsdg.surgery.surgery import EPS, Surgery
+from gsdg.surgery.rules.precision import GRAM_EPS
+from gsdg.surgery.surgery import Surgery
 from gsdg.surgery.table import group_sums, members
 
 STATISTICS = ["conflict_rate", "cosine", "removed_norm_ratio"]
@@ -54,7 +55,7 @@ class Diagnostics:
         rows = part_grams(G, self._rows)  # [R, D, D]
         found = {}
         for name, level in self._levels.items():
-            values = statistics(group_sums(rows, level.parts), level.owners, EPS[G.dtype])
+            values = statistics(group_sums(rows, level.parts), level.owners, GRAM_EPS[G.dtype])
             found[name] = {m: [round(v, 5) for v in row] for m, row in zip(level.modules, values.tolist(), strict=True)}
         return {"statistics": STATISTICS, "levels": found}
 
@@ -78,14 +79,14 @@ class Diagnostics:
         self._levels["model"] = Level(members(everything, 1, device), members([0], 1, device), ["model"])
 
 
-def statistics(grams: Tensor, owners: Tensor, eps: float) -> Tensor:
+def statistics(grams: Tensor, owners: Tensor, gram_eps: float) -> Tensor:
     """grams [K, D, D], owners [M, m] -> [M, 3], the STATISTICS of each module's parts."""
     D = grams.shape[1]
     lengths = grams.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()  # [K, D]
     scale = lengths.unsqueeze(2) * lengths.unsqueeze(1)  # [K, D, D]
     alive = (scale > 0).triu(1)
     cosine = torch.where(alive, grams / scale, 0.0).clamp(-1, 1)
-    conflict = cosine + eps < 0
+    conflict = cosine + gram_eps < 0
     removed = torch.where(conflict, -cosine, 0.0)
     counted = torch.stack([x.to(grams.dtype).sum((1, 2)) for x in (conflict, cosine, removed, alive)], dim=1)  # [K, 4]
     n_conflicts, cosines, removals, n_alive = group_sums(counted, owners).unbind(1)  # [M] each

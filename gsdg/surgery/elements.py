@@ -6,8 +6,9 @@ a time; with the norm-outlier stage on, in two passes, because the norms of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +22,14 @@ from gsdg.surgery.table import wide_type
 PIECE = 2**16  # elements; 9 float64 products of each are 5 MB
 PIECE_ACCELERATOR = 2**20  # elements; fewer launches
 TINY = 1e-10  # added to the mean of a tensor's mask, as in DomainBed
+
+
+class Piece(NamedTuple):
+    """The elements `start` to `stop` of the flat axis, and which tensors they belong to: (tensor, elements) of each."""
+
+    start: int
+    stop: int
+    shares: list[tuple[int, int]]
 
 
 class Elements:
@@ -40,106 +49,108 @@ class Elements:
                 "gradients whose norms could be compared; set alpha=1"
             )
         self.rule, self.outliers = rule, outliers
-        self.sizes, self.operated = list(sizes), list(operated)
-        ends = list(accumulate(sizes))
-        self.tensors = torch.arange(len(ends), device=device)
-        self._ends = torch.tensor(ends, device=device)
-        self._longest = PIECE if device.type == "cpu" else PIECE_ACCELERATOR
+        self.sizes = list(sizes)
+        self.tensors = torch.arange(len(self.sizes), device=device)
+        self._ends = torch.tensor(list(accumulate(sizes)), device=device)
+        longest = PIECE if device.type == "cpu" else PIECE_ACCELERATOR
+        self._pieces = _pieces(self.sizes, operated, longest)
+        self._pieces_by_tensor = _pieces(self.sizes, operated, longest, by_tensor=True)
+        self._others = _pieces(self.sizes, [not flag for flag in operated], sum(self.sizes))
 
     def squares(self, G: Tensor) -> Tensor:
         """G [D, P] -> [T, D], the squared norms of the tensors' gradients."""
         tensors = G.split(self.sizes, dim=1)
         return torch.stack([torch.linalg.vector_norm(g, dim=1, dtype=accumulation_type(G)) for g in tensors]).square()
 
-    def combine(self, G: Tensor, out: Tensor, step: int, eps: float) -> Metrics:
+    def combine(self, G: Tensor, out: Tensor, step: int, gram_eps: float) -> Metrics:
         """G [D, P] -> out [P], and the step's metrics, means over the elements operated on."""
         self._reduce_the_others(G, out)
         if isinstance(self.rule, ElementRule):
             return self._by_elements(G, out)
-        return self._by_grams(G, out, self.rule, step, eps)
+        return self._by_grams(G, out, self.rule, step, gram_eps)
 
     def _by_elements(self, G: Tensor, out: Tensor) -> Metrics:
-        conflicts, masked = _Means(), None
-        for start, stop in self._pieces() if self.rule.looks_first else ():
+        conflicts, masked = _Means(), {}
+        for start, stop, _ in self._pieces if self.rule.looks_first else ():
             self.rule.look(G[:, start:stop].to(out.dtype))
-        for start, stop in self._pieces(by_tensor=True):
+        for start, stop, [(tensor, _)] in self._pieces_by_tensor:
             rows = G[:, start:stop].to(out.dtype)
             values, mask = self.rule.combine(rows)
             out[start:stop] = values
             conflicts.add(stop - start, *_sign_conflicts(rows))
             if mask is not None:
-                masked = out.new_zeros(len(self.sizes)) if masked is None else masked
-                masked += torch.where(self.tensors == self._tensor_at(start), mask.sum(), 0.0)
-        if masked is not None:
-            self._rescale(out, masked)
+                masked[tensor] = masked.get(tensor, 0) + mask.sum()
+        self._rescale(out, masked)
         return conflicts.metrics()
 
-    def _rescale(self, out: Tensor, masked: Tensor) -> None:
-        """Divide every operated tensor's update by the mean of its mask; masked [T], the sums of the masks."""
-        for tensor, (piece, total) in enumerate(zip(out.split(self.sizes), masked.unbind(), strict=True)):
-            if self.operated[tensor] and self.sizes[tensor]:
-                piece /= TINY + total / self.sizes[tensor]
+    def _rescale(self, out: Tensor, masked: dict[int, Tensor]) -> None:
+        """Divide every tensor's update by the mean of its mask; masked: {tensor: the sum of its mask}."""
+        updates = out.split(self.sizes)
+        for tensor, total in masked.items():
+            updates[tensor].div_(TINY + total / self.sizes[tensor])
 
-    def _by_grams(self, G: Tensor, out: Tensor, rule: GramRule, step: int, eps: float) -> Metrics:
+    def _by_grams(self, G: Tensor, out: Tensor, rule: GramRule, step: int, gram_eps: float) -> Metrics:
         found, shares = _Means(), None
         if not self.outliers.off:
-            shares = self.outliers.shares(self._modified_norms(G, rule, eps), step, eps)  # [T, D]
-        for start, stop in self._pieces():
-            rows, C, M, metrics = self._coefficients(G, start, stop, rule, eps)
+            shares = self.outliers.shares(self._modified_norms(G, rule, gram_eps), step, gram_eps)  # [T, D]
+        for start, stop, _ in self._pieces:
+            rows, C, M, metrics = self._coefficients(G, start, stop, rule, gram_eps)
             if shares is not None:
                 C = C * shares[self._tensors_of(start, stop)].t().unsqueeze(1)
             out[start:stop] = (C.sum(0) * rows).sum(0)
             found.add(stop - start, metrics["conflict_rate"], metrics["removed_norm_ratio"])
         return found.metrics()
 
-    def _modified_norms(self, G: Tensor, rule: GramRule, eps: float) -> Tensor:
-        """[T, D] norms of the modified gradients of every tensor."""
-        squares = G.new_zeros(len(self.sizes), len(G), dtype=wide_type(G.device))
-        for start, stop in self._pieces():
-            _, C, M, _ = self._coefficients(G, start, stop, rule, eps)
-            squares.index_add_(0, self._tensors_of(start, stop), modified_squares(C, M))
-        return squares.sqrt()
+    def _modified_norms(self, G: Tensor, rule: GramRule, gram_eps: float) -> Tensor:
+        """[T, D] norms of the modified gradients of every tensor.
+
+        One sum for each tensor and piece, in a fixed order: index_add_ would add in any order on a GPU.
+        """
+        sums = [G.new_zeros(len(G), dtype=wide_type(G.device))] * len(self.sizes)
+        for start, stop, shares in self._pieces:
+            _, C, M, _ = self._coefficients(G, start, stop, rule, gram_eps)
+            squares = modified_squares(C, M).split([count for _, count in shares])
+            for (tensor, _), elements in zip(shares, squares, strict=True):
+                sums[tensor] = sums[tensor] + elements.sum(0)
+        return torch.stack(sums).sqrt()
 
     def _coefficients(
-        self, G: Tensor, start: int, stop: int, rule: GramRule, eps: float
+        self, G: Tensor, start: int, stop: int, rule: GramRule, gram_eps: float
     ) -> tuple[Tensor, Tensor, Tensor, Metrics]:
         """The piece's rows [D, n], C and M [D, D, n], all wide, and the rule's metrics."""
         rows = G[:, start:stop].to(wide_type(G.device))
         M = rows.unsqueeze(1) * rows
-        C, metrics = rule.coefficients(M, eps)
+        C, metrics = rule.coefficients(M, gram_eps)
         return rows, C, M, metrics
 
     def _reduce_the_others(self, G: Tensor, out: Tensor) -> None:
-        for start, stop in self._ranges(False):
+        for start, stop, _ in self._others:
             torch.sum(G[:, start:stop], 0, dtype=out.dtype, out=out[start:stop])
             if self.rule.reduction == "mean":
                 out[start:stop] /= len(G)
-
-    def _pieces(self, *, by_tensor: bool = False) -> Iterator[tuple[int, int]]:
-        """(start, stop) of neighbouring operated elements, PIECE at most; `by_tensor`, of one tensor only."""
-        for start, stop in self._ranges(True, by_tensor):
-            for first in range(start, stop, self._longest):
-                yield first, min(first + self._longest, stop)
-
-    def _ranges(self, operated: bool, by_tensor: bool = False) -> Iterator[tuple[int, int]]:
-        """(start, stop) of runs of tensors that are, or are not, operated on."""
-        start = stop = 0
-        for size, this in zip(self.sizes, self.operated, strict=True):
-            if this is not operated or by_tensor:
-                if start < stop:
-                    yield start, stop
-                start = stop
-            stop += size
-            start = stop if this is not operated else start
-        if start < stop:
-            yield start, stop
 
     def _tensors_of(self, start: int, stop: int) -> Tensor:
         """[stop - start]: the tensor of each element."""
         return torch.searchsorted(self._ends, torch.arange(start, stop, device=self._ends.device), right=True)
 
-    def _tensor_at(self, start: int) -> int:
-        return next(tensor for tensor, end in enumerate(accumulate(self.sizes)) if start < end)
+
+def _pieces(sizes: Sequence[int], chosen: Sequence[bool], longest: int, *, by_tensor: bool = False) -> list[Piece]:
+    """The elements of the chosen tensors, at most `longest` neighbours a piece; `by_tensor`: of one tensor each."""
+    pieces: list[Piece] = []
+    start = 0
+    for tensor, (size, wanted) in enumerate(zip(sizes, chosen, strict=True)):
+        end = start + size
+        while wanted and start < end:
+            last = pieces[-1] if pieces else None
+            joins = last and last.stop == start and not (by_tensor and last.shares[-1][0] != tensor)
+            if not joins or last.stop - last.start == longest:
+                pieces.append(last := Piece(start, start, []))
+            count = min(end - start, longest - (last.stop - last.start))
+            start += count
+            last.shares.append((tensor, count))
+            pieces[-1] = last._replace(stop=start)
+        start = end
+    return pieces
 
 
 class _Means:

@@ -4,7 +4,7 @@ Per tensor (per part, where a part is more than one tensor), n_i = the norm of d
 with |n_i - mean(n)| > std(n), the population's, is an outlier and becomes alpha g_i + (1 - alpha) mu, mu the mean of
 the others.
 
-Deliberate deviation from the released code: an outlier needs a distance of std + eps * mean. With two domains both
+Deliberate deviation from the released code: an outlier needs a distance of std + gram_eps * mean. With two domains both
 distances equal the std, and rounding would decide.
 """
 
@@ -51,7 +51,7 @@ class NormOutliers:
             return float(self.alpha)
         return min(1.0, max(0.0, 1 - math.log(step + 1) / math.log(self.total_steps)))
 
-    def shares(self, norms: Tensor, step: int, eps: float) -> Tensor:
+    def shares(self, norms: Tensor, step: int, gram_eps: float) -> Tensor:
         """norms [U, D] of the modified gradients -> what each contributes to the sum after the blend, [U, D].
 
         An outlier keeps alpha of itself; the 1 - alpha that it gives up is shared equally by the others.
@@ -60,7 +60,7 @@ class NormOutliers:
         mean = norms.mean(1, keepdim=True)
         distance = (norms - mean).abs()
         std = distance.square().mean(1, keepdim=True).sqrt()
-        outlier = (distance > std + eps * mean).to(norms.dtype)
+        outlier = (distance > std + gram_eps * mean).to(norms.dtype)
         given_up = (1 - alpha) * outlier.sum(1, keepdim=True)
         n_others = (1 - outlier).sum(1, keepdim=True).clamp_min(1)
         return alpha * outlier + (1 - outlier) * (1 + given_up / n_others)

@@ -34,10 +34,10 @@ from gsdg.surgery.outliers import AlphaSchedule, NormOutliers, modified_squares
 from gsdg.surgery.partition import Chunk, Layers, Partition, PerElement
 from gsdg.surgery.rules.base import ElementRule, Metrics, Reduction, Rule
 from gsdg.surgery.rules.corgrad import CorGrad, Order, ProjectOn
+from gsdg.surgery.rules.precision import GRAM_EPS
 
 Storage = Literal["full", "bf16"]
 
-EPS = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 1e-6}  # what the rules treat as rounding error
 ALIGN = 16  # elements; every row of G begins on a cache line, as vector loads want it (2 CPU cores do not notice)
 
 
@@ -100,7 +100,7 @@ class Surgery:
         self._domains = domains
         self.rule.start_step(len(G))
         combined = self._combine_elements if self.table is None else self._combine_parts
-        self.metrics = combined(G, EPS[G.dtype])
+        self.metrics = combined(G, GRAM_EPS[G.dtype])
         self.step += 1
         return self._update
 
@@ -149,7 +149,7 @@ class Surgery:
         self.step = int(state["step"])
         self.rule.load_state_dict(state["rule"])
 
-    def _combine_parts(self, G: Tensor, eps: float) -> Metrics:
+    def _combine_parts(self, G: Tensor, gram_eps: float) -> Metrics:
         table, ops, D = self.table, kernels(G), len(G)
         slots = ops.slot_grams(G, table)  # [S, D, D]
         finite = self._noted(G, slots.diagonal(dim1=1, dim2=2), table.slot_tensor)
@@ -157,10 +157,10 @@ class Surgery:
         M = grams[: table.n_operated].permute(1, 2, 0).contiguous()  # [D, D, K]
         if finite is not None:
             M = torch.where(finite, M, 0.0)  # what a rule remembers stays finite
-        C, metrics = self.rule.coefficients(M, eps)
+        C, metrics = self.rule.coefficients(M, gram_eps)
         if not self.outliers.off:
             norms = table.unit_sums(modified_squares(C, M)).sqrt()  # [U, D]
-            shares = self.outliers.shares(norms, self.step, eps)[table.part_unit[: table.n_operated]]  # [K, D]
+            shares = self.outliers.shares(norms, self.step, gram_eps)[table.part_unit[: table.n_operated]]  # [K, D]
             C = C * shares.t().unsqueeze(1)
         reduced = 1 / D if self.rule.reduction == "mean" else 1.0
         plain = C.new_full((table.n_parts - table.n_operated, D), reduced)
@@ -168,9 +168,9 @@ class Surgery:
         ops.combine(G, weights, table, self._update, finite)
         return metrics
 
-    def _combine_elements(self, G: Tensor, eps: float) -> Metrics:
+    def _combine_elements(self, G: Tensor, gram_eps: float) -> Metrics:
         finite = self._noted(G, self._elements.squares(G), self._elements.tensors)
-        metrics = self._elements.combine(G, self._update, self.step, eps)
+        metrics = self._elements.combine(G, self._update, self.step, gram_eps)
         if finite is not None:
             self._update.masked_fill_(~finite, 0)
             metrics = {name: torch.where(finite, value, 0.0) for name, value in metrics.items()}

@@ -23,6 +23,7 @@ from gsdg.surgery import (
     WholeModel,
 )
 from gsdg.surgery import table as tables
+from gsdg.surgery.elements import _pieces
 from gsdg.surgery.grams import part_grams
 from gsdg.surgery.partition import part_of_rows
 from gsdg.surgery.rules import AgrSum, GradVac, PCGrad
@@ -155,6 +156,22 @@ def test_rules_that_do_not_fit_a_granularity_are_refused():
         Surgery(params, PerElement(), GradVac())
     with pytest.raises(UserError, match=r"alpha is 0.5, but AgrSum is an element-wise rule.*; set alpha=1"):
         Surgery(params, PerElement(), AgrSum(), outliers=NormOutliers(0.5))
+
+
+@pytest.mark.parametrize("by_tensor", [False, True])
+@pytest.mark.parametrize("longest", [1, 4, 1000])
+def test_pieces_hold_every_element_of_the_chosen_tensors_once(longest, by_tensor):
+    sizes, chosen = [3, 0, 5, 9, 1, 0, 2, 6], [True, True, True, False, False, False, True, True]
+    tensor_of = [t for t, size in enumerate(sizes) for _ in range(size)]
+    pieces = _pieces(sizes, chosen, longest, by_tensor=by_tensor)
+    elements = [element for start, stop, _ in pieces for element in range(start, stop)]
+    assert elements == [e for e, t in enumerate(tensor_of) if chosen[t]]
+    for start, stop, shares in pieces:
+        assert 1 <= stop - start <= longest
+        assert [t for t, count in shares for _ in range(count)] == tensor_of[start:stop]
+        assert not by_tensor or len(shares) == 1
+    if longest == 1000:  # as few pieces as there can be
+        assert len(pieces) == (4 if by_tensor else 2)
 
 
 @pytest.mark.parametrize("layers", ["all", "weights"])

@@ -356,14 +356,27 @@ def test_imtl_g_has_equal_projections_on_all_directions(D):
 
 @pytest.mark.parametrize("D", range(2, 7))
 def test_imtl_g_of_dependent_gradients_is_the_least_squares_solution(D):
-    M = unit(family("two elements", D))
-    v = torch.einsum("kij,jk->ik", torch.linalg.pinv(M.permute(2, 0, 1), rtol=1e-9, hermitian=True), lengths_of(M))
-    # weights in units of the update's length, as their sum may be anywhere near 0
-    found, expected = IMTLG().weights(M, EPS) * v.sum(0).abs(), v * v.sum(0).sign()
-    assert torch.allclose(found, expected, rtol=1e-6, atol=1e-9)
+    """Of the projections on directions, each domain's counting alike: u = argmin sum_i (<u, g_i / ||g_i||> - 1)^2."""
+    J = family("two elements", D)
+    directions = (J / lengths_of(gram(J))[:, None]).permute(2, 0, 1)  # [K, D, P]
+    u = torch.linalg.lstsq(directions, torch.ones(K, D, 1, dtype=J.dtype), driver="gelsd").solution.squeeze(-1).T
+    found = update(J, IMTLG().weights(gram(J), EPS))
+    # sum_i w_i = 1 sets the length and the sign
+    cosine = (found * u).sum(0) / found.norm(dim=0) / u.norm(dim=0)
+    assert_in_all(cosine.abs() >= 1 - 1e-12, ("two elements",))
 
 
-@pytest.mark.parametrize("lengths", [(1, -1), (3, 4, -5)])
+@pytest.mark.parametrize("lengths", [(1e-6, 1), (1, 1e-3), (1, 1)])
+@pytest.mark.parametrize("cosine", [-0.999, 0.3, 0.999])
+@pytest.mark.parametrize("eps", [1e-6, 1e-12])
+def test_imtl_g_weights_two_gradients_by_their_inverse_lengths(lengths, cosine, eps):
+    """Whatever their cosine: the bisector of their directions projects equally on both."""
+    a, b = lengths
+    M = torch.tensor([[a * a, cosine * a * b], [cosine * a * b, b * b]], dtype=torch.float64)[..., None]
+    assert IMTLG().weights(M, eps).flatten().tolist() == pytest.approx([b / (a + b), a / (a + b)], rel=1e-9)
+
+
+@pytest.mark.parametrize("lengths", [(1, -1), (3, 4, -5, -1)])
 def test_imtl_g_is_zero_where_no_update_has_equal_projections(lengths):
     """Gradients along one line: what they push one way and the other cancels but for rounding."""
     J = torch.tensor(lengths, dtype=torch.float64)[:, None, None] * draw(1)
@@ -510,6 +523,25 @@ def test_eigh_of_multiple_eigenvalues(D):
     values, V = small.eigh(M)
     left = torch.einsum("iak,ijk,jbk->abk", V, M, V) - torch.diag_embed(values.t(), dim1=0, dim2=1)
     assert left.abs().max() <= 1e-13
+
+
+@pytest.mark.parametrize("short", [1e-3, 1e-6, 1e-8])
+@pytest.mark.parametrize("cosine", [-0.9, 0.4])
+def test_eigenvalues_of_short_gradients_have_all_digits(short, cosine):
+    """Two short gradients orthogonal to a long one: eigenvalues far below the rounding error of the largest."""
+    M = torch.eye(3, dtype=torch.float64)
+    M[1:, 1:] = short**2 * torch.tensor([[1, cosine], [cosine, 1]], dtype=M.dtype)
+    values, _ = small.eigh(M[..., None])
+    expected = sorted([1.0, short**2 * (1 - cosine), short**2 * (1 + cosine)])
+    assert values.flatten().sort().values.tolist() == pytest.approx(expected, rel=1e-14, abs=0)
+
+
+def test_what_exceeds_rounding_is_measured_by_the_gradients_it_is_made_of():
+    """Of the gradients of lengths 1 and 1e-5, sums of length 1e-5: cancelled from long ones, or a short one itself."""
+    M = torch.tensor([[1.0, 0, 0], [0, 1, 0], [0, 0, 1e-10]], dtype=torch.float64)[..., None]
+    c = torch.tensor([[1.0, 1, 0], [0, 0, 1]], dtype=M.dtype).t()[..., None]  # [D, 2, 1]
+    square = torch.full((2, 1), 1e-10, dtype=M.dtype)
+    assert small.exceeds_rounding(square, c, M, 1e-6).flatten().tolist() == [False, True]
 
 
 @pytest.mark.parametrize("n", range(1, 6))

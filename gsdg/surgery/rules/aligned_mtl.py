@@ -4,8 +4,9 @@ The matrix of a part's gradients is replaced by the closest one whose principal 
 Gram matrix M = V L V^T becomes scale * V V^T. The domains' weights are w = B p, B = sqrt(scale) V L^-1/2 V^T over the
 eigenvalues that are not 0, p_i = 1 / D. scale is an eigenvalue: the smallest, or the "median" or the mean ("rmse").
 
-Deliberate deviation: an eigenvalue counts as 0 at eps times the largest one, not at D times the machine's epsilon of
-M's type: M comes from gradients of lower precision than its own.
+Deliberate deviation: an eigenvalue counts as 0 where it is no larger than its rounding error, which is relative to the
+lengths of the gradients that its eigenvector combines (see `precision.py`). The authors compare it with the largest
+eigenvalue times the machine's epsilon of M's type, and so drop the direction of a short gradient.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 from gsdg.errors import check_literal
 from gsdg.surgery.rules import small
 from gsdg.surgery.rules.base import Weighting
+from gsdg.surgery.rules.precision import rank_eps
 
 ScaleMode = Literal["min", "median", "rmse"]
 
@@ -32,9 +34,10 @@ class AlignedMTL(Weighting):
         check_literal("scale_mode", scale_mode, ScaleMode)
         self.scale_mode = scale_mode
 
-    def weights(self, M: Tensor, eps: float) -> Tensor:
-        values, vectors = small.eigh(small.normalised(M))
-        kept = values > eps * values.amax(0)
+    def weights(self, M: Tensor, gram_eps: float) -> Tensor:
+        M = small.normalised(M)
+        values, vectors = small.eigh(M)
+        kept = small.exceeds_rounding(values, vectors, M, rank_eps(gram_eps))
         factors = torch.where(kept, (self._scale(values, kept) / values).sqrt(), 0.0)  # [D, K]
         w = small.times(vectors, factors * vectors.mean(0))
         return torch.where(kept.any(0), w, 1 / len(M))

@@ -41,10 +41,11 @@ class GramRule(Rule, ABC):
     """
 
     @abstractmethod
-    def coefficients(self, M: Tensor, eps: float) -> tuple[Tensor, Metrics]:
+    def coefficients(self, M: Tensor, gram_eps: float) -> tuple[Tensor, Metrics]:
         """M [D, D, K] float64, M[i, j, k] = <g_i, g_j> in part k -> C [D, D, K] float64 and 0-dim metrics to record.
 
-        eps is the relative size of rounding errors in M: 1e-6 for float32 gradients, 1e-12 for float64.
+        gram_eps: how exact M is, |error of M[i, j, k]| <= gram_eps |g_i| |g_j|: 1e-6 for float32 gradients, 1e-12 for
+        float64. `precision.py` makes of it what counts as linearly dependent, and how large a weight may grow.
         """
 
 
@@ -52,11 +53,11 @@ class Weighting(GramRule):
     """A Gram rule that only weights the domains: domain i's modified gradient is w_i g_i."""
 
     @abstractmethod
-    def weights(self, M: Tensor, eps: float) -> Tensor:
+    def weights(self, M: Tensor, gram_eps: float) -> Tensor:
         """M [D, D, K] float64 -> w [D, K] float64: the update of part k is sum_i w[i, k] g_i."""
 
-    def coefficients(self, M: Tensor, eps: float) -> tuple[Tensor, Metrics]:
-        return torch.diag_embed(self.weights(M, eps).t(), dim1=0, dim2=1), conflicts(M, eps)
+    def coefficients(self, M: Tensor, gram_eps: float) -> tuple[Tensor, Metrics]:
+        return torch.diag_embed(self.weights(M, gram_eps).t(), dim1=0, dim2=1), conflicts(M, gram_eps)
 
 
 class ElementRule(Rule, ABC):
@@ -76,13 +77,13 @@ class ElementRule(Rule, ABC):
         """
 
 
-def conflicts(M: Tensor, eps: float) -> Metrics:
-    """M [D, D, K] -> conflict_rate, the share of pairs with a cosine below -eps, and removed_norm_ratio, the mean of
-    ||what one projection would remove|| / ||g_i||, that is |cosine|, over those pairs."""
+def conflicts(M: Tensor, gram_eps: float) -> Metrics:
+    """M [D, D, K] -> conflict_rate, the share of pairs with a cosine below -gram_eps, and removed_norm_ratio, the mean
+    of ||what one projection would remove|| / ||g_i||, that is |cosine|, over those pairs."""
     D, _, K = M.shape
     lengths = M.diagonal().clamp_min(0).sqrt().t()  # [D, K]
     scale = lengths[:, None] * lengths  # [D, D, K]
-    conflict = M + eps * scale < 0
+    conflict = M + gram_eps * scale < 0
     cosine = torch.where(conflict, M / scale, 0.0).clamp_min(-1)
     total = conflict.sum().to(M.dtype)
     return {

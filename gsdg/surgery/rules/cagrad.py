@@ -11,7 +11,7 @@ positive for the larger root, mu = (b1 + sqrt(b1^2 - a (b2 - k^2))) / a. Every c
 the lowest F is kept. F has a kink at g_w = 0: MGDA's w, the shortest g_w, is one candidate more.
 
 Deliberate deviations:
-- where g_w vanishes (||g_w||^2 <= eps * sum_i ||g_i||^2) d is g_0. TorchJD makes it 0: one domain without
+- where g_w vanishes (||g_w||^2 <= rank_eps (sum_i w_i ||g_i||)^2) d is g_0. TorchJD makes it 0: one domain without
   a gradient would then stop the part;
 - the update is divided by 1 + c, so that equal gradients g give g, as with every rule here. The authors' code offers
   that beside 1 + c^2, its default; the paper and TorchJD do not divide (`rescale=False`): (1 + c) g.
@@ -29,6 +29,7 @@ from gsdg.errors import UserError
 from gsdg.surgery.rules import small
 from gsdg.surgery.rules.base import Weighting
 from gsdg.surgery.rules.mgda import shortest
+from gsdg.surgery.rules.precision import rank_eps
 
 
 class CAGrad(Weighting):
@@ -45,19 +46,19 @@ class CAGrad(Weighting):
     def start_step(self, n_domains: int) -> None:
         small.refuse_many("CAGrad", n_domains)
 
-    def weights(self, M: Tensor, eps: float) -> Tensor:
-        w = small.in_pieces(self._weights, small.normalised(M), eps)
+    def weights(self, M: Tensor, gram_eps: float) -> Tensor:
+        w = small.in_pieces(lambda M: self._weights(M, rank_eps(gram_eps)), small.normalised(M))
         return w / (1 + self.c) if self.rescale else w
 
-    def _weights(self, M: Tensor, eps: float) -> Tensor:
+    def _weights(self, M: Tensor, rank: float) -> Tensor:
         inner = M.mean(1)  # <g_i, g_0> [D, K]
         radius = self.c * inner.mean(0).clamp_min(0).sqrt()  # c ||g_0|| [K]
-        w = torch.cat((_stationary(M, inner, radius, eps), shortest(M, eps)[:, None]), dim=1)  # [D, S, K]
+        w = torch.cat((_stationary(M, inner, radius, rank), shortest(M, rank)[:, None]), dim=1)  # [D, S, K]
         values = (w * inner[:, None]).sum(0) + radius * _length(M, w)
         w = small.best(w, values)
-        length = _length(M, w[:, None]).squeeze(0)
-        factor = torch.where(length.square() > eps, radius / length, 0.0)
-        return 1 / len(M) + factor * w
+        length = _length(M, w[:, None])  # [1, K]
+        moves = small.exceeds_rounding(length.square(), w[:, None], M, rank)
+        return 1 / len(M) + torch.where(moves, radius / length, 0.0) * w
 
 
 def _length(M: Tensor, w: Tensor) -> Tensor:
@@ -65,12 +66,12 @@ def _length(M: Tensor, w: Tensor) -> Tensor:
     return small.quadratic(M[:, :, None], w).clamp_min(0).sqrt()
 
 
-def _stationary(M: Tensor, inner: Tensor, radius: Tensor, eps: float) -> Tensor:
+def _stationary(M: Tensor, inner: Tensor, radius: Tensor, rank: float) -> Tensor:
     """Of every subset: the stationary point of F on its affine hull, clamped to the simplex, [D, S, K]."""
     mask = small.subsets(len(M), M.device)[:, 1:]  # [D, S, 1]
     inner = torch.where(mask, inner[:, None], 0.0)  # [D, S, K]
     right = torch.stack((mask.to(M.dtype).expand_as(inner), inner), dim=2)  # [D, S, 2, K]
-    A, B = small.solve(small.within(mask, M[:, :, None])[:, :, :, None], right, eps).unbind(2)
+    A, B = small.solve(small.within(mask, M[:, :, None])[:, :, :, None], right, rank).unbind(2)
     a, b1, b2 = A.sum(0), B.sum(0), (B * inner).sum(0)  # [S, K]
     root = (b1.square() - a * (b2 - radius.square())).clamp_min(0).sqrt()
     w = torch.where(a > 0, (b1 + root) / a * A - B, 0.0).clamp_min(0)

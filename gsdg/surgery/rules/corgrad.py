@@ -43,6 +43,6 @@ class CorGrad(GramRule):
         order = torch.randperm(n_domains).tolist() if self.order == "random" else range(n_domains)
         self._pairs = [(i, p) for i in order for p in order if p != i]
 
-    def coefficients(self, M: Tensor, eps: float) -> tuple[Tensor, Metrics]:
-        C, metrics = project(M, self._pairs, on_original=self.project_on == "original", eps=eps)
+    def coefficients(self, M: Tensor, gram_eps: float) -> tuple[Tensor, Metrics]:
+        C, metrics = project(M, self._pairs, on_original=self.project_on == "original", gram_eps=gram_eps)
         return (C if self.reduction == "sum" else C / len(M)), metrics

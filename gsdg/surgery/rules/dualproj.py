@@ -10,8 +10,8 @@ answer. v need not be unique, J^T v is.
 
 Deliberate deviations:
 - TorchJD adds 1e-4 to the diagonal of M / trace, and takes M for 0 where its trace is below 1e-4; neither here;
-- what a gradient does not share with others of F counts as 0 below sqrt(eps) of its length: weights stay below some
-  1 / sqrt(eps) where gradients are opposite but for rounding.
+- what a gradient does not share with others of F counts as 0 below sqrt(rank_eps) of its length: weights stay below
+  some max_weight where gradients are opposite but for rounding.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from gsdg.surgery.rules import small
 from gsdg.surgery.rules.base import Weighting
+from gsdg.surgery.rules.precision import rank_eps
 
 
 class DualProj(Weighting):
@@ -29,16 +30,16 @@ class DualProj(Weighting):
     def start_step(self, n_domains: int) -> None:
         small.refuse_many("DualProj", n_domains)
 
-    def weights(self, M: Tensor, eps: float) -> Tensor:
+    def weights(self, M: Tensor, gram_eps: float) -> Tensor:
         u = torch.full((len(M), 1), 1 / len(M), dtype=M.dtype, device=M.device)
-        return small.in_pieces(lambda M, eps: project(M, u, eps).squeeze(1), small.normalised(M), eps)
+        return small.in_pieces(lambda M: project(M, u, rank_eps(gram_eps)).squeeze(1), small.normalised(M))
 
 
-def project(M: Tensor, u: Tensor, eps: float) -> Tensor:
+def project(M: Tensor, u: Tensor, rank: float) -> Tensor:
     """M [D, D, K] of trace 1, m columns u [D, m] >= 0 -> [D, m, K]: for each, argmin v^T M v subject to v >= u."""
     free = small.subsets(len(M), M.device)[:, :, None]  # [D, S, 1, 1]
     u, M = u[:, None, :, None], M[:, :, None, None]  # [D, 1, m, 1] and [D, D, 1, 1, K]
     pull = small.times(M, torch.where(free, 0.0, u))  # [D, S, m, K]
-    v = small.solve(small.within(free, M), torch.where(free, -pull, 0.0), eps)
+    v = small.solve(small.within(free, M), torch.where(free, -pull, 0.0), rank)
     v = torch.where(free, v, u).maximum(u)
     return small.best(v, small.quadratic(M, v))

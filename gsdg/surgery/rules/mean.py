@@ -18,7 +18,7 @@ class Mean(Weighting):
 
     reduction = "mean"
 
-    def weights(self, M: Tensor, eps: float) -> Tensor:
+    def weights(self, M: Tensor, gram_eps: float) -> Tensor:
         return torch.full_like(M[0], 1 / len(M))
 
 
@@ -27,5 +27,5 @@ class Sum(Weighting):
 
     reduction = "sum"
 
-    def weights(self, M: Tensor, eps: float) -> Tensor:
+    def weights(self, M: Tensor, gram_eps: float) -> Tensor:
         return torch.ones_like(M[0])

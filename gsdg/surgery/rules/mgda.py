@@ -20,6 +20,7 @@ from torch import Tensor
 
 from gsdg.surgery.rules import small
 from gsdg.surgery.rules.base import Weighting
+from gsdg.surgery.rules.precision import rank_eps
 
 
 class MGDA(Weighting):
@@ -28,11 +29,11 @@ class MGDA(Weighting):
     def start_step(self, n_domains: int) -> None:
         small.refuse_many("MGDA", n_domains)
 
-    def weights(self, M: Tensor, eps: float) -> Tensor:
-        return small.in_pieces(shortest, small.normalised(M), eps)
+    def weights(self, M: Tensor, gram_eps: float) -> Tensor:
+        return small.in_pieces(lambda M: shortest(M, rank_eps(gram_eps)), small.normalised(M))
 
 
-def shortest(M: Tensor, eps: float) -> Tensor:
+def shortest(M: Tensor, rank: float) -> Tensor:
     """M [D, D, K] of trace 1 -> w [D, K] on the simplex with the smallest w^T M w."""
     D, _, K = M.shape
     mask = small.subsets(D, M.device)[:, 1:]  # [D, S, 1]
@@ -43,7 +44,7 @@ def shortest(M: Tensor, eps: float) -> Tensor:
     square = squares.expand(D, mask.shape[1], K).gather(0, root)  # ||g_r||^2 [1, S, K]
     inner = M.gather(1, root.expand(D, -1, K))  # <g_j, g_r> [D, S, K]
     differences = M[:, :, None] - inner[:, None] - inner + square  # <g_i - g_r, g_j - g_r>
-    rest = small.solve(small.within(others, differences), torch.where(others, square - inner, 0.0), eps)
+    rest = small.solve(small.within(others, differences), torch.where(others, square - inner, 0.0), rank)
     w = torch.where(index == root, 1 - rest.sum(0), rest).clamp_min(0)
     w = w / w.sum(0)  # at least 1: it was 1 before the clamp
     return small.best(w, small.quadratic(M[:, :, None], w))

@@ -27,6 +27,6 @@ class PCGrad(GramRule):
     def start_step(self, n_domains: int) -> None:
         self._pairs = drawn_pairs(n_domains)
 
-    def coefficients(self, M: Tensor, eps: float) -> tuple[Tensor, Metrics]:
-        C, metrics = project(M, self._pairs, on_original=True, eps=eps)
+    def coefficients(self, M: Tensor, gram_eps: float) -> tuple[Tensor, Metrics]:
+        C, metrics = project(M, self._pairs, on_original=True, gram_eps=gram_eps)
         return (C if self.reduction == "sum" else C / len(M)), metrics

@@ -1,10 +1,10 @@
 """What CorGrad and PCGrad share: g_i -= <g_i, g_p> / ||g_p||^2 g_p wherever <g_i, g_p> < 0, in terms of coefficients.
 
-In the basis of the original gradients domain i's gradient is C_i, and <g_i, g_p> = C_i M C_p^T. `eps` keeps rounding
-errors out, both deliberate deviations from every implementation that acts on the bare sign:
-- nothing is projected on a g_p that the projections before have made vanish, ||g_p||^2 <= eps ||original g_p||^2:
+In the basis of the original gradients domain i's gradient is C_i, and <g_i, g_p> = C_i M C_p^T. Rounding
+errors are kept out, both deliberate deviations from every implementation that acts on the bare sign:
+- nothing is projected on a g_p that the projections before have made vanish, ||g_p||^2 <= rank_eps ||original g_p||^2:
   dividing by that residue gives NaN or noise;
-- <g_i, g_p> counts as negative below -eps ||g_i|| ||g_p||: a pair just made orthogonal comes out at
+- <g_i, g_p> counts as negative below -gram_eps ||g_i|| ||g_p||: a pair just made orthogonal comes out at
   plus or minus 1e-17.
 """
 
@@ -16,9 +16,12 @@ import torch
 from torch import Tensor
 
 from gsdg.surgery.rules.base import Metrics
+from gsdg.surgery.rules.precision import rank_eps
 
 
-def project(M: Tensor, pairs: Sequence[tuple[int, int]], *, on_original: bool, eps: float) -> tuple[Tensor, Metrics]:
+def project(
+    M: Tensor, pairs: Sequence[tuple[int, int]], *, on_original: bool, gram_eps: float
+) -> tuple[Tensor, Metrics]:
     """M [D, D, K], the pairs (i, p) in the order of their projections -> C [D, D, K] and the metrics of a rule.
 
     conflict_rate: conflicts / comparisons. removed_norm_ratio: ||removed|| / ||g_i before||, mean over conflicts.
@@ -32,7 +35,7 @@ def project(M: Tensor, pairs: Sequence[tuple[int, int]], *, on_original: bool, e
     for i, p in pairs:
         onto = (originals if on_original else rows)[p]
         product, square = inner(rows[i], onto), inner(onto, onto)
-        conflict = (product < -eps * lengths[i] * lengths[p]) & (square > eps * squares[p])
+        conflict = (product < -gram_eps * lengths[i] * lengths[p]) & (square > rank_eps(gram_eps) * squares[p])
         # the maximum bounds the ratio by 1 (Cauchy-Schwarz) where rounding would not
         ratio = -product / torch.maximum(square * inner(rows[i], rows[i]), product * product).sqrt()
         removed += torch.where(conflict, ratio, 0.0)

@@ -45,7 +45,7 @@ class TorchJD(Weighting):
             raise UserError(f"TorchJD's {weighting} refuses the options {options!r}: {error}") from error
         self.reduction = "sum" if weighting in SUMS else "mean"
 
-    def weights(self, M: Tensor, eps: float) -> Tensor:
+    def weights(self, M: Tensor, gram_eps: float) -> Tensor:
         D, _, K = M.shape
         if K > MOST_PARTS:
             raise UserError(

@@ -13,6 +13,7 @@ from torch import Tensor
 from gsdg.surgery.rules import small
 from gsdg.surgery.rules.base import Weighting
 from gsdg.surgery.rules.dualproj import project
+from gsdg.surgery.rules.precision import rank_eps
 
 
 class UPGrad(Weighting):
@@ -21,6 +22,6 @@ class UPGrad(Weighting):
     def start_step(self, n_domains: int) -> None:
         small.refuse_many("UPGrad", n_domains)
 
-    def weights(self, M: Tensor, eps: float) -> Tensor:
+    def weights(self, M: Tensor, gram_eps: float) -> Tensor:
         u = torch.eye(len(M), dtype=M.dtype, device=M.device) / len(M)
-        return small.in_pieces(lambda M, eps: project(M, u, eps).sum(1), small.normalised(M), eps, vectors=len(M))
+        return small.in_pieces(lambda M: project(M, u, rank_eps(gram_eps)).sum(1), small.normalised(M), vectors=len(M))
