@@ -83,14 +83,12 @@ def labelled(node: dict, where: str = "") -> Iterator[tuple[str, dict]]:
 def kind(node: dict) -> dict:
     """What makes a choice what its name says: its classes, its rule, its domains; not its settings."""
     node = node.get("partition", node) if "_target_" not in node else node
-    target, backbone, rule = node.get("_target_"), node.get("backbone"), node.get("rule")
+    rule = node.get("rule") if node.get("name") != "grad_surgery" else None  # the class of every rule
+    classes = {"_target_": node, "backbone": node.get("backbone"), "rule": rule}
     found = {
-        "_target_": last_word(target) if target else None,
-        "backbone": last_word(backbone.get("_target_", "")) if isinstance(backbone, dict) else None,
-        "rule": rule.get("name") if isinstance(rule, dict) and node.get("name") != "grad_surgery" else None,
-        "domains": node.get("domains"),
-        "conditional": node.get("conditional"),
+        part: last_word(own["_target_"]) for part, own in classes.items() if isinstance(own, dict) and "_target_" in own
     }
+    found |= {part: node.get(part) for part in ("domains", "conditional")}
     return {part: value for part, value in found.items() if value is not None}
 
 
@@ -110,18 +108,23 @@ def described(made_of: dict, parts: list[str]) -> str:
 
 
 def choices(group: str) -> set[str]:
-    return {path.stem for path in (CONF / group).glob("*.yaml")} if CONF else set()
+    return files_in(CONF / group) if CONF else set()
+
+
+@cache
+def files_in(folder: Path) -> set[str]:
+    return {path.stem for path in folder.glob("*.yaml")}
 
 
 @cache
 def shipped(group: str, name: str) -> dict:
-    """A choice's YAML as it stands, over those of its group that it starts from, with the name of its rule."""
+    """A choice's YAML as it stands, over those of its group that it starts from, with its rule."""
     node = yaml.safe_load((CONF / group / f"{name}.yaml").read_text(encoding="utf-8"))
     for entry in reversed(node.pop("defaults", [])):
         if isinstance(entry, str) and entry != "_self_":
             node = shipped(group, entry) | node
         elif isinstance(entry, dict) and (rules := [entry[key] for key in entry if key.endswith("rule")]):
-            node["rule"] = {"name": rules[0]}
+            node["rule"] = shipped("algorithm/rule", rules[0])
     return node
 
 
