@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from difflib import get_close_matches
 from typing import get_args
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OSError: nothing more can be written
@@ -38,8 +40,27 @@ def check_range(where: str, interval: str, **values: float | None) -> None:
             raise UserError(f"{where}.{name}: found {value}, expected a number in {interval}.")
 
 
+def nearest(key: str, config: Mapping) -> str:
+    """` Did you mean `optimizer.lr`?` for `lr`: the config's keys whose last word is the same, or else is like it."""
+    word, last_words = key.rpartition(".")[2], {other: other.rpartition(".")[2] for other in dotted_keys(config)}
+    if word not in last_words.values():
+        (word,) = get_close_matches(word, last_words.values(), n=1) or [None]
+    like = [f"`{other}`" for other, last in last_words.items() if last == word and other != key]
+    like.sort(key=lambda other: other.count("."))
+    return f" Did you mean {' or '.join(like)}?" if like else ""
+
+
+def dotted_keys(node: Mapping, prefix: str = "") -> Iterator[str]:
+    """`optimizer`, `optimizer.lr`, ...: every key that may be set, without those in a search's `ranges`."""
+    for key, value in node.items():
+        if not str(key).startswith("_"):
+            yield f"{prefix}{key}"
+            if isinstance(value, Mapping) and key != "ranges":
+                yield from dotted_keys(value, f"{prefix}{key}.")
+
+
 def explain(error: BaseException) -> str | None:
-    """The message for a mistake of the user's, found by us or by Hydra; None for anything else: a traceback is due."""
+    """The message for a mistake of the user's, found by us or by Hydra; None for bugs, whose traceback is shown."""
     from hydra.errors import HydraException
     from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -48,9 +69,25 @@ def explain(error: BaseException) -> str | None:
     if not isinstance(error, HydraException | OmegaConfBaseException):
         return None
     cause = error.__cause__
-    lines = [f"error: {error}"]
+    lines = [f"error: {without_plus(str(error))}"]
     if cause is not None and str(cause) not in str(error):
         lines.append(str(cause))
     if isinstance(cause, ConfigAttributeError | ConfigKeyError) and hasattr(cause.parent_node, "keys"):
-        lines.append(f"Valid here: {listing(sorted(key for key in cause.parent_node if key != '_target_'))}.")
+        lines.append(_valid_keys(cause))
     return "\n".join(lines)
+
+
+def without_plus(message: str) -> str:
+    """Hydra's message without its advice to add the key with a `+`: a run's config takes no key that it has not."""
+    return re.sub(r"\n *(To append to your|Or add a second \+).*", "", message)
+
+
+def _valid_keys(error: Exception) -> str:
+    from omegaconf import OmegaConf
+
+    node = error.parent_node
+    config = OmegaConf.to_container(node._get_root(), resolve=False)
+    config.pop("hydra", None)
+    guess = nearest(str(error.full_key), config).strip()
+    valid = f"Valid here: {listing(sorted(key for key in node if key not in ('_target_', 'hydra')))}."
+    return f"{guess} {valid}".strip()

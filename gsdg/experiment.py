@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from gsdg import reuse
 from gsdg.algorithms import Algorithm
+from gsdg.config_checks import check_frozen_statistics, check_keys, check_labels, check_preset
 from gsdg.data.augment import Exact
 from gsdg.data.batched import Batched
 from gsdg.data.cache import as_arrays, in_memory
@@ -147,15 +148,16 @@ def prepare(raw: DictConfig | dict) -> Plan:
 
     A Plan's config gives the same plan again: a sweep freezes it, and its jobs prepare it where they run.
     """
+    check_preset(raw)
     config = resolved(raw)
+    check_keys(config)
     refuse_surgery(config["algorithm"])
     for group, supplied in SUPPLIED.items():
         config[group] = check(config[group], group, supplied)
-    for key, kind in {"seed": int, "deterministic": bool, "force": bool}.items():
-        if type(config[key]) is not kind:
-            raise UserError(f"{key}: found {config[key]!r}, expected {kind.__name__}.")
     reuse.check_on_code_change(config["on_code_change"])
     check_weights_file(config["model"])
+    check_labels(config)
+    check_frozen_statistics(config["model"])
     source = build(config["dataset"], data_dir=config["data_dir"])
     split = build(config["split"])
     split.check(source.domains)
@@ -226,6 +228,8 @@ def resolved(raw: DictConfig | dict) -> dict:
         config = copy.deepcopy(raw)
     for key in ("experiment", "resubmit"):
         config.pop(key, None)
+    if "n_parts" in config["algorithm"] and "n_parts" not in config["algorithm"].get("partition", {}):
+        raise UserError("unknown key algorithm.n_parts: only algorithm/partition=chunk has parts to count.")
     for key in ("n_parts", "ranges"):  # the partition's took its value, or was given another; a search took them
         config["algorithm"].pop(key, None)
     if config["algorithm"].get("surgery", "none") is None:

@@ -51,16 +51,17 @@ def _parameters(target: object) -> dict[str, inspect.Parameter]:
     return {key: p for key, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
 
 
-def check(node: dict, where: str, supplied: Sequence[str] = ()) -> dict:
+def check(node: dict, where: str, supplied: Sequence[str] = (), *, partial: bool = False) -> dict:
     """The node with its values in their declared types; UserError names the key, what was found, what is valid.
 
-    `supplied` are the arguments the program will add: they may be absent.
+    `supplied` are the arguments the program will add: they may be absent. partial: `_partial_: true` is accepted, which
+    makes a function of the node instead of an object.
     """
     target = get_object(node["_target_"])
     parameters, hints = accepted(node), _hints(target)
     checked = {}
     for key, value in node.items():
-        if key.startswith("_") or (key == "name" and key not in parameters):
+        if key == "_target_" or (key == "_partial_" and partial) or (key == "name" and key not in parameters):
             checked[key] = value
         elif key not in parameters:
             raise UserError(unknown(f"{where}.{key}", key, [name for name in parameters if name not in supplied]))
@@ -82,7 +83,7 @@ def unknown(full_key: str, key: str, valid: Sequence[str]) -> str:
 def coerce(value: object, hint: object, where: str) -> object:
     """`value` as the type `hint` asks for: an int is a float where a float is asked for, nothing else is converted."""
     if isinstance(value, dict) and "_target_" in value:  # an object inside: its own constructor is its schema
-        return check(value, where)
+        return check(value, where, partial=hint is Any or "Callable" in str(hint))
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         return _first_fitting(value, options, hint, where)

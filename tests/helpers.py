@@ -22,12 +22,21 @@ class Launcher:
         self.environment.pop("HYDRA_FULL_ERROR", None)
 
     def start(self, *overrides: str) -> subprocess.Popen:
-        command = [sys.executable, str(REPOSITORY / "launch.py"), *overrides, f"runs_dir={self.runs_dir}"]
+        return self.start_as_given(*overrides, f"runs_dir={self.runs_dir}")
+
+    def start_as_given(self, *arguments: str) -> subprocess.Popen:
+        command = [sys.executable, str(REPOSITORY / "launch.py"), *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(command, cwd=self.runs_dir.parent, env=self.environment, **pipes)
 
     def __call__(self, *overrides: str) -> subprocess.CompletedProcess:
-        process = self.start(*overrides)
+        return self._answer(self.start(*overrides))
+
+    def run_as_given(self, *arguments: str) -> subprocess.CompletedProcess:
+        """Without a runs_dir: that is for a preset to say."""
+        return self._answer(self.start_as_given(*arguments))
+
+    def _answer(self, process: subprocess.Popen) -> subprocess.CompletedProcess:
         output, errors = process.communicate(timeout=600)
         return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 

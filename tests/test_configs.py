@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 
+import hydra
 import pandas as pd
 import pytest
 import yaml
 from config_choices import CHOICES, CONF, NEEDED, PRESETS
 from helpers import REPOSITORY
 from hydra.errors import ConfigCompositionException
+from omegaconf import DictConfig, OmegaConf
 
-from gsdg.experiment import SUPPLIED, resolved
+from gsdg.experiment import SUPPLIED, prepare, resolved
 from gsdg.identity import run_id
 from gsdg.schema import check
-from gsdg.sweep.grid import from_command_line
+from gsdg.sweep.grid import from_command_line, initialized
 
 ALGORITHMS = sorted(path.stem for path in (CONF / "algorithm").glob("*.yaml"))
 SURGERY = sorted(path.stem for path in (CONF / "algorithm" / "surgery").glob("*.yaml") if path.stem != "base")
 SEARCHES = sorted(path.stem for path in (CONF / "search").glob("*.yaml"))
 DATASETS = sorted(path.stem for path in (CONF / "dataset").glob("*.yaml"))
+
+
+def params(preset: str) -> dict[str, str]:
+    """What a preset sweeps over, with those that it is made of."""
+    text = (CONF / "experiment" / f"{preset}.yaml").read_text()
+    parts = re.findall(r"- /experiment/(\S+)@_global_", text)
+    own = yaml.safe_load(text).get("hydra", {}).get("sweeper", {}).get("params", {})
+    return {key: value for part in parts for key, value in params(part).items()} | own
+
+
+def choices_in(group: str) -> set[str]:
+    return {str(path.relative_to(CONF / group).with_suffix("")) for path in (CONF / group).rglob("*.yaml")}
 
 
 def checked(config) -> dict:
@@ -45,6 +60,67 @@ def test_every_search_is_called_by_its_file_and_draws_what_fits(compose, search)
 def test_every_preset_fits_and_is_headed_by_its_command(compose, preset):
     checked(compose(f"experiment={preset}"))
     assert f"python launch.py experiment={preset}" in (CONF / "experiment" / f"{preset}.yaml").read_text()
+
+
+def named_keys(preset: str) -> set[str]:
+    """The keys of the algorithm that the preset's header names, as `algorithm.alpha` or `algorithm/rule`."""
+    text = (CONF / "experiment" / f"{preset}.yaml").read_text()
+    keys = set(re.findall(r"\balgorithm[./](\w+)", "\n".join(re.findall("^#.*", text, re.MULTILINE))))
+    return keys | ({"n_parts"} if "partition" in keys else set())  # `chunk` puts its n_parts beside the partition
+
+
+def different_keys(found, expected) -> set[str]:
+    """The keys at which two composed nodes differ, interpolations as they are written."""
+    found, expected = (OmegaConf.to_container(node, resolve=False) for node in (found, expected))
+    return {key for key in {*found, *expected} if found.get(key, "absent") != expected.get(key, "absent")}
+
+
+@cache
+def plain_algorithm(name: str) -> DictConfig:
+    with initialized():
+        return hydra.compose("config", [f"algorithm={name}"]).algorithm
+
+
+OTHERS = ("erm", "mixup", "mixstyle", "selfreg", "pcgrad", "sagm")  # five of them have an `alpha` of their own
+NEEDS_DOMAINS = {"every_algorithm/features": ["dataset.domains=[art_painting,cartoon,photo,sketch]"]}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_leaves_every_algorithm_as_it_is_but_for_the_keys_that_its_header_names(compose, preset):
+    """One run of each algorithm that the preset sweeps, or may be given, through all checks of a run."""
+    chosen = compose(f"experiment={preset}").algorithm.name
+    swept, more = params(preset), NEEDS_DOMAINS.get(preset, [])
+    of_surgery = any(key.startswith("algorithm") and key != "algorithm" for key in swept)
+    names = swept["algorithm"].split(",") if "algorithm" in swept else [chosen, *([] if of_surgery else OTHERS)]
+    composer, jobs, _ = from_command_line([f"experiment={preset}", f"algorithm={','.join(names)}", *more])
+    jobs_of = {name: [job for job in jobs if f"algorithm={name}" in job] for name in names}
+    for name in names:
+        config = composer.compose(jobs_of[name][0])
+        if config.split.target is None:
+            config.split.target = config.dataset.domains[0]
+        assert prepare(config).config["algorithm"]["name"] == name
+        allowed = named_keys(preset) if name == chosen else set()
+        assert different_keys(config.algorithm, plain_algorithm(name)) <= allowed
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_no_preset_sets_keys_of_whatever_algorithm_is_chosen(preset):
+    assert "algorithm" not in yaml.safe_load((CONF / "experiment" / f"{preset}.yaml").read_text())
+
+
+def test_a_file_that_is_only_read_for_two_choices_is_called_by_two_that_exist():
+    """Hydra says nothing about an `optional` file that it never finds."""
+    pairs = {f"{preset}_{name}" for preset in PRESETS for name in ALGORITHMS}
+    assert choices_in("experiment_algorithm") <= pairs
+    pairs = {f"{dataset}_{trainer}" for dataset in DATASETS for trainer in choices_in("trainer")}
+    assert choices_in("dataset_trainer") <= pairs
+
+
+@pytest.mark.parametrize("name", ["ablation/granularity", "ablation/granularity_digits"])
+def test_granularities_are_compared_without_the_norm_outlier_correction(compose, name):
+    assert compose(f"experiment={name}").algorithm.alpha == 1
+    assert compose(f"experiment={name}", "algorithm=mixup").algorithm.alpha == 0.2
 
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if re.fullmatch(r"paper/(?!table)\w+", name)])
@@ -78,11 +154,6 @@ def test_surgery_of_an_algorithms_losses_is_what_it_is_of_erms(compose, name):
     node, whole = compose(f"algorithm/surgery={name}", "algorithm=irm").algorithm.surgery, compose(f"algorithm={name}")
     assert (node.name, node.partition, node.rule) == (name, whole.algorithm.partition, whole.algorithm.rule)
     assert (node._target_, node.alpha, node.engine) == (whole.algorithm._target_, whole.algorithm.alpha, "joint")
-
-
-def params(preset: str) -> dict[str, str]:
-    """What a preset itself sweeps over."""
-    return yaml.safe_load((CONF / "experiment" / f"{preset}.yaml").read_text())["hydra"]["sweeper"]["params"]
 
 
 def test_the_papers_table_is_of_the_methods_it_was_published_with():

@@ -17,6 +17,7 @@ from gsdg.environment import usable_cores
 from gsdg.errors import UserError
 from gsdg.experiment import needed_workers, prepare, run
 from gsdg.identity import run_id
+from gsdg.models import resnet18
 from gsdg.runs import LockLost, read_lines
 from gsdg.trainer import NonFinite, Trainer
 
@@ -50,7 +51,12 @@ def test_a_mistake_is_one_clear_message_before_data_loads(compose, override, mes
 
 def test_a_missing_data_dir_is_said_with_what_to_do(compose, tmp_path):
     config = compose(
-        "dataset=pacs", "model=resnet18", "model.weights=null", "split.target=sketch", f"data_dir={tmp_path}/x"
+        "dataset=pacs",
+        "model=resnet18",
+        "model.weights=null",
+        "model.freeze_bn=false",
+        "split.target=sketch",
+        f"data_dir={tmp_path}/x",
     )
     with pytest.raises(UserError, match=r"data_dir=.*is not a folder\. Set data_dir="):
         run(prepare(config))
@@ -279,6 +285,7 @@ def test_real_pacs_images_train(compose, tmp_path, pacs_root):
         "dataset=pacs",
         "model=resnet18",
         "model.weights=null",
+        "model.freeze_bn=false",
         "model.image_size=32",
         "split.target=sketch",
         f"data_dir={pacs_root}",
@@ -339,7 +346,13 @@ def test_the_presets_augment_whom_they_should_in_both_modes(
         seen.update(batches=batches, evaluator=evaluator)
 
     monkeypatch.setattr(Trainer, "fit", fit)
-    overrides = (f"trainer={trainer}", f"trainer.transform={transform}", "model=resnet18", "model.weights=null")
+    overrides = (
+        f"trainer={trainer}",
+        f"trainer.transform={transform}",
+        "model=resnet18",
+        "model.weights=null",
+        "model.freeze_bn=false",
+    )
     root = photos(tmp_path / "photos")
     run(prepare(compose("dataset=image_folder", f"dataset.root={root}", "split.target=b", *overrides, "device=cpu")))
     batches, evaluator = seen["batches"], seen["evaluator"]
@@ -363,8 +376,9 @@ def test_digits_are_the_same_to_the_bit_in_both_modes(compose, tmp_path):
 
 
 def test_photos_give_nearly_the_same_losses_in_both_modes(compose, tmp_path):
-    root = photos(tmp_path / "photos")
-    model = ("model=resnet18", "model.weights=null", "model.image_size=32", "split.target=b", "algorithm=erm")
+    root, weights = photos(tmp_path / "photos"), tmp_path / "weights.pth"
+    torch.save(resnet18(weights=None)[0].state_dict(), weights)  # frozen: what BatchNorm makes of few images is noise
+    model = ("model=resnet18", f"model.weights={weights}", "model.image_size=32", "split.target=b", "algorithm=erm")
     for transform in ("exact", "batched"):
         options = ("trainer.steps=3", "trainer.eval_every=1", "trainer.batch_size=8", "device=cpu", "trainer.workers=0")
         data = ("dataset=image_folder", f"dataset.root={root}", f"dataset.cache={tmp_path / 'cache'}")
@@ -389,7 +403,7 @@ def test_where_decoded_images_lie_is_not_part_of_a_run(compose, tmp_path):
 
 def test_images_are_not_stored_smaller_than_the_model_looks_at_them(compose, tmp_path):
     data = ("dataset=image_folder", f"dataset.root={photos(tmp_path / 'photos')}", "split.target=b")
-    model = ("model=resnet18", "model.weights=null", "model.image_size=384")
+    model = ("model=resnet18", "model.weights=null", "model.freeze_bn=false", "model.image_size=384")
     prepare(compose(*data, *model))  # exact: nothing is stored
     with pytest.raises(UserError, match=r"short_side=256: .*image_size=384\.\nSet dataset\.short_side=439"):
         prepare(compose(*data, *model, "trainer.transform=batched"))
@@ -405,7 +419,14 @@ def test_processes_are_started_where_images_are_decoded_and_nowhere_else(compose
         return needed_workers(plan.trainer, dataset)
 
     root = photos(tmp_path / "photos")
-    tree = ("dataset=image_folder", f"dataset.root={root}", "split.target=b", "model=resnet18", "model.weights=null")
+    tree = (
+        "dataset=image_folder",
+        f"dataset.root={root}",
+        "split.target=b",
+        "model=resnet18",
+        "model.weights=null",
+        "model.freeze_bn=false",
+    )
     assert workers("split.target=15") == 0  # in memory
     assert workers(*tree) == usable_cores()
     assert workers(*tree, "trainer.transform=batched") == 0  # decoded once

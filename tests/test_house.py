@@ -22,6 +22,7 @@ FLOORS = [
         "gsdg.owner",
         "gsdg.runs",
         "gsdg.batch",
+        "gsdg.config_checks",
         "gsdg.schema",
         "gsdg.search",
     },

@@ -30,7 +30,13 @@ FROZEN = {
     ("algorithm=vrex", "algorithm/surgery=pcgrad", "split.target=60"): "a55856526cc8",
     ("algorithm=erm", "trainer/averaging=swad", "split.target=60"): "fe10995766af",
     ("algorithm=erm", "search=domainbed", "search.hparams_seed=3", "split.target=15"): "4c0100e2f58a",
-    ("dataset=officehome", "model=resnet18", "algorithm=upgrad", "trainer.transform=batched", "split.target=Art"): "9a478b4826cd",
+    (
+        "dataset=officehome",
+        "model=resnet18",
+        "algorithm=upgrad",
+        "trainer.transform=batched",
+        "split.target=Art",
+    ): "9a478b4826cd",
 }
 
 

@@ -33,6 +33,7 @@ PHOTOS = (
     "trainer.augment=sources",
     "model=resnet18",
     "model.weights=null",
+    "model.freeze_bn=false",
     "model.image_size=32",
     "trainer.steps=70",  # each takes longer, and so does each checkpoint
 )

@@ -21,7 +21,7 @@ class Algorithm(nn.Module, ABC):
 
     needs_domains: source domains without which it means nothing. needs: what it asks of the model, in words.
     sees_together: whether what it predicts for an image depends on those beside it.
-    no_surgery: why its loss is no mean of one loss a domain, so that `algorithm/surgery=...` is refused; "" if it is.
+    no_surgery: why `algorithm/surgery=...` is refused; "" where `DomainLosses` gives it one loss per domain.
     """
 
     needs_domains: int = 1  # an object's own, where its hyper-parameters decide

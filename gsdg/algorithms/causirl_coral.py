@@ -21,5 +21,7 @@ from gsdg.algorithms.matching import Matching, between_random_parts
 class CausIRLCORAL(Matching):
     """penalty_weight: of the distance of the means and covariances of two random mixtures of the domains."""
 
+    no_surgery = "its penalty compares random mixtures of the domains"
+
     def penalty(self, features: Sequence[Tensor]) -> Tensor:
         return between_random_parts(moments, features)

@@ -8,6 +8,10 @@ label, times its features z_b and 1. So E g^2 and (E g)^2 are two matrix product
 ever made. m_d is what the authors call the moving average corrected by 1 / (1 - ema): a gradient flows through this
 step's v_d alone, into head and featurizer. w(t) is 0 before `anneal_steps` steps, then `penalty_weight`.
 
+R is the mean cross-entropy of all N images, R_d that of domain d's n_d images. Written as one loss per domain,
+L_d = D n_d / N R_d + w mean_k (m_d,k - m_k)^2, with the domains' mean m held constant: the terms of its gradient cancel
+in the sum over d, so that the mean of the L_d has the value and the gradient above.
+
 Deviations: m_d is in the checkpoint, DomainBed's and the authors' (equal) forget it. While w(t) is 0 the variances are
 taken without a graph.
 """
@@ -22,22 +26,25 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gsdg.algorithms.annealing import Annealing
-from gsdg.algorithms.base import Algorithm
+from gsdg.algorithms.domain_losses import DomainLosses
+from gsdg.algorithms.grad_surgery import GradSurgery
+from gsdg.algorithms.risks import risks
 from gsdg.batch import Batch, join
 from gsdg.errors import UserError, check_range
 
 
-class Fishr(Algorithm):
+class Fishr(DomainLosses):
     """penalty_weight: once `anneal_steps` steps are done, before that it is 0; ema: what is kept of older variances."""
 
     needs_domains = 2
     needs = "a linear head"
-    no_surgery = "its penalty compares the domains"
 
     averages: Tensor  # [D, classes, F + 1], in the order of `domains`
 
-    def __init__(self, *, penalty_weight: float, anneal_steps: int, ema: float) -> None:
-        super().__init__()
+    def __init__(
+        self, *, penalty_weight: float, anneal_steps: int, ema: float, surgery: GradSurgery | None = None
+    ) -> None:
+        super().__init__(surgery=surgery)
         check_range("algorithm", "[0, inf)", penalty_weight=penalty_weight)
         check_range("algorithm", "[0, 1)", ema=ema)
         self.annealing = Annealing(steps=anneal_steps, before=0.0, after=penalty_weight)
@@ -51,24 +58,26 @@ class Fishr(Algorithm):
         classes, features = weight.shape
         self.register_buffer("averages", weight.new_zeros(len(domains), classes, features + 1))
 
-    def backward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    def losses(self, batches: Sequence[Batch]) -> tuple[list[Tensor], dict[str, Tensor]]:
         joint = join(batches)
         features = self.model.featurize(joint.images)
         logits = self.model.head(features)
-        nll, weight = F.cross_entropy(logits, joint.labels), self.annealing.weight
+        shares = [len(joint.sizes) * size / len(joint.labels) for size in joint.sizes]  # 1 where batches are equal
+        losses = [share * risk for share, risk in zip(shares, risks(logits, joint), strict=True)]
+        nll, weight = torch.stack(losses).mean(), self.annealing.weight
         with torch.set_grad_enabled(weight > 0):
             errors = logits.softmax(1) - F.one_hot(joint.labels, logits.shape[1])
-            penalty = self._penalty(joint.split(errors), joint.split(features))
-        loss = nll + weight * penalty if weight > 0 else nll
-        loss.backward()
-        return {"loss": loss.detach(), "nll": nll.detach(), "penalty": penalty.detach()}
+            penalties = self._penalties(joint.split(errors), joint.split(features))
+        if weight > 0:
+            losses = [loss + weight * penalty for loss, penalty in zip(losses, penalties, strict=True)]
+        return losses, {"nll": nll, "penalty": penalties.mean()}
 
-    def _penalty(self, errors: Sequence[Tensor], features: Sequence[Tensor]) -> Tensor:
-        """One [B, classes] and one [B, F] a domain -> 0-dim; moves the averages on."""
+    def _penalties(self, errors: Sequence[Tensor], features: Sequence[Tensor]) -> Tensor:
+        """One [B, classes] and one [B, F] a domain -> [D]; moves the averages on."""
         new = torch.stack([variances(*own) for own in zip(errors, features, strict=True)])
         averages = new + self.ema * self.averages
         self.averages.copy_(averages.detach())
-        return (averages - averages.mean(0)).square().mean()
+        return (averages - self.averages.mean(0)).square().mean((1, 2))
 
     def step(self, optimizer: Optimizer) -> None:
         self.annealing.step(optimizer)

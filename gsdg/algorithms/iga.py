@@ -3,7 +3,8 @@
     min_theta  mean_d R_d + w sum_d |g_d - g|^2        g_d = grad R_d,  g = mean_d g_d
 
 R_d is the mean cross-entropy of domain d. The gradient of the penalty is 2 sum_d H_d (g_d - g), with the Hessians H_d:
-what g itself would contribute, -2 H sum_d (g_d - g), is zero, so that g may be held constant.
+what g itself would contribute, -2 H sum_d (g_d - g), is zero, so that g may be held constant. Written as one loss per
+domain, L_d = R_d + w D |g_d - g|^2: the mean of the L_d has the value and the gradient above.
 
 Each domain has a forward of its own, as in DomainBed: D backward passes through a joint graph would cost D times more.
 
@@ -19,29 +20,28 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gsdg.algorithms.base import Algorithm
+from gsdg.algorithms.domain_losses import DomainLosses
+from gsdg.algorithms.grad_surgery import GradSurgery
 from gsdg.batch import Batch
 from gsdg.errors import check_range
 
 
-class IGA(Algorithm):
+class IGA(DomainLosses):
     """penalty_weight: of the domains' squared distances from the mean gradient."""
 
     needs_domains = 2
-    no_surgery = "its penalty compares the gradients of all domains"
 
-    def __init__(self, *, penalty_weight: float) -> None:
-        super().__init__()
+    def __init__(self, *, penalty_weight: float, surgery: GradSurgery | None = None) -> None:
+        super().__init__(surgery=surgery)
         check_range("algorithm", "[0, inf)", penalty_weight=penalty_weight)
         self.penalty_weight = penalty_weight
 
-    def backward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        risks = [F.cross_entropy(self.model(batch.images), batch.labels) for batch in batches]
+    def losses(self, batches: Sequence[Batch]) -> tuple[list[Tensor], dict[str, Tensor]]:
+        risks = torch.stack([F.cross_entropy(self.model(batch.images), batch.labels) for batch in batches])
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        nll, penalty = torch.stack(risks).mean(), scatter([gradients(risk, parameters) for risk in risks])
-        loss = nll + self.penalty_weight * penalty
-        loss.backward()
-        return {"loss": loss.detach(), "nll": nll.detach(), "penalty": penalty.detach()}
+        penalties = distances([gradients(risk, parameters) for risk in risks])
+        losses = risks + self.penalty_weight * len(risks) * penalties
+        return list(losses), {"nll": risks.mean(), "penalty": penalties.sum()}
 
 
 def gradients(risk: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -49,8 +49,9 @@ def gradients(risk: Tensor, parameters: Sequence[Tensor]) -> Sequence[Tensor]:
     return torch.autograd.grad(risk, parameters, create_graph=True, materialize_grads=True)
 
 
-def scatter(gradients: Sequence[Sequence[Tensor]]) -> Tensor:
-    """D gradients, one tensor a parameter -> the sum of their squared distances from their mean, 0-dim."""
+def distances(gradients: Sequence[Sequence[Tensor]]) -> Tensor:
+    """D gradients, one tensor a parameter -> [D], the squared distance of each from their mean, held constant."""
     with torch.no_grad():
         means = [sum(own) / len(gradients) for own in zip(*gradients, strict=True)]
-    return sum((own - mean).square().sum() for one in gradients for own, mean in zip(one, means, strict=True))
+    squares = [[(own - mean).square().sum() for own, mean in zip(one, means, strict=True)] for one in gradients]
+    return torch.stack([torch.stack(own).sum() for own in squares])

@@ -25,7 +25,7 @@ class Matching(Algorithm):
     """penalty_weight: DomainBed's mmd_gamma."""
 
     needs_domains = 2
-    no_surgery = "its penalty compares the domains' features"
+    no_surgery = "its penalty is computed for all pairs of domains at once, not per domain"
 
     def __init__(self, *, penalty_weight: float) -> None:
         super().__init__()

@@ -37,7 +37,7 @@ class SelfReg(Algorithm):
     """
 
     needs = "2 images a step, for its BatchNorm"
-    no_surgery = "its pairs are of different domains"
+    no_surgery = "it pairs images of a class across domains"
 
     def __init__(self, *, logit_weight: float, feature_weight: float, alpha: float, train_projection: bool) -> None:
         super().__init__()

@@ -130,8 +130,8 @@ def hub_state(url: str) -> State:
         except (OSError, HTTPException, RuntimeError) as error:  # no network, a full disk, a wrong hash
             raise UserError(
                 f"the ImageNet weights can't be downloaded from {url} ({error}). On a machine with internet get that "
-                f"file, then put it at {cached}, or name it with model.weights=<file>; model.weights=null starts from "
-                "random weights"
+                f"file, then put it at {cached}, or name it with model.weights=<file>; model.weights=null "
+                "model.freeze_bn=false starts from random weights"
             ) from error
     return read_state(cached)
 
@@ -141,7 +141,8 @@ def _offline(url: str, cached: Path, command: str) -> str:
     return (
         f"the ImageNet weights {url} are not at {cached}, and a compute node downloads nothing; on a login node: "
         f"{command}\nIf that was done, they are elsewhere there: set TORCH_HOME, there and in the job, to a folder "
-        "that both see, or name the file with model.weights=<file>; model.weights=null starts from random weights"
+        "that both see, or name the file with model.weights=<file>; model.weights=null model.freeze_bn=false starts "
+        "from random weights"
     )
 
 

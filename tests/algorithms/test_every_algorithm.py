@@ -27,10 +27,12 @@ from gsdg.algorithms.__main__ import page
 from gsdg.batch import Batch
 from gsdg.errors import UserError
 from gsdg.experiment import prepare, resolved
-from gsdg.surgery.rules import Mean
+from gsdg.surgery import PerElement, Surgery
+from gsdg.surgery.rules import AgrRand, Mean
 
 NAMES = sorted(path.stem for path in (REPOSITORY / "conf" / "algorithm").glob("*.yaml"))
 SEPARABLE = [name for name in NAMES if "\nsurgery: null" in (REPOSITORY / f"conf/algorithm/{name}.yaml").read_text()]
+SURGERY = [name for name in NAMES if "  - grad_surgery\n" in (REPOSITORY / f"conf/algorithm/{name}.yaml").read_text()]
 DRAWN = json.loads((REPOSITORY / "tests" / "golden" / "domainbed_draws.json").read_text())
 
 
@@ -108,6 +110,11 @@ def test_a_resumed_run_goes_on_bit_for_bit(compose, name):
     assert all(torch.equal(ours[key], theirs[key]) for key in ours if isinstance(ours[key], torch.Tensor))
 
 
+def active(name: str) -> list[str]:
+    """Overrides with which an algorithm is more than ERM at its first step."""
+    return [f"algorithm.{setting}" for setting in NOT_ERM_AT.get(name, [])]
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_surgery_that_takes_the_mean_changes_nothing_or_is_refused_with_a_reason(compose, name):
     kind = get_object(compose(f"algorithm={name}").algorithm._target_)
@@ -120,11 +127,31 @@ def test_surgery_that_takes_the_mean_changes_nothing_or_is_refused_with_a_reason
             prepare(compose(*chosen))
         return
     assert prepare(compose(*chosen)).algorithm.surgery.rule
-    operated = made(compose, name, "algorithm/surgery=upgrad", "trainer.batch_size=4")
+    settings = ["trainer.batch_size=4", *active(name)]
+    operated = made(compose, name, "algorithm/surgery=upgrad", *settings)
     operated.surgery.rule = Mean()
-    plain = made(compose, name, "trainer.batch_size=4")
+    plain = made(compose, name, *settings)
     found, expected = (gradients(ready(one), batches()) for one in (operated, plain))
     assert_same(found, expected, rtol=1e-10, atol=1e-14)
+    erm = gradients(ready(made(compose, "erm")), batches())
+    assert any(differ(found[key], erm[key]) for key in erm), "a penalty that is off would hide a wrong one"
+
+
+def differ(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    return found.shape != expected.shape or not torch.allclose(found, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name in SEPARABLE if name != "arm"])  # its context network has BatchNorm
+def test_the_loss_of_a_domain_is_of_its_own_images(compose, name):
+    """So that surgery operates on the domains' gradients: the others' images have no gradient in it."""
+    algorithm = ready(made(compose, name, "trainer.batch_size=4", *active(name)))
+    data = [batch._replace(images=batch.images.requires_grad_()) for batch in batches()]
+    seed_all()
+    losses, _ = algorithm.losses(data)
+    assert len(losses) == len(data)
+    for d, loss in enumerate(losses):
+        found = torch.autograd.grad(loss, [batch.images for batch in data], retain_graph=True, materialize_grads=True)
+        assert [bool(grad.any()) for grad in found] == [e == d for e in range(len(data))]
 
 
 def test_surgery_given_as_a_value_is_told_to_be_a_choice(compose):
@@ -203,6 +230,40 @@ def test_it_names_its_paper(compose, name):
     doc = importlib.import_module(kind.__module__).__doc__
     for text in (yaml.splitlines()[0], doc):
         assert re.search(r"(19|20)\d\d", text), "a year"
+    if name in SURGERY:
+        doc = importlib.import_module(
+            get_object(compose(f"algorithm={name}").algorithm.rule._target_).__module__
+        ).__doc__
+    numbers = re.findall(r"\d{4}\.\d{5}", yaml.splitlines()[0])
+    assert set(numbers) <= set(re.findall(r"\d{4}\.\d{5}", doc)), "the file's header and the code name one paper"
+
+
+def test_the_readme_lists_the_algorithms_that_take_surgery():
+    (names,) = re.findall(r"mean of one loss per domain \(([^)]*)\)", (REPOSITORY / "README.md").read_text())
+    assert {name.lower().replace("-", "") for name in re.split(r",\s+", names)} == set(SEPARABLE)
+
+
+@pytest.mark.parametrize("name", SURGERY)
+def test_a_header_that_says_sum_or_mean_says_what_the_rule_makes_of_identical_gradients(compose, name):
+    head = (REPOSITORY / "conf" / "algorithm" / f"{name}.yaml").read_text().splitlines()[0].partition("):")[2]
+    said = {3.0 for word in re.findall(r"\bsum\b", head)} | {1.0 for word in re.findall(r"\bmean\b", head)}
+    algorithm, batch = ready(made(compose, name)), batches(1)[0]
+    found = gradients(algorithm, [batch._replace(domain=f"domain {d}") for d in range(3)])
+    single = gradients(ready(made(compose, "erm")), [batch])
+    times = {round((found[key].norm() / single[key].norm()).item(), 4) for key in single}
+    assert len(times) == 1 or name == "sand_mask"  # whose mask is soft
+    assert not said or times == said
+
+
+def test_agr_rands_noise_has_the_size_that_its_header_says():
+    """The mean over the whole model: a tensor of small gradients gets noise of the large ones' size."""
+    large, small = torch.nn.Parameter(torch.zeros(1000)), torch.nn.Parameter(torch.zeros(1000))
+    surgery = Surgery([large, small], PerElement(), AgrRand())
+    seed_all()
+    surgery.backward(large.sum() + sign * 1e-6 * small.sum() for sign in (1, -1))
+    assert "over all elements of the model" in (REPOSITORY / "conf" / "algorithm" / "agr_rand.yaml").read_text()
+    assert large.grad.eq(2).all()
+    assert 1.5 < small.grad.std() < 2.5
 
 
 @pytest.mark.parametrize("case", DRAWN, ids=lambda case: f"{case['algorithm']}-{case['search']}")

@@ -269,6 +269,7 @@ RUN = (
     "split.target=sketch",
     "model=resnet18",
     "model.weights=null",
+    "model.freeze_bn=false",
     "model.image_size=32",
     "dataset.short_side=48",
     "trainer.steps=3",

@@ -77,7 +77,7 @@ def test_without_internet_the_message_names_the_file_and_the_ways_out(factory, n
     assert str(offline_cache / name) in message
     assert f"https://download.pytorch.org/models/{name}" in message
     assert "model.weights=<file>" in message
-    assert "model.weights=null" in message
+    assert "model.weights=null model.freeze_bn=false" in message
     assert not (offline_cache / name).exists()
 
 

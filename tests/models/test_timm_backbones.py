@@ -114,7 +114,9 @@ def test_augmix_offline_names_its_file(timm, tmp_path, monkeypatch):
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(UserError, match=r"hub/checkpoints/resnet50_ram-a26f946b\.pth, .*model.weights=null"):
+    with pytest.raises(
+        UserError, match=r"hub/checkpoints/resnet50_ram-a26f946b\.pth, .*model.weights=null model.freeze_bn=false"
+    ):
         resnet50_augmix(weights="imagenet", **SETTINGS, **SPEC)
 
 
