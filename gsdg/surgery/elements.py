@@ -142,7 +142,7 @@ def _pieces(sizes: Sequence[int], chosen: Sequence[bool], longest: int, *, by_te
         end = start + size
         while wanted and start < end:
             last = pieces[-1] if pieces else None
-            joins = last and last.stop == start and not (by_tensor and last.shares[-1][0] != tensor)
+            joins = last and last.stop == start and not by_tensor
             if not joins or last.stop - last.start == longest:
                 pieces.append(last := Piece(start, start, []))
             count = min(end - start, longest - (last.stop - last.start))
