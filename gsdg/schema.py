@@ -63,10 +63,10 @@ def check(node: dict, where: str, supplied: Mapping[str, str] = types.MappingPro
     for key, value in node.items():
         if key.startswith("_") or (key == "name" and key not in parameters):
             checked[key] = value
-        elif key in supplied:
-            raise UserError(f"{where}.{key} cannot be set: it is {supplied[key]}. Leave it out.")
         elif key not in parameters:
             raise UserError(unknown(f"{where}.{key}", key, [name for name in parameters if name not in supplied]))
+        elif key in supplied:
+            raise UserError(f"{where}.{key} cannot be set: it is {supplied[key]}. Leave it out.")
         else:
             checked[key] = coerce(value, hints.get(key, Any), f"{where}.{key}")
     for key, parameter in parameters.items():
