@@ -153,6 +153,18 @@ def test_a_record_holds_the_accuracies_of_the_images_that_were_evaluated():
             assert run.lines()[-1]["accuracy"][name][part] == pytest.approx(right)
 
 
+def test_training_draws_from_the_in_part_of_the_sources_and_from_nothing_else():
+    run = observe("split.holdout_fraction=0.5", **{"trainer.batch_size": 64})
+    dataset, parts = run.plan.source.read(), run.plan.split.parts(run.plan.source.read())
+    transform = Exact(run.algorithm.model.spec, "none")
+    for number, name in enumerate(SOURCES):
+        batches = [step[number] for step in run.batches]
+        assert {batch.domain for batch in batches} == {name}
+        drawn = {image.numpy().tobytes() for batch in batches for image in batch.images}
+        expected = [transform.prepare([dataset.domains[name].load(int(i))])[0] for i in parts[name]["in"]]
+        assert drawn == {image.numpy().tobytes() for image in expected}
+
+
 @shows("trainer.augment (Trainer)")
 def test_augment_says_whether_the_sources_evaluation_is_augmented_too():
     training, sources = (
