@@ -69,10 +69,12 @@ def shows(*keys: str) -> Callable:
 def test_every_key_has_a_test_of_its_effect():
     keys = every_key().keys() | launcher_keys()
     tested = CASES.keys() | SHOWN.keys()
-    missing, stale = sorted(keys - tested), sorted(tested - keys)
-    assert not missing, f"no test shows the effect of {missing}: add each to cases.py, or write a test with @shows"
-    assert not stale, f"{stale}: no choice of any group has this key: remove its entry"
-    assert not (twice := CASES.keys() & SHOWN.keys()), f"{sorted(twice)}: both in cases.py and in a test"
+    wrong = {
+        "without a test: add it to cases.py, or write a test with @shows": keys - tested,
+        "of no choice of any group: remove its entry": tested - keys,
+        "both in cases.py and in a test": CASES.keys() & SHOWN.keys(),
+    }
+    assert not any(wrong.values()), {reason: sorted(found) for reason, found in wrong.items() if found}
 
 
 # ---- keys with two values --------------------------------------------------------------------------------------------
