@@ -44,15 +44,17 @@ from gsdg.trainer import Trainer
 log = logging.getLogger(__name__)
 
 TRANSFORMS = {"exact": Exact, "batched": Batched}  # of trainer.transform
-# What the program adds to each group's own arguments.
-SUPPLIED = {
-    "trainer": (),  # first: others refer to its values
-    "dataset": ("data_dir",),
-    "split": (),
-    "model": ("classes", "precision"),
-    "algorithm": (),
-    "optimizer": ("params",),
+# What the program adds to each group's own arguments, and where it takes it from.
+SUPPLIED: dict[str, dict[str, str]] = {
+    "trainer": {},  # first: others refer to its values
+    "dataset": {"data_dir": "taken from data_dir, a key of its own beside dataset"},
+    "split": {},
+    "model": {"classes": "taken from the data set", "precision": "taken from trainer.precision"},
+    "algorithm": {},
+    "optimizer": {"params": "taken from the algorithm"},
 }
+# Settings of torch's optimizers that could only fail, or do nothing.
+NO_USE = {"capturable": "CUDA graphs, and no run makes one", "differentiable": "gradients of the step itself"}
 
 
 @dataclass(frozen=True)
@@ -316,10 +318,16 @@ def evaluated(trainer: Trainer, parts: dict, is_source: bool) -> dict:
 
 @cache
 def try_optimizer(text: str) -> None:
-    """Build the optimizer (its node as JSON) on one number, so that what torch refuses is said before data loads."""
+    """Build the optimizer (its node as JSON) and make one step of one number with it, so that torch's refusals come
+    before data loads: the step refuses an optimizer that needs a closure."""
     node = json.loads(text)
+    for key, purpose in NO_USE.items():
+        if node.get(key):
+            raise UserError(f"optimizer.{key}=true is of no use here: it is for {purpose}. Leave it out.")
+    weight = torch.zeros(1, requires_grad=True)
+    weight.grad = torch.ones(1)
     try:
-        build(node, params=[torch.zeros(1, requires_grad=True)])
+        build(node, params=[weight]).step()
     except Exception as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise UserError(f"optimizer ({node['_target_']}): {reason}") from error

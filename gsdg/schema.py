@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from typing import Any, Literal, Union
@@ -51,11 +51,18 @@ def _parameters(target: object) -> dict[str, inspect.Parameter]:
     return {key: p for key, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
 
 
-def check(node: dict, where: str, supplied: Sequence[str] = (), *, partial: bool = False) -> dict:
+def check(
+    node: dict,
+    where: str,
+    supplied: Mapping[str, str] = types.MappingProxyType({}),
+    *,
+    partial: bool = False,
+) -> dict:
     """The node with its values in their declared types; UserError names the key, what was found, what is valid.
 
-    `supplied` are the arguments the program will add: they may be absent. partial: `_partial_: true` is accepted, which
-    makes a function of the node instead of an object.
+    supplied: the arguments that the program passes, and where each comes from, such as `taken from trainer.precision`.
+    The node must not have them: its value would be replaced without a word. partial: `_partial_: true` is accepted,
+    which makes a function of the node instead of an object.
     """
     target = get_object(node["_target_"])
     parameters, hints = accepted(node), _hints(target)
@@ -65,6 +72,8 @@ def check(node: dict, where: str, supplied: Sequence[str] = (), *, partial: bool
             checked[key] = value
         elif key not in parameters:
             raise UserError(unknown(f"{where}.{key}", key, [name for name in parameters if name not in supplied]))
+        elif key in supplied:
+            raise UserError(f"{where}.{key} cannot be set: it is {supplied[key]}. Leave it out.")
         else:
             checked[key] = coerce(value, hints.get(key, Any), f"{where}.{key}")
     for key, parameter in parameters.items():
@@ -83,7 +92,8 @@ def unknown(full_key: str, key: str, valid: Sequence[str]) -> str:
 def coerce(value: object, hint: object, where: str) -> object:
     """`value` as the type `hint` asks for: an int is a float where a float is asked for, nothing else is converted."""
     if isinstance(value, dict) and "_target_" in value:  # an object inside: its own constructor is its schema
-        return check(value, where, partial=hint is Any or "Callable" in str(hint))
+        partial = hint is Any or "Callable" in str(hint)
+        return check(value, where, _passed_by_position(value, hint, where), partial=partial)
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         return _first_fitting(value, options, hint, where)
@@ -94,11 +104,21 @@ def coerce(value: object, hint: object, where: str) -> object:
     if origin in (list, tuple, Sequence) and isinstance(value, list | tuple):
         items = [option for option in options if option is not ...] or [Any]
         return [coerce(item, items[min(i, len(items) - 1)], f"{where}[{i}]") for i, item in enumerate(value)]
+    if origin is dict and isinstance(value, dict):
+        return {key: coerce(item, options[1], f"{where}.{key}") for key, item in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if hint is Any or isinstance(hint, typing.TypeVar) or _is_plain(value, hint):
         return value
     raise UserError(f"{where}: found {value!r} ({type(value).__name__}), expected {_name(hint)}.")
+
+
+def _passed_by_position(node: dict, hint: object, where: str) -> dict[str, str]:
+    """The arguments of a function in the config that its caller passes: as many as `Callable[[..], ..]` lists."""
+    options = typing.get_args(hint)
+    if typing.get_origin(hint) is not Callable or not isinstance(options[0], list):
+        return {}
+    return dict.fromkeys(list(accepted(node))[: len(options[0])], f"passed by {where.rpartition('.')[0]}")
 
 
 def _first_fitting(value: object, options: Sequence[object], hint: object, where: str) -> object:

@@ -142,9 +142,18 @@ def test_a_gradient_that_is_not_finite_names_domain_and_tensor(compose, tmp_path
     assert "from domain" in status(only_run(tmp_path / "runs"))["reason"]
 
 
-def test_bf16_trains(compose, tmp_path):
+def test_bf16_trains_with_a_forward_pass_in_bf16(compose, tmp_path, monkeypatch):
+    types, forward = set(), torch.nn.Conv2d.forward
+
+    def noted(self, images):
+        maps = forward(self, images)
+        types.add(maps.dtype)
+        return maps
+
+    monkeypatch.setattr(torch.nn.Conv2d, "forward", noted)
     run(prepare(compose(*SMALL, "trainer.steps=3", "trainer.precision=bf16")))
     assert status(only_run(tmp_path / "runs"))["state"] == "done"
+    assert types == {torch.bfloat16}
 
 
 def test_two_targets_and_a_single_source_train(compose, tmp_path):

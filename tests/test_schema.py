@@ -25,6 +25,8 @@ from gsdg.schema import build, check, coerce
         ((0.9, 1), tuple[float, float], [0.9, 1.0]),
         ([15, "30"], str | Sequence[str | int], [15, "30"]),
         (True, bool, True),
+        ({"reg_eps": 1}, dict[str, float] | None, {"reg_eps": 1.0}),
+        ({"of any": ["kind"]}, dict[str, Any], {"of any": ["kind"]}),
         (object, Any, object),
     ],
 )
@@ -45,6 +47,7 @@ def test_what_fits_passes(value, hint, expected):
         (None, float, "key: found None (NoneType), expected float."),
         ("3", Sequence[float], "key: found '3' (str), expected"),
         (["a"], Sequence[float], "key[0]: found 'a' (str), expected float."),
+        ({"a": "b"}, dict[str, float], "key.a: found 'b' (str), expected float."),
         (1.5, str | int, "key: found 1.5 (float), expected str or int."),
     ],
 )
@@ -78,7 +81,14 @@ def test_an_unknown_key_lists_the_valid_ones_and_guesses():
     with pytest.raises(
         UserError, match=r"unknown key optimizer\.momentun\. Did you mean `momentum`\? Valid here: .*lr"
     ):
-        check(node(lr=0.1, momentun=0.9), "optimizer", ("params",))
+        check(node(lr=0.1, momentun=0.9), "optimizer", {"params": "taken from the model"})
+
+
+def test_an_argument_that_the_program_passes_cannot_be_set_where_it_would_be_replaced():
+    with pytest.raises(
+        UserError, match=r"^optimizer\.params cannot be set: it is taken from the model\. Leave it out\.$"
+    ):
+        check(node(lr=0.1, params=[]), "optimizer", {"params": "taken from the model"})
 
 
 def test_a_missing_argument_is_named():

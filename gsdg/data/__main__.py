@@ -84,9 +84,9 @@ def _show(chosen: argparse.Namespace) -> int:
 def _source(chosen: argparse.Namespace) -> object:
     """The data set's object, as a run would build it: cheap, nothing is read yet."""
     config = composed(chosen)
-    return build(
-        check(OmegaConf.to_container(config.dataset, resolve=True), "dataset", ("data_dir",)), data_dir=config.data_dir
-    )
+    supplied = {"data_dir": "taken from data_dir, a key of its own beside dataset"}
+    node = check(OmegaConf.to_container(config.dataset, resolve=True), "dataset", supplied)
+    return build(node, data_dir=config.data_dir)
 
 
 def composed(chosen: argparse.Namespace) -> DictConfig:

@@ -128,7 +128,7 @@ def test_domains_can_be_sent_to_spawned_workers(data_dir, make):
 
 @pytest.mark.parametrize("choice", ["rotated_mnist", "colored_mnist"])
 def test_the_config_builds_it_below_data_dir(compose, data_dir, choice):
-    node = check(OmegaConf.to_container(compose(f"dataset={choice}").dataset), "dataset", ("data_dir",))
+    node = check(OmegaConf.to_container(compose(f"dataset={choice}").dataset), "dataset", {"data_dir": "data_dir"})
     dataset = build(node, data_dir=str(data_dir)).read()
     assert dataset.name == choice
     assert list(dataset.domains) == (ANGLES if choice == "rotated_mnist" else list(COLORS))
