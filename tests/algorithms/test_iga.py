@@ -34,6 +34,20 @@ def test_the_gradient_is_that_of_the_whole_objective(domains):
     assert_same(found, gradients_of(model, objective(model, data, 50.0)), rtol=1e-9, atol=1e-12)
 
 
+def test_the_mean_of_the_domains_losses_has_the_objectives_value_and_gradient():
+    """So that they may go through gradient surgery; one domain's loss alone has another gradient."""
+    data, algorithm, model = batches(), ready(IGA(penalty_weight=50.0)), classifier()
+    losses, _ = algorithm.losses(data)
+    mean, whole = torch.stack(losses).mean(), objective(model, data, 50.0)
+    assert mean.item() == pytest.approx(whole.item(), rel=1e-12)
+    parameters = dict(algorithm.model.named_parameters())
+    own = [torch.autograd.grad(loss, list(parameters.values()), retain_graph=True) for loss in losses]
+    expected = gradients_of(model, whole)
+    means = {name: sum(grads) / 3 for name, *grads in zip(parameters, *own, strict=True)}
+    assert_same(means, expected, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(own[0][-2], expected["head.weight"])
+
+
 def test_the_gradient_is_the_slope_of_the_objective():
     """No second derivative here: the objective at two points along the gradient, before the next kink of a ReLU."""
     data, algorithm = batches(), ready(IGA(penalty_weight=50.0))
