@@ -32,7 +32,6 @@ NOT_SCIENTIFIC = (
     "dataset.cache",
     "optimizer.foreach",
     "optimizer.fused",
-    "optimizer.capturable",
     "trainer.checkpoint_every",
     "trainer.log_every",
     "trainer.workers",

@@ -41,7 +41,8 @@ from gsdg.data.batched import Batched
 from gsdg.data.loader import train_loader
 from gsdg.errors import UserError
 from gsdg.experiment import SUPPLIED, prepare
-from gsdg.runs import NOT_SCIENTIFIC, read_lines
+from gsdg.identity import NOT_SCIENTIFIC
+from gsdg.runs import read_lines
 from gsdg.search import draw
 from gsdg.surgery import Surgery
 from gsdg.sweep.grid import from_command_line
@@ -461,6 +462,17 @@ def test_force_makes_a_run_that_is_done_again(force, starts):
     assert again.folder == first.folder
     assert bool(again.batches) == force
     assert len(read_lines(first.folder / "records.jsonl")) == 1
+
+
+@shows("on_code_change")
+@pytest.mark.parametrize(("answer", "starts"), [("note", False), ("rerun", True)])
+def test_on_code_change_makes_a_run_of_other_code_again(monkeypatch, answer, starts):
+    config = compose_tiny()
+    with monkeypatch.context() as other:
+        other.setattr("gsdg.environment.fingerprint", lambda path, pattern="*.py": "0ther0ther00")
+        observe_config(config)
+    config.on_code_change = answer
+    assert bool(observe_config(config).batches) == starts
 
 
 @shows("resubmit")
