@@ -51,7 +51,7 @@ class Elements:
         tensors = G.split(self.sizes, dim=1)
         return torch.stack([torch.linalg.vector_norm(g, dim=1, dtype=accumulation_type(G)) for g in tensors]).square()
 
-    def combine(self, G: Tensor, out: Tensor, step: int, eps: float) -> Metrics:
+    def combine(self, G: Tensor, out: Tensor, step: int | Tensor, eps: float) -> Metrics:
         """G [D, P] -> out [P], and the step's metrics, means over the elements operated on."""
         self._reduce_the_others(G, out)
         if isinstance(self.rule, ElementRule):
@@ -80,7 +80,7 @@ class Elements:
             if self.operated[tensor] and self.sizes[tensor]:
                 piece /= TINY + total / self.sizes[tensor]
 
-    def _by_grams(self, G: Tensor, out: Tensor, rule: GramRule, step: int, eps: float) -> Metrics:
+    def _by_grams(self, G: Tensor, out: Tensor, rule: GramRule, step: int | Tensor, eps: float) -> Metrics:
         found, shares = _Means(), None
         if not self.outliers.off:
             shares = self.outliers.shares(self._modified_norms(G, rule, eps), step, eps)  # [T, D]

@@ -65,7 +65,7 @@ class FirstNonFinite:
         bad = ~squares.isfinite().flatten()
         finite, first = ~bad.any(), bad.to(torch.uint8).argmax()
         tensor = tensors.take(first // squares.shape[1])
-        found = torch.stack((torch.full_like(first, step), tensor, first % squares.shape[1]))
+        found = torch.stack((torch.zeros_like(first) + step, tensor, first % squares.shape[1]))
         self._found = torch.where(finite | (self._found[0] >= 0), self._found, found)
         return finite
 
