@@ -358,7 +358,7 @@ def test_every_algorithm_has_an_average_that_predicts_as_it_would_with_those_wei
 
 @pytest.mark.parametrize("surgery", [[], ["algorithm/surgery=grad_surgery"]])
 def test_the_averaged_algorithm_takes_no_memory_of_the_size_of_the_model(compose, surgery):
-    """Its weights are the mean's own, and a surgery inside the algorithm, which keeps D + 1 gradients, is not copied."""
+    """Its weights are the mean's own; a surgery inside the algorithm, which keeps D + 1 gradients, is shared."""
     algorithm, averaging = made(compose, "vrex", *surgery), EMA(decay=0.5)
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 500), nn.Linear(500, 5)).double()
     data = batches()

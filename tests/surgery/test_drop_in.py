@@ -19,12 +19,14 @@ from torch.nn.functional import cross_entropy
 
 import gsdg.surgery
 from gsdg.errors import UserError
+from gsdg.models import Classifier, resnet18
 from gsdg.surgery import (
     AgrSum,
     Chunk,
     CorGrad,
     GradSurgery,
     GradVac,
+    Groups,
     NonFiniteGradient,
     NormOutliers,
     PerElement,
@@ -436,3 +438,20 @@ def test_every_rule_and_every_class_that_the_readme_names_comes_from_the_package
     named = calls - {"DistributedDataParallel", "GradScaler"}
     assert {"GradSurgery", "Surgery", "PerFilter", "UPGrad"} <= named
     assert named <= set(gsdg.surgery.__all__)
+
+
+@pytest.mark.parametrize("place", ["README.md", "conf/algorithm/partition/groups.yaml"])
+def test_patterns_that_are_recommended_match_a_resnet(place):
+    model = Classifier(
+        backbone=resnet18,
+        classes=7,
+        weights=None,
+        freeze_bn=True,
+        dropout=0.0,
+        head="linear",
+        image_size=32,
+        mean=[0.5] * 3,
+        std=[0.5] * 3,
+    )
+    (patterns,) = set(re.findall(r"partition\.patterns=\[(.*?)\]", (REPOSITORY / place).read_text()))
+    Groups(patterns.split(",")).check([name for name, _ in model.named_parameters()])
