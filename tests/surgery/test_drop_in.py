@@ -151,6 +151,19 @@ def test_the_scaler_hears_of_what_one_domain_makes_infinite_in_one_tensor(on_pat
     assert scaler.get_scale() == 1
 
 
+def test_who_scales_the_losses_without_the_surgery_is_told_what_to_write(on_path):
+    """On a CPU at once; on an accelerator, where reading a value would wait, when asked."""
+    model = model_of()
+    surgery, scaler = on_path(GradSurgery(model.parameters())), torch.amp.GradScaler("cpu", init_scale=HUGE)
+    scaled = (scaler.scale(loss) for loss in losses(model, scale=100))
+    if surgery._reading_is_free:
+        with pytest.raises(NonFiniteGradient, match=r"give backward\(losses, scaler=scaler\)"):
+            surgery.backward(scaled)
+    else:
+        surgery.backward(scaled)
+        assert "give backward(losses, scaler=scaler)" in surgery.first_nonfinite()
+
+
 def test_a_disabled_scaler_is_none():
     model = model_of()
     surgery, scaler = GradSurgery(model.parameters()), torch.amp.GradScaler("cpu", enabled=False)
