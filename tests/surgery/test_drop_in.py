@@ -206,6 +206,7 @@ def averaged_by_hand(deep: tuple[int, int] | None) -> list[float]:
     return torch.cat([p.detach().flatten() for p in model.parameters()]).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "deep"), [("default", None), ("unused", (0, 1))])
 def test_replicas_stay_equal_and_are_what_averaged_gradients_make(trained_replicas, case, deep):
     first, second = (own[case]["weights"] for own in trained_replicas)
@@ -213,6 +214,7 @@ def test_replicas_stay_equal_and_are_what_averaged_gradients_make(trained_replic
     assert first == pytest.approx(averaged_by_hand(deep), rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "message"),
     [
