@@ -16,6 +16,7 @@ from helpers import REPOSITORY, SMALL, only_run, photos, records_without_time, s
 from hydra.errors import ConfigCompositionException
 from test_stop import RUN, STEPS, At, child, stopped
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from gsdg.algorithms import ERM, Algorithm
 from gsdg.averaging import EMA, SWA, SWAD
@@ -354,6 +355,25 @@ def test_every_algorithm_has_an_average_that_predicts_as_it_would_with_those_wei
     assert all(torch.equal(algorithm.state_dict()[key], tensor) for key, tensor in before.items())
     algorithm.load_state_dict({**algorithm.state_dict(), **averaging.mean(2).tensors})
     assert torch.equal(found, predicted(algorithm, images))
+
+
+@pytest.mark.parametrize("surgery", [[], ["algorithm/surgery=grad_surgery"]])
+def test_the_averaged_algorithm_takes_no_memory_of_the_size_of_the_model(compose, surgery):
+    """Its weights are the mean's own; a surgery inside the algorithm, which keeps D + 1 gradients, is shared."""
+    algorithm, averaging = made(compose, "vrex", *surgery), EMA(decay=0.5)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 500), nn.Linear(500, 5)).double()
+    data = batches()
+    algorithm.setup(model, [batch.domain for batch in data])
+    averaging.setup(algorithm, [0])
+    algorithm.backward(data)
+    averaging.after_step(0)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        shadow = averaging.averaged(averaging.mean(0))
+    events = [event for event in record.profiler.kineto_results.events() if event.name() == "[memory]"]
+    taken = sum(event.nbytes() for event in events if event.nbytes() > 0)
+    assert taken < sum(p.numel() * p.element_size() for p in model.parameters()) / 100
+    assert predicted(shadow, data[0].images).shape == (4, 5)
+    assert shadow.surgery is None or shadow.surgery.surgery is algorithm.surgery.surgery
 
 
 def predicted(algorithm: Algorithm, images: torch.Tensor) -> torch.Tensor:

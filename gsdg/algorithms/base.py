@@ -49,7 +49,8 @@ class Algorithm(nn.Module, ABC):
         """
 
     def step(self, optimizer: Optimizer) -> None:
-        """Make the update from `.grad`, after it was found finite. Overridden where one step of it is not all.
+        """Make the update from `.grad`, after it was found finite. Overridden where one step of it is not all: the
+        optimizer's later steps then go through `FiniteSteps`, which checks their gradients.
 
         What it adds to the dict that `backward` returned is recorded too.
         """

@@ -23,10 +23,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gsdg.algorithms.base import Algorithm
-from gsdg.algorithms.elsewhere import with_gradient
+from gsdg.algorithms.finite_steps import FiniteSteps
 from gsdg.batch import Batch
 from gsdg.errors import check_range
-from gsdg.surgery import NonFiniteGradient
 
 
 class Fish(Algorithm):
@@ -42,9 +41,7 @@ class Fish(Algorithm):
 
     def setup(self, model: nn.Module, domains: Sequence[str]) -> None:
         super().setup(model, domains)
-        device = next(model.parameters()).device
-        self._reading_is_free = device.type == "cpu"  # elsewhere the host would wait for the device
-        self._first_bad = torch.full((), -1, device=device)  # the domain with a gradient that was not finite
+        self.later_steps = FiniteSteps([source_of(domain) for domain in domains], next(model.parameters()).device)
 
     def backward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """The first domain's gradient; the others' are taken in `step`, which also completes `loss`."""
@@ -60,8 +57,7 @@ class Fish(Algorithm):
         for batch in self._others:
             optimizer.zero_grad(set_to_none=True)
             losses.append(self._descend(batch))
-            self._keep_finite(batch.domain)
-            optimizer.step()
+            self.later_steps.step(optimizer, self.model, source_of(batch.domain), undo=self._go_back)
         with torch.no_grad():
             torch._foreach_lerp_(self._interpolated(), self._start, 1 - self.meta_lr)
         self._metrics["loss"] = torch.stack(losses).mean()
@@ -77,25 +73,13 @@ class Fish(Algorithm):
         trained = [p for p in self.model.parameters() if p.requires_grad]
         return trained + [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
 
-    def _keep_finite(self, domain: str) -> None:
-        """The trainer has checked the first gradient only. A later one that is not finite stops the run at the start's
-        weights; where reading it would make the host wait, zeros take its place, and `blame` tells."""
-        weights, gradients = with_gradient(self.model)
-        finite = torch.nn.utils.get_total_norm(gradients).isfinite()
-        if not self._reading_is_free:
-            for weight in weights:
-                weight.grad = torch.where(finite, weight.grad, 0)
-            known = finite | (self._first_bad >= 0)
-            self._first_bad = torch.where(known, self._first_bad, self.domains.index(domain))
-        elif not finite:
-            with torch.no_grad():
-                torch._foreach_copy_(self._interpolated(), self._start)
-            raise NonFiniteGradient(nonfinite(domain) + "no update was made.")
+    @torch.no_grad()
+    def _go_back(self) -> None:
+        torch._foreach_copy_(self._interpolated(), self._start)
 
     def blame(self) -> str:
-        d = int(self._first_bad)
-        return nonfinite(self.domains[d]) + "zeros went to the optimizer in its place." if d >= 0 else ""
+        return self.later_steps.blame()
 
 
-def nonfinite(domain: str) -> str:
-    return f"the gradient of domain {domain!r}, after the steps of those before it, holds NaN or inf: "
+def source_of(domain: str) -> str:
+    return f"the gradient of domain {domain!r}, after the steps of those before it,"

@@ -55,7 +55,7 @@ class GGAL(Algorithm):
         noise = self.gamma * (1 - similarity)
         joint = sum(rows).split([weight.numel() for weight in weights])
         for weight, gradient in zip(weights, joint, strict=True):
-            weight.grad = gradient.view_as(weight) + noise * self.draw(weight)
+            weight.grad = (noise * self.draw(weight)).add_(gradient.view_as(weight))  # in the weight's memory layout
         return {"loss": sum(losses).detach(), "similarity": similarity, "noise": noise}
 
 

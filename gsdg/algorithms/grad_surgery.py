@@ -56,10 +56,14 @@ class GradSurgery(Algorithm):
         self.operate_on(model)
 
     def operate_on(self, module: nn.Module) -> None:
-        """Make the surgery on all that a module trains: the model, or an algorithm whose losses are operated on."""
-        named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        options = {"outliers": self.outliers, "storage": self.storage, "names": list(named)}
-        self.surgery = Surgery(list(named.values()), self.partition, self.rule, **options)
+        """Make the surgery on all that a module trains: the model, or an algorithm whose losses are operated on.
+
+        The model's parameters have the same names in both cases, the model's own, which patterns and diagnostics use.
+        """
+        prefix = "model." if isinstance(module, Algorithm) else ""
+        named = [(name.removeprefix(prefix), p) for name, p in module.named_parameters() if p.requires_grad]
+        options = {"outliers": self.outliers, "storage": self.storage}
+        self.surgery = Surgery(named, self.partition, self.rule, **options)
 
     def backward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         joint = self.engine == "joint"

@@ -25,10 +25,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from gsdg.algorithms.base import Algorithm
+from gsdg.algorithms.finite_steps import FiniteSteps
 from gsdg.batch import Batch, Joint, join
 from gsdg.errors import check_range
 
 EPSILON = 1e-5  # added to variances
+STYLE, ADVERSARY = "the gradient of the style's loss", "the gradient of the adversary's loss"
 
 
 class SagNet(Algorithm):
@@ -43,7 +45,9 @@ class SagNet(Algorithm):
 
     def setup(self, model: nn.Module, domains: Sequence[str]) -> None:
         super().setup(model, domains)
-        self.style_head = nn.Linear(model.features, model.classes).to(next(model.parameters()))
+        like = next(model.parameters())
+        self.style_head = nn.Linear(model.features, model.classes).to(like)
+        self.later_steps = FiniteSteps([STYLE, ADVERSARY], like.device)
 
     def backward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         """The content's gradient. The other losses are added to what this returns once `step` knows them."""
@@ -58,18 +62,21 @@ class SagNet(Algorithm):
         optimizer.step()
         features = self.model.featurize(self.joint.images)
         style = F.cross_entropy(self.style_head(swap_contents(features.detach())), self.joint.labels)
-        self._update(optimizer, style, self.style_head)
+        self._update(optimizer, style, self.style_head, STYLE)
         logits = self.style_head(swap_contents(features))
         adversary = -self.adversary_weight * logits.log_softmax(1).mean()  # log C above the divergence from uniform
         if self.adversary_weight:
-            self._update(optimizer, adversary, self.model.featurizer)
+            self._update(optimizer, adversary, self.model.featurizer, ADVERSARY)
         self.metrics |= {"style": style.detach(), "adversary": adversary.detach()}
         del self.joint, self.metrics
 
-    def _update(self, optimizer: Optimizer, loss: Tensor, module: nn.Module) -> None:
+    def _update(self, optimizer: Optimizer, loss: Tensor, module: nn.Module, source: str) -> None:
         optimizer.zero_grad(set_to_none=True)
         loss.backward(inputs=[p for p in module.parameters() if p.requires_grad])
-        optimizer.step()
+        self.later_steps.step(optimizer, module, source)
+
+    def blame(self) -> str:
+        return self.later_steps.blame()
 
 
 def mix_styles(features: Tensor) -> Tensor:

@@ -72,14 +72,17 @@ class Mean:
 def with_mean(algorithm: Algorithm, weights: Weights, mean: Mean) -> Algorithm:
     """The algorithm with `mean` for its weights: to predict with, while the algorithm itself keeps its own.
 
-    Its modules are copies, whose tensors are the mean's; what is no module (the gradients of a surgery) is shared.
+    Its modules are copies, whose tensors are the mean's. What is no module is shared: of an algorithm, and of one
+    inside it, such as the gradients that a surgery on its losses keeps.
     """
-    shadow = object.__new__(type(algorithm))
-    shadow.__dict__.update(algorithm.__dict__)
-    memo: dict[int, object] = {id(algorithm): shadow}
+    memo: dict[int, object] = {}
     for name, own in weights().items():
         tensor = mean.tensors[name].to(own.device)
         memo[id(own)] = nn.Parameter(tensor, requires_grad=False) if isinstance(own, nn.Parameter) else tensor
-    for table in ("_modules", "_parameters", "_buffers"):
-        shadow.__dict__[table] = copy.deepcopy(algorithm.__dict__[table], memo)
-    return shadow
+    algorithms = [module for module in algorithm.modules() if isinstance(module, Algorithm)]  # it, and any inside it
+    for own in algorithms:
+        memo[id(own)] = object.__new__(type(own))
+    for own in algorithms:
+        copied = {key: copy.deepcopy(own.__dict__[key], memo) for key in ("_modules", "_parameters", "_buffers")}
+        memo[id(own)].__dict__.update(own.__dict__ | copied)
+    return memo[id(algorithm)]

@@ -62,7 +62,7 @@ class Elements:
         tensors = G.split(self.sizes, dim=1)
         return torch.stack([torch.linalg.vector_norm(g, dim=1, dtype=accumulation_type(G)) for g in tensors]).square()
 
-    def combine(self, G: Tensor, out: Tensor, step: int, gram_eps: float) -> Metrics:
+    def combine(self, G: Tensor, out: Tensor, step: int | Tensor, gram_eps: float) -> Metrics:
         """G [D, P] -> out [P], and the step's metrics, means over the elements operated on."""
         self._reduce_the_others(G, out)
         if isinstance(self.rule, ElementRule):
@@ -89,7 +89,7 @@ class Elements:
         for tensor, total in masked.items():
             updates[tensor].div_(TINY + total / self.sizes[tensor])
 
-    def _by_grams(self, G: Tensor, out: Tensor, rule: GramRule, step: int, gram_eps: float) -> Metrics:
+    def _by_grams(self, G: Tensor, out: Tensor, rule: GramRule, step: int | Tensor, gram_eps: float) -> Metrics:
         found, shares = _Means(), None
         if not self.outliers.off:
             shares = self.outliers.shares(self._modified_norms(G, rule, gram_eps), step, gram_eps)  # [T, D]

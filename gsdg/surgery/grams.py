@@ -22,15 +22,18 @@ from torch import Tensor
 from gsdg.surgery.table import BLOCK, Table
 
 log = logging.getLogger(__name__)
+DEVICE_ERRORS = ("CUDA error", "HIP error", "Triton Error [")  # so torch's and Triton's RuntimeErrors say
 RUN = 1024  # elements; a norm adds squares one by one, and loses digits in longer runs
 
 
 def kernels(G: Tensor) -> ModuleType:
-    """Where `slot_grams` and `combine` come from: `triton.py` on CUDA, if it is there and D <= 8; else this module.
+    """Where `slot_grams` and `combine` come from: `triton.py` on CUDA, if it is there, can build its kernels and
+    D <= 8; else this module.
 
     GSDG_TRITON=0 in the environment keeps to this module.
     """
-    if G.is_cuda and len(G) <= 8 and os.environ.get("GSDG_TRITON") != "0" and _triton_twins():
+    wanted = G.is_cuda and len(G) <= 8 and os.environ.get("GSDG_TRITON") != "0"
+    if wanted and _triton_twins() and _builds(len(G), G.dtype, G.device):
         return _triton_twins()
     return sys.modules[__name__]
 
@@ -43,6 +46,32 @@ def _triton_twins() -> ModuleType | None:
         log.info("no triton (%s): gradient surgery takes the torch path, with more kernel launches", error)
         return None
     return twins
+
+
+@cache
+def _builds(D: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether Triton can build the kernels for G [D, P] of this dtype on this device, tried once.
+
+    It needs a C compiler, Python's headers and a folder to write to, which slim images lack. An error of the device,
+    memory that ran out or an illegal access by an earlier kernel, has nothing to do with building, and is raised.
+    """
+    try:
+        _triton_twins().build(D, dtype, device)
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in DEVICE_ERRORS):
+            raise
+        _warn_of_torch_path(f"{type(error).__name__}: {error}")
+        return False
+    return True
+
+
+@cache
+def _warn_of_torch_path(reason: str) -> None:
+    log.warning(
+        "Triton cannot build its kernels (%s): gradient surgery takes the torch path, with more kernel launches and "
+        "the same results up to rounding. Install what is missing, or set GSDG_TRITON=0 to choose that path",
+        reason,
+    )
 
 
 def part_grams(G: Tensor, table: Table) -> Tensor:

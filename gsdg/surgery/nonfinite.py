@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+SCALER = ". If the losses are scaled by torch.amp.GradScaler: do not scale them, give backward(losses, scaler=scaler)"
+
 
 class NonFiniteGradient(RuntimeError):
     """A domain's gradient holds NaN or inf, or its square overflows; the message names the domain and the tensor."""
@@ -32,7 +34,7 @@ def describe_nonfinite(
                 return (
                     f"{bad} of {gradient.numel()} values of the gradient of {tensor_name(k, shapes, names)} from "
                     f"{domain_name(d, domains)} are NaN or inf; no update was made. Look at that domain's loss and "
-                    "images, or lower the learning rate"
+                    f"images, or lower the learning rate{SCALER}"
                 )
     return None
 
@@ -65,7 +67,7 @@ class FirstNonFinite:
         bad = ~squares.isfinite().flatten()
         finite, first = ~bad.any(), bad.to(torch.uint8).argmax()
         tensor = tensors.take(first // squares.shape[1])
-        found = torch.stack((torch.full_like(first, step), tensor, first % squares.shape[1]))
+        found = torch.stack((torch.zeros_like(first) + step, tensor, first % squares.shape[1]))
         self._found = torch.where(finite | (self._found[0] >= 0), self._found, found)
         return finite
 
@@ -79,5 +81,5 @@ class FirstNonFinite:
         return (
             f"the gradient of {tensor_name(tensor, shapes, names)} from {domain_name(domain, domains)} held NaN or "
             f"inf, or its square overflowed, at step {step}; zeros went to the optimizer in its place. Look at that "
-            "domain's loss and images, or lower the learning rate"
+            f"domain's loss and images, or lower the learning rate{SCALER}"
         )

@@ -45,13 +45,15 @@ class NormOutliers:
     def off(self) -> bool:
         return self.schedule == "constant" and self.alpha == 1
 
-    def alpha_at(self, step: int) -> float:
-        """The blend weight at this step, 0 being the first."""
+    def alpha_at(self, step: int | Tensor) -> float | Tensor:
+        """The blend weight at this step, 0 being the first; of a 0-dim step on a device it is 0-dim there."""
         if self.schedule == "constant":
             return float(self.alpha)
+        if isinstance(step, Tensor):
+            return (1 - (step + 1).log() / math.log(self.total_steps)).clamp(0, 1)
         return min(1.0, max(0.0, 1 - math.log(step + 1) / math.log(self.total_steps)))
 
-    def shares(self, norms: Tensor, step: int, gram_eps: float) -> Tensor:
+    def shares(self, norms: Tensor, step: int | Tensor, gram_eps: float) -> Tensor:
         """norms [U, D] of the modified gradients -> what each contributes to the sum after the blend, [U, D].
 
         An outlier keeps alpha of itself; the 1 - alpha that it gives up is shared equally by the others.

@@ -1,15 +1,29 @@
 """GradSurgery for anybody's loop: per-domain gradients at the cost of one ERM step, then partition x rule, then .grad.
 
-    surgery = GradSurgery(model.parameters(), n_parts=10, alpha=0.6)
-    for batches in loader:                             # one (images, labels) a domain
+    surgery = GradSurgery(model.named_parameters(), n_parts=10, alpha=0.6)
+    for batches in loader:                             # one (images, labels) per domain
         losses = (cross_entropy(model(x), y) for x, y in batches)   # a generator: one forward alive at a time
         metrics = surgery.backward(losses)             # leaves the update in every .grad
         optimizer.step()
 
 The gradients lie in one matrix G [D, P], allocated once: while domain d runs backward, every .grad is a view of row d.
+A parameter that no domain's loss reaches has .grad None afterwards, as after a plain backward pass.
 Method: ECAI 2024, see `rules/corgrad.py`. Weight decay and clipping belong after `backward`. With BatchNorm in train
 mode each domain is normalised by its own statistics; with frozen BN, GroupNorm or LayerNorm the domains' gradients add
 up to those of one joint step exactly.
+
+float16 autocast: give the scaler the losses through the surgery, which then needs no `scaler.scale`:
+
+        surgery.backward(losses, scaler=scaler)        # torch.amp.GradScaler
+        scaler.step(optimizer)                         # skips the step if a domain's gradient held inf or NaN
+        scaler.update()                                # and lowers the scale
+
+The rule sees the gradients unscaled, and .grad is scaled again, so that `scaler.unscale_` may come before clipping. A
+step that the scaler skips is no step of `alpha_schedule`, and no rule remembers it.
+
+DistributedDataParallel: works with its default options, if every loss has a forward pass of its own. It averages each
+domain's gradient over the processes, so all processes make the same update. Rules that draw random numbers draw from
+torch's default generators: seed these equally in all processes.
 """
 
 from __future__ import annotations
@@ -19,8 +33,10 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 
 from gsdg.errors import UserError, check_literal, listing
+from gsdg.surgery.buffers import GradientBuffers
 from gsdg.surgery.elements import Elements
 from gsdg.surgery.grams import kernels
 from gsdg.surgery.nonfinite import (
@@ -31,6 +47,7 @@ from gsdg.surgery.nonfinite import (
     domain_name,
 )
 from gsdg.surgery.outliers import AlphaSchedule, NormOutliers, modified_squares
+from gsdg.surgery.parameters import Given, Parameters
 from gsdg.surgery.partition import Chunk, Layers, Partition, PerElement
 from gsdg.surgery.rules.base import ElementRule, Metrics, Reduction, Rule
 from gsdg.surgery.rules.corgrad import CorGrad, Order, ProjectOn
@@ -38,21 +55,23 @@ from gsdg.surgery.rules.precision import GRAM_EPS
 
 Storage = Literal["full", "bf16"]
 
-ALIGN = 16  # elements; every row of G begins on a cache line, as vector loads want it (2 CPU cores do not notice)
-
 
 class Surgery:
     """A partition, a rule and the norm-outlier stage on the gradients of `params`.
 
-    params: parameters of one dtype (float32 or float64) on one device; those without requires_grad are left out. Move
-    the model to its device and memory format first. names: one a parameter, for messages and for the granularities
-    that go by names. outliers: off if not given. storage: "bf16" keeps G in half the memory (benchmarks/storage.py
-    measures what it does to the update).
+    params: parameters, or `model.named_parameters()`, of one dtype (float32 or float64) on one device; those without
+    requires_grad are left out. Move the model to its device and memory format, and freeze what is to be frozen, first:
+    a later change is refused. names: one per parameter, where params bring none; for messages, and for the
+    granularities that go by names. outliers: off if not given. storage: "bf16" keeps G in half the memory
+    (benchmarks/storage.py measures what it does to the update); for float32 parameters.
+
+    step: updates made so far, an int; a 0-dim tensor on the device once a GradScaler was given on an accelerator, where
+    the host does not know which steps are skipped.
     """
 
     def __init__(
         self,
-        params: Iterable[Tensor],
+        params: Given,
         partition: Partition,
         rule: Rule,
         *,
@@ -61,15 +80,16 @@ class Surgery:
         names: Sequence[str] | None = None,
     ) -> None:
         check_literal("storage", storage, Storage)
-        self._params, self.names = _trainable(list(params), names)
-        self.shapes = [p.shape for p in self._params]
-        like = self._params[0]
+        self._parameters = Parameters(params, names)
+        self.names, trained = self._parameters.names, self._parameters.trained
+        self.shapes, like = [p.shape for p in trained], trained[0]
+        _check_use(self.shapes, like.dtype, partition, storage)
         self.partition, self.rule = partition, rule
         self.outliers = NormOutliers(1.0) if outliers is None else outliers
         self.table, self._elements = None, None
         if isinstance(partition, PerElement):
             operated = [partition.operates_on(shape) for shape in self.shapes]
-            sizes = [p.numel() for p in self._params]
+            sizes = [p.numel() for p in trained]
             self._elements = Elements(sizes, operated, rule, self.outliers, like.device)
         elif isinstance(rule, ElementRule):
             raise UserError(
@@ -80,13 +100,13 @@ class Surgery:
             self.table = partition.table(self.shapes, like.device, self.names)
         self.step = 0
         self.metrics: Metrics = {}
-        self._update = like.new_zeros(sum(p.numel() for p in self._params))
-        self._update_views = self._views(self._update)
-        self._G = like.new_empty(0, len(self._update), dtype=torch.bfloat16 if storage == "bf16" else like.dtype)
-        self._row_views: list[list[Tensor]] = []
+        self._buffers = GradientBuffers(trained, self.names, torch.bfloat16 if storage == "bf16" else like.dtype)
+        self._update = self._buffers.update
         self._first_nonfinite = FirstNonFinite(like.device)
         self._n_domains, self._domains = 0, None
         self._reading_is_free = like.device.type == "cpu"  # elsewhere the host would wait for the device
+        self._scale: Tensor | None = None  # the scaler's, 0-dim, during a `backward` that was given one
+        self._finite: Tensor | None = None  # 0-dim bool: whether all gradients of that step are finite
 
     @torch.no_grad()
     def combine(self, G: Tensor, domains: Sequence[str] | None = None) -> Tensor:
@@ -105,29 +125,40 @@ class Surgery:
         return self._update
 
     def backward(
-        self, losses: Iterable[Tensor], domains: Sequence[str] | None = None, *, shared_graph: bool = False
+        self,
+        losses: Iterable[Tensor],
+        domains: Sequence[str] | None = None,
+        *,
+        shared_graph: bool = False,
+        scaler: GradScaler | None = None,
     ) -> dict[str, Tensor]:
         """Run each loss backward as it comes, operate on the gradients, and leave the update in every .grad.
 
-        losses: D scalars, each of a graph of its own (or, with `shared_graph`, all of one).
+        losses: D scalars, each of a graph of its own (or, with `shared_graph`, all of one), not scaled.
         A generator is asked for the next loss only when the last one's graph is gone. domains: their D names, for
-        messages. What .grad held before is discarded.
-        Returns the mean loss and the rule's metrics: 0-dim tensors on the device, so that nothing waits for it.
-        After an error every .grad is None: an optimizer step would then change nothing.
+        messages. scaler: scales the losses and .grad; where a gradient is not finite, .grad is NaN, at which
+        `scaler.step` skips the step. What .grad held before is discarded.
+        Returns the mean loss, unscaled, and the rule's metrics: 0-dim tensors on the device, so that nothing waits for
+        it. After an error every .grad is None: an optimizer step would then change nothing.
         """
         try:
-            mean_loss = self._accumulate(losses, domains, shared_graph)
+            self._scale = self._scale_of(scaler)
+            mean_loss = self._accumulate(losses, domains, shared_graph, scaler)
             self.combine(self.gradients, domains)
+            if self._scale is not None:
+                self._scale_update()
         except BaseException:
-            self._point_grads([None] * len(self._params))
+            self._buffers.clear()
             raise
-        self._point_grads(self._update_views)
+        finally:
+            self._scale = None
+        self._buffers.point_to_update()
         return {"loss": mean_loss, **self.metrics}
 
     @property
     def gradients(self) -> Tensor:
         """[D, P]: the gradients kept from the last `backward`."""
-        return self._G[: self._n_domains]
+        return self._buffers.rows(self._n_domains)
 
     def find_nonfinite(self, G: Tensor | None = None, domains: Sequence[str] | None = None) -> str | None:
         """Which domain's gradient of which tensor holds NaN or inf, in words; None if all is finite.
@@ -143,7 +174,7 @@ class Surgery:
         return self._first_nonfinite.describe(self.shapes, self.names, self._domains)
 
     def state_dict(self) -> dict:
-        return {"step": self.step, "rule": self.rule.state_dict()}
+        return {"step": int(self.step), "rule": self.rule.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         self.step = int(state["step"])
@@ -178,7 +209,11 @@ class Surgery:
 
     def _noted(self, G: Tensor, squares: Tensor, tensors: Tensor) -> Tensor | None:
         """squares [S, D], squared norms of pieces of the gradients, and their tensors [S]. On a CPU: refuse what is not
-        finite. Elsewhere: note where it came from, and return a 0-dim bool, whether all is."""
+        finite. Elsewhere: note where it came from, and return a 0-dim bool, whether all is. With a scaler: leave what
+        is not finite to the scaler, which looks for it, and return the 0-dim bool."""
+        if self._scale is not None:
+            self._finite = squares.isfinite().all()
+            return self._finite
         if not self._reading_is_free:
             return self._first_nonfinite.note(squares, tensors, self.step)
         if not squares.isfinite().all():
@@ -188,58 +223,44 @@ class Surgery:
             )
         return None
 
-    def _accumulate(self, losses: Iterable[Tensor], domains: Sequence[str] | None, shared_graph: bool) -> Tensor:
-        """Fill one row of G a loss; returns the mean loss, 0-dim."""
+    def _accumulate(
+        self,
+        losses: Iterable[Tensor],
+        domains: Sequence[str] | None,
+        shared_graph: bool,
+        scaler: GradScaler | None,
+    ) -> Tensor:
+        """Fill one row of G per loss, unscaled; returns the mean loss, 0-dim, unscaled."""
+        self._parameters.check_unchanged()
         expected = len(domains) if domains is not None else len(losses) if isinstance(losses, Sized) else 0
         values = []
         for loss in losses:  # no enumerate: it would hold the last loss during the next forward
             d = len(values)
             _check_loss(loss, d, domains)
-            self._point_grads(self._zeroed_row(d, max(expected, d + 1)))
-            loss.backward(retain_graph=shared_graph)
-            self._store(d)
             values.append(loss.detach().reshape(()))
+            with self._buffers.collecting(d, max(expected, d + 1), domain_name(d, domains)):
+                _run_backward(loss if self._scale is None else scaler.scale(loss), d, domains, shared_graph)
             del loss
         if not values or (domains is not None and len(values) != len(domains)):
             wanted = "at least 1" if domains is None else f"{len(domains)}, one for each of {listing(domains)}"
             raise UserError(f"found {len(values)} losses; expected {wanted}")
+        self._buffers.check_reached()
         self._n_domains, self._domains = len(values), domains
+        if self._scale is not None:
+            self.gradients.mul_(self._scale.reciprocal())
         return torch.stack(values).mean()
 
-    def _zeroed_row(self, d: int, n_rows: int) -> list[Tensor]:
-        """The views that collect domain d's gradients, zeroed: row d itself, or the update where G is bf16.
+    def _scale_of(self, scaler: GradScaler | None) -> Tensor | None:
+        """The factor by which a scaler multiplies losses now, 0-dim on the device; None without an enabled scaler."""
+        if scaler is None or not scaler.is_enabled():
+            return None
+        return scaler.scale(torch.ones((), device=self._update.device))
 
-        G grows to `n_rows` if it has no such row yet.
-        """
-        if d >= len(self._G):
-            size = len(self._update)
-            G = self._G.new_empty(n_rows, -(-size // ALIGN) * ALIGN)[:, :size]
-            G[:d] = self._G[:d]
-            self._G = G
-            self._row_views = [self._views(row) for row in G] if self._in_place else []
-        (self._G[d] if self._in_place else self._update).zero_()
-        return self._row_views[d] if self._in_place else self._update_views
-
-    @property
-    def _in_place(self) -> bool:
-        """Whether autograd can write into the rows of G: a .grad has its parameter's type."""
-        return self._G.dtype == self._update.dtype
-
-    def _store(self, d: int) -> None:
-        if not self._in_place:
-            self._G[d].copy_(self._update)
-
-    def _views(self, flat: Tensor) -> list[Tensor]:
-        """flat [P] as the parameters' gradients, each in its parameter's layout where that keeps rows in one piece."""
-        views = []
-        for p, piece in zip(self._params, flat.split([p.numel() for p in self._params]), strict=True):
-            keep = _rows_are_dense(p)
-            views.append(piece.as_strided(p.shape, p.stride(), piece.storage_offset()) if keep else piece.view(p.shape))
-        return views
-
-    def _point_grads(self, grads: Sequence[Tensor | None]) -> None:
-        for p, grad in zip(self._params, grads, strict=True):
-            p.grad = grad
+    def _scale_update(self) -> None:
+        """Scale the update as the scaler expects it; all NaN, and no step, where a gradient was not finite."""
+        self._update.mul_(torch.where(self._finite, self._scale, torch.nan))
+        skipped = ~self._finite
+        self.step = self.step - (int(skipped) if self._reading_is_free else skipped.long())
 
     def _check(self, G: Tensor) -> None:
         like = self._update
@@ -258,7 +279,7 @@ class GradSurgery(Surgery):
 
     def __init__(
         self,
-        params: Iterable[Tensor],
+        params: Given,
         *,
         n_parts: int = 10,
         alpha: float = 0.6,
@@ -281,22 +302,18 @@ class GradSurgery(Surgery):
         )
 
 
-def _trainable(params: list[Tensor], names: Sequence[str] | None) -> tuple[list[Tensor], list[str] | None]:
-    """The parameters to operate on, and their names, after the checks that spare a confusing failure later."""
-    if names is not None and len(names) != len(params):
-        raise UserError(f"found {len(names)} names for {len(params)} parameters; give one a parameter, or none at all")
-    kept = [k for k, p in enumerate(params) if p.requires_grad]
-    if not kept:
-        raise UserError(f"found {len(params)} parameters, none of which requires grad; give at least one that does")
-    if len({id(params[k]) for k in kept}) < len(kept):
-        raise UserError("a parameter was given twice; give each once, as model.parameters() does")
-    kinds = sorted({f"{params[k].dtype} on {params[k].device}" for k in kept})
-    if len(kinds) > 1 or params[kept[0]].dtype not in (torch.float32, torch.float64):
+def _check_use(shapes: Sequence[torch.Size], dtype: torch.dtype, partition: Partition, storage: Storage) -> None:
+    """UserError where the partition or the storage is of no use for parameters of these shapes and this dtype."""
+    if storage == "bf16" and dtype != torch.float32:
         raise UserError(
-            f"the parameters are {listing(kinds)}; they must all be float32, or all float64, on one device "
-            "(for bf16 keep float32 parameters and run the forward under torch.autocast)"
+            f"storage='bf16' rounds the gradients to 8 bits, and the parameters are {dtype}; valid for float32 "
+            "parameters only. Take storage='full'"
         )
-    return [params[k] for k in kept], None if names is None else [names[k] for k in kept]
+    if not any(partition.operates_on(shape) for shape in shapes):
+        raise UserError(
+            f"layers='weights' operates on tensors of two dimensions or more, and none of the {len(shapes)} parameters "
+            "is one; take layers='all'"
+        )
 
 
 def _check_loss(loss: Tensor, d: int, domains: Sequence[str] | None) -> None:
@@ -308,11 +325,13 @@ def _check_loss(loss: Tensor, d: int, domains: Sequence[str] | None) -> None:
         )
 
 
-def _rows_are_dense(p: Tensor) -> bool:
-    """Whether p fills its memory without gaps and with dim 0 outermost (contiguous, channels_last)."""
-    size = 1
-    for stride, length, _ in sorted((p.stride(k), p.shape[k], k) for k in range(p.ndim) if p.shape[k] > 1):
-        if stride != size:
-            return False
-        size *= length
-    return p.ndim == 0 or p.shape[0] <= 1 or p.stride(0) * p.shape[0] == p.numel()
+def _run_backward(loss: Tensor, d: int, domains: Sequence[str] | None, shared_graph: bool) -> None:
+    try:
+        loss.backward(retain_graph=shared_graph)
+    except RuntimeError as error:
+        if "backward through the graph a second time" not in str(error):  # torch has no class of its own for it
+            raise
+        raise UserError(
+            f"the loss of {domain_name(d, domains)} shares its graph with a loss before it, which is freed by now. "
+            "Give a generator that makes one forward pass per domain, or backward(losses, shared_graph=True)"
+        ) from error

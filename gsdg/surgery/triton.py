@@ -33,7 +33,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gsdg.errors import UserError
-from gsdg.surgery.table import Table
+from gsdg.surgery.table import Piece, Table
+from gsdg.surgery.table import build as build_table
 
 if not hasattr(tl, "tuple"):
     raise ImportError(f"triton {triton.__version__} has no tuples of tensors; 3.3 or later is needed (torch 2.7)")
@@ -41,6 +42,27 @@ if not hasattr(tl, "tuple"):
 MAX_DOMAINS = 8  # 36 pairs: their accumulators still fit into registers
 MAX_PROGRAMS = 2**31 - 1  # along a CUDA grid's first axis
 WARPS = 4
+
+
+def build(D: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile both kernels, and Triton's launchers of them, for G [D, P] of this dtype; launches neither.
+
+    Raises whatever Triton raises where it cannot.
+    """
+    table = build_table([Piece(0, 0, 0, 1)], 1, 1, [0], device)
+    G = torch.zeros(D, 1, dtype=dtype, device=device)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    places, finite = (table.slot_start, table.slot_length), G.new_ones((), dtype=torch.bool)
+    slots, update = G.new_empty(1, D, D, dtype=wide), G.new_empty(1, dtype=wide)
+    weights = G.new_empty(1, D, dtype=torch.float64)
+    calls = [
+        (_gram_kernel, _gram_tile(D), (G, 1, *places, slots)),
+        (_combine_kernel, 512, (G, weights, 1, 1, 1, finite, *places, table.slot_part, update)),
+    ]
+    with torch.cuda.device_of(G):
+        for kernel, tile, args in calls:
+            compiled = kernel.warmup(*args, grid=(1,), D=D, TILE=tile, num_warps=WARPS, enable_fp_fusion=False)
+            compiled.run  # noqa: B018 - the launcher, which a C compiler makes, is built when it is first asked for
 
 
 def slot_grams(G: Tensor, table: Table) -> Tensor:

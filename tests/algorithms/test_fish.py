@@ -100,7 +100,7 @@ def test_a_later_domain_that_is_not_finite_leaves_the_weights_alone(make):
     algorithm, data = Fish(meta_lr=0.5), batches()
     algorithm.setup(make(), [batch.domain for batch in data])
     optimizer = torch.optim.Adam(algorithm.parameter_groups(), lr=0.01)
-    with pytest.raises(NonFiniteGradient, match="the gradient of domain 'domain 1', after .* no update was made"):
+    with pytest.raises(NonFiniteGradient, match="the gradient of domain 'domain 1', after .* made no step with it"):
         update(algorithm, optimizer, poisoned(data, 1))
     for (name, p), q in zip(algorithm.model.named_parameters(), make().parameters(), strict=True):
         assert torch.equal(p, q), name
@@ -109,7 +109,7 @@ def test_a_later_domain_that_is_not_finite_leaves_the_weights_alone(make):
 
 def test_where_reading_waits_zeros_take_its_place_and_the_first_domain_is_blamed():
     algorithm, data = ready(Fish(meta_lr=0.5)), batches()
-    algorithm._reading_is_free = False
+    algorithm.later_steps._reading_is_free = False
     optimizer = torch.optim.SGD(algorithm.parameter_groups(), lr=0.1)
     update(algorithm, optimizer, data)
     assert algorithm.blame() == ""

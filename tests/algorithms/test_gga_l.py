@@ -65,6 +65,27 @@ def test_a_frozen_layer_gets_no_noise():
     assert "head.bias" not in gradients(algorithm, batches())
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("gamma", [0.0, 1.0])
+def test_gradients_have_the_layout_of_their_weights(fused, gamma):
+    """A fused optimizer pairs elements by their places in memory: channels_last, and a transposed head."""
+    weights = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        algorithm = ready(GGAL(gamma=gamma, noise="uniform"))
+        algorithm.draw = torch.ones_like  # what is drawn would land elsewhere in another layout
+        algorithm.model.to(memory_format=memory_format)
+        if memory_format == torch.channels_last:
+            algorithm.model.head.weight.data = algorithm.model.head.weight.data.t().contiguous().t()
+        optimizer = torch.optim.Adam(algorithm.parameter_groups(), lr=0.1, fused=fused)
+        for _ in range(2):
+            optimizer.zero_grad(set_to_none=True)
+            algorithm.backward(batches())
+            assert all(p.grad.stride() == p.stride() for p in algorithm.model.parameters())
+            optimizer.step()
+        weights.append({name: p.detach() for name, p in algorithm.model.named_parameters()})
+    assert_same(*weights, rtol=1e-6, atol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from algorithm_cases import made, ready
 from torch import nn
 
 from gsdg.algorithms import ERM, GradSurgery
 from gsdg.batch import Batch
-from gsdg.surgery import Chunk, CorGrad, WholeModel
+from gsdg.surgery import Chunk, CorGrad, Groups, WholeModel
 from gsdg.surgery import GradSurgery as DropIn
 from gsdg.surgery.rules import GradVac, Mean
 
@@ -114,3 +115,19 @@ def test_a_rules_memory_is_in_the_checkpoint():
     first.backward(batches(3))
     second.load_state_dict(first.state_dict())
     assert torch.equal(second.surgery.rule.state_dict()["targets"], first.surgery.rule.state_dict()["targets"])
+
+
+@pytest.mark.parametrize("name", ["vrex", "mtl", "arm"])
+def test_parameters_have_one_name_in_every_algorithm(compose, name):
+    """The model's own, which patterns and diagnostics use; an algorithm's other modules have theirs, unless the model
+    took them over."""
+    alone = ready(made(compose, "grad_surgery", "algorithm/partition=groups", "algorithm.partition.patterns=[head.*]"))
+    own = {key for key, _ in alone.model.named_parameters()}
+    other = made(compose, name, "algorithm/surgery=grad_surgery")
+    other.surgery.partition = Groups(["head.*"])
+    ready(other)
+    assert set(alone.surgery.names) == own
+    names = other.surgery.surgery.names
+    assert own <= set(names)
+    assert len(names) == len(set(names)) == len([p for p in other.parameters() if p.requires_grad])
+    assert not any(key.startswith("model.") for key in names)

@@ -13,6 +13,7 @@ from gsdg.algorithms.sagnet import mix_styles, swap_contents
 from gsdg.batch import join
 from gsdg.errors import UserError
 from gsdg.experiment import prepare, run
+from gsdg.surgery import NonFiniteGradient
 from gsdg.trainer import NonFinite
 
 EPS = 1e-5
@@ -180,8 +181,71 @@ def test_bad_values_are_refused():
         SagNet(adversary_weight=-0.5)
 
 
-def test_a_later_loss_that_is_not_finite_stops_the_run_before_it_is_saved(compose, tmp_path, monkeypatch):
+class InfiniteSlope(torch.autograd.Function):
+    """The identity, whose gradient is infinite: a finite loss does not show it."""
+
+    @staticmethod
+    def forward(ctx, logits):
+        return logits.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * torch.inf
+
+
+def spoil(algorithm: SagNet, call: int) -> None:
+    """Of the style head's two uses in a step, the `call`-th has an infinite gradient."""
+    calls = []
+
+    def hook(module, inputs, logits):
+        calls.append(None)
+        return InfiniteSlope.apply(logits) if (len(calls) - 1) % 2 == call else logits
+
+    algorithm.style_head.register_forward_hook(hook)
+
+
+@pytest.mark.parametrize(("call", "source", "part"), [(0, "style", "style_head."), (1, "adversary", "model.")])
+def test_a_later_gradient_that_is_not_finite_makes_no_step(call, source, part):
+    data, algorithm = batches(), ready(SagNet(adversary_weight=0.8))
+    spoil(algorithm, call)
+    with pytest.raises(NonFiniteGradient, match=f"the gradient of the {source}'s loss holds NaN or inf"):
+        stepped(algorithm, data, lr=0.1)
+    assert all(p.isfinite().all() for p in algorithm.parameters())
+
+
+@pytest.mark.parametrize(("call", "source", "left_out"), [(0, "style", 1), (1, "adversary", 2)])
+def test_where_reading_waits_zeros_take_its_place_and_the_loss_is_blamed(call, source, left_out):
+    data, algorithm = batches(), ready(SagNet(adversary_weight=0.8))
+    algorithm.later_steps._reading_is_free = False  # a mock: the real one needs a GPU
+    assert algorithm.blame() == ""
+    spoil(algorithm, call)
+    optimizer, _ = stepped(algorithm, data, lr=0.1)
+    assert [all(not g.any() for g in seen.values()) for seen in optimizer.seen] == [k == left_out for k in range(3)]
+    assert algorithm.blame().startswith(f"the gradient of the {source}'s loss holds NaN or inf: zeros went")
+
+
+def test_a_gradient_that_is_not_finite_under_a_finite_loss_stops_the_run_before_it_is_saved(
+    compose, tmp_path, monkeypatch
+):
+    setup = SagNet.setup
+    monkeypatch.setattr(SagNet, "setup", lambda self, *args: (setup(self, *args), spoil(self, 0)))
+    with pytest.raises(NonFiniteGradient, match="style's loss"):
+        run(prepare(compose(*SMALL, "algorithm=sagnet", "trainer.steps=3", "trainer.checkpoint_every=1")))
+    assert not list(tmp_path.rglob("*.pt"))
+
+
+@pytest.mark.parametrize("on_accelerator", [False, True])
+def test_a_later_loss_that_is_not_finite_stops_the_run_before_it_is_saved(
+    compose, tmp_path, monkeypatch, on_accelerator
+):
+    setup = SagNet.setup
+
+    def on_path(self, *args):
+        setup(self, *args)
+        self.later_steps._reading_is_free = not on_accelerator
+
+    monkeypatch.setattr(SagNet, "setup", on_path)
     monkeypatch.setattr("gsdg.algorithms.sagnet.swap_contents", lambda features: features * torch.nan)
-    with pytest.raises(NonFinite, match="style is nan at step 0"):
+    with pytest.raises(NonFinite if on_accelerator else NonFiniteGradient, match="style"):
         run(prepare(compose(*SMALL, "algorithm=sagnet", "trainer.steps=3", "trainer.checkpoint_every=1")))
     assert not list(tmp_path.rglob("*.pt"))

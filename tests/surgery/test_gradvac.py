@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import draw, surgery_of
+from families import SHAPES, draw
 
 from gsdg.errors import UserError
 from gsdg.surgery import Chunk, PerTensor, Surgery, WholeModel
@@ -29,7 +29,7 @@ def written_out(G, targets, beta):
 
 
 def surgery_with(rule, partition=None) -> Surgery:
-    params = surgery_of("sum")._params
+    params = [torch.zeros(shape, dtype=torch.float64, requires_grad=True) for shape in SHAPES]
     return Surgery(params, partition or WholeModel(), rule)
 
 

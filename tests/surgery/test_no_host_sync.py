@@ -79,19 +79,26 @@ def test_combine(name, partition):
 
 @pytest.mark.parametrize("storage", ["full", "bf16"])
 @pytest.mark.parametrize("shared_graph", [False, True])
-def test_backward(storage, shared_graph):
+@pytest.mark.parametrize("scaled", [False, True])
+def test_backward(storage, shared_graph, scaled):
+    """One weight is transposed, one layer is reached by no loss; with a scaler the schedule counts on the device."""
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Flatten(), nn.Linear(8 * 36, 5)).to("meta")
-    surgery = GradSurgery(model.parameters(), storage=storage)
+    model[3].weight = nn.Parameter(torch.empty(8 * 36, 5, device="meta").t())
+    params = [*model.parameters(), nn.Parameter(torch.empty(3, device="meta"))]
+    schedule = {"alpha_schedule": "log", "total_steps": 9}
+    surgery = GradSurgery(params, storage=storage, **schedule)
     images = torch.empty(2, 4, 3, 8, 8, device="meta")
     labels = torch.empty(4, dtype=torch.int64, device="meta")
+    scaler = torch.amp.GradScaler("cpu") if scaled else None
 
     def losses():
         return (cross_entropy(model(x), labels) for x in images)
 
-    surgery.backward(losses())
+    surgery.backward(losses(), scaler=scaler)
     with NothingWaits():
-        metrics = surgery.backward(losses(), ["art", "photo"], shared_graph=shared_graph)
+        metrics = surgery.backward(losses(), ["art", "photo"], shared_graph=shared_graph, scaler=scaler)
     assert set(metrics) == {"loss", "conflict_rate", "removed_norm_ratio"}
+    assert [p.grad is None for p in params] == [False] * 6 + [True]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +120,7 @@ def test_the_mode_sees_what_it_should(wait):
 
 def test_diagnostics_are_the_only_thing_that_waits():
     surgery = surgery_of("corgrad", Chunk(3), torch.float32, device="meta")
-    surgery._G, surgery._n_domains = torch.empty(3, SIZE, device="meta"), 3
+    surgery._buffers._G, surgery._n_domains = torch.empty(3, SIZE, device="meta"), 3
     with pytest.raises((AssertionError, RuntimeError, NotImplementedError)):
         Diagnostics()(surgery)
 

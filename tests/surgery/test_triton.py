@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import re
+import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from gsdg.errors import UserError
+from gsdg.surgery import GradSurgery, grams
 from gsdg.surgery import table as tables
 from gsdg.surgery.table import Piece, Table, build
 
@@ -366,3 +368,153 @@ def test_both_passes_never_wait_for_the_device(dtype):
         torch.cuda.set_sync_debug_mode(mode)
     assert parts.isfinite().all()
     assert_update(out, G, weights, table)
+
+
+# ---- where Triton cannot build ---------------------------------------------------------------------------------
+
+
+class PretendsCuda(torch.Tensor):
+    """A tensor of the CPU that says it is on a GPU: simulated, no GPU is needed to see which path is taken."""
+
+    is_cuda = property(lambda self: True)
+
+
+class CannotBuild:
+    """In the place of the kernels' module: raises what Triton raises where there is no C compiler. Simulated."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error, self.builds = error, 0
+
+    def build(self, D, dtype, device) -> None:
+        self.builds += 1
+        raise self.error
+
+    def slot_grams(self, *args):
+        raise AssertionError("was not built")
+
+    combine = slot_grams
+
+
+@pytest.fixture
+def instead(monkeypatch):
+    """Puts a module in the place of the Triton kernels', and forgets what could be built."""
+    monkeypatch.delenv("GSDG_TRITON", raising=False)
+    caches = (grams._builds, grams._warn_of_torch_path)
+    for cache in caches:
+        cache.cache_clear()
+
+    def instead(module):
+        monkeypatch.setattr(grams, "_triton_twins", lambda: module)
+        return module
+
+    yield instead
+    for cache in caches:
+        cache.cache_clear()
+
+
+NO_COMPILER = "Failed to find C compiler. Please specify via CC environment variable or set triton.knobs.build.impl."
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(NO_COMPILER),
+        subprocess.CalledProcessError(1, ["gcc", "main.c"]),
+        FileNotFoundError("ptxas"),
+        PermissionError("/.triton/cache"),
+        AssertionError("libcuda.so cannot found!"),
+    ],
+)
+def test_where_the_kernels_cannot_be_built_it_warns_once_and_takes_the_torch_path(instead, caplog, error):
+    module = instead(CannotBuild(error))
+    G = torch.randn(3, 14, generator=torch.Generator().manual_seed(0))
+    surgery = GradSurgery([torch.zeros(5, 2, requires_grad=True), torch.zeros(4, requires_grad=True)])
+    expected = surgery.combine(G).clone()
+    for D in (3, 3, 2, 3):
+        update = surgery.combine(G[:D].as_subclass(PretendsCuda))
+        assert D != 3 or torch.equal(update, expected)
+    assert module.builds == 2  # once for 3 domains, once for 2
+    (record,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert type(error).__name__ in record.message
+    assert "GSDG_TRITON=0" in record.message
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        RuntimeError("Triton Error [CUDA]: device-side assert triggered"),
+    ],
+)
+def test_an_error_of_the_device_is_not_taken_for_a_missing_compiler(instead, error):
+    instead(CannotBuild(error))
+    with pytest.raises(RuntimeError, match=re.escape(str(error))):
+        grams.kernels(torch.ones(3, 4).as_subclass(PretendsCuda))
+
+
+def test_an_error_of_a_launch_is_raised(instead):
+    """Once built, whatever a kernel raises is an error of that kernel."""
+
+    class Fails(CannotBuild):
+        def build(self, D, dtype, device) -> None:
+            pass
+
+        def slot_grams(self, *args):
+            raise self.error
+
+    instead(Fails(RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")))
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        GradSurgery([torch.zeros(4, requires_grad=True)]).combine(torch.ones(3, 4).as_subclass(PretendsCuda))
+
+
+def test_what_is_built_is_taken_and_GSDG_TRITON_0_is_not(instead, monkeypatch):
+    class Built(CannotBuild):
+        def build(self, D, dtype, device) -> None:
+            pass
+
+    module, G = instead(Built(RuntimeError())), torch.ones(3, 4).as_subclass(PretendsCuda)
+    assert grams.kernels(G) is module
+    assert grams.kernels(torch.ones(9, 4).as_subclass(PretendsCuda)) is grams
+    monkeypatch.setenv("GSDG_TRITON", "0")
+    assert grams.kernels(G) is grams
+
+
+@pytest.mark.skipif(HAS_GPU, reason="there is nothing missing")
+def test_without_a_gpu_triton_itself_cannot_build(instead):
+    """Its own error, not a simulated one: no driver."""
+    instead(twins)
+    with pytest.raises(RuntimeError, match="active drivers"):
+        twins.build(3, torch.float32, torch.device("cpu"))
+    assert grams.kernels(torch.ones(3, 4).as_subclass(PretendsCuda)) is grams
+
+
+@pytest.mark.skipif(HAS_GPU, reason="with a GPU every other test compiles the kernels")
+@pytest.mark.parametrize(("D", "dtype"), [(3, torch.float32), (5, torch.bfloat16), (8, torch.float64)])
+def test_build_compiles_what_a_step_launches(D, dtype, compiled, monkeypatch):
+    """Both kernels, and their launchers, which are what needs the C compiler: only asked for here."""
+    asked = []
+    run = triton.JITFunction.run
+
+    class Compiled:
+        def __init__(self, kernel) -> None:
+            self.kernel = kernel
+
+        @property
+        def run(self):
+            asked.append(self.kernel.asm["ptx"])
+
+    def warmed(self, *args, warmup, **options):
+        run(self, *args, warmup=warmup, **options)
+        return Compiled(compiled[-1])
+
+    monkeypatch.setattr(triton.JITFunction, "run", warmed)
+    twins.build(D, dtype, torch.device("cpu"))
+    monkeypatch.undo()
+    assert [len(re.findall(r"\.entry _(gram|combine)_kernel", ptx)) for ptx in asked] == [1, 1]
+
+
+@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
+def test_builds_on_this_gpu(instead):
+    instead(twins)
+    assert grams.kernels(torch.ones(3, 4, device="cuda")) is twins
