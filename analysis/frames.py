@@ -18,7 +18,7 @@ import pandas as pd
 
 from analysis.labels import as_draws, label
 from analysis.ours import read_run
-from analysis.peers import number_seeds, read_results
+from analysis.peers import mark_draws, number_seeds, read_results
 from analysis.run import Evaluations, NotARun, Run, printable, read_json_lines
 from gsdg.errors import UserError
 
@@ -73,6 +73,7 @@ def read_runs(
     problems: list[tuple[str, str]] = []
     places = Places()
     runs = list(_every_run(roots, None if run_ids is None else set(run_ids), places, problems))
+    mark_draws(runs)
     if draws and runs:
         as_draws(runs, draws)
     label(runs)
