@@ -24,7 +24,7 @@ from analysis.drawing import Axes, Figure
 from analysis.frames import Runs, diagnostics
 from analysis.labels import label
 from analysis.run import Run
-from analysis.statistics import AVERAGE, PAIR
+from analysis.statistics import AVERAGE, PAIR, find_baselines
 from analysis.tables import Summary
 from gsdg.errors import plural
 
@@ -181,12 +181,13 @@ def pairs(found: Summary, baseline: str | None = None) -> Panels:
     """`paired`, of every data set: its best methods against `baseline`, or, without one, its two methods."""
     wanted: dict[tuple[str, str], None] = {}
     left_out: dict[str, None] = {}
+    baselines = find_baselines(found.cells, baseline) if baseline and len(found.cells) else {}
     for dataset in found.cells["dataset"].unique():
         names = list(found.cells.loc[found.cells["dataset"] == dataset, "algorithm"].unique())
-        if baseline in names:
+        if base := baselines.get(dataset):
             best, others = best_methods(found, dataset)
-            wanted |= dict.fromkeys((baseline, name) for name in best if name != baseline)
-            left_out |= dict.fromkeys(name for name in others if name != baseline)
+            wanted |= dict.fromkeys((base, name) for name in best if name != base)
+            left_out |= dict.fromkeys(name for name in others if name != base)
         elif baseline is None and len(names) == 2:
             wanted[names[0], names[1]] = None
     if not wanted:

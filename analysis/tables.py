@@ -14,13 +14,16 @@ from analysis.frames import Runs, read_runs
 from analysis.selection import EXPLAINED, METHODS, choose, every_draw
 from analysis.statistics import (
     AVERAGE,
+    CELL,
     CELLS,
+    DIFFERENCES,
     average_ranks,
     draw_counts,
     grid,
     missing_cells,
     over_datasets,
     paired_differences,
+    printed,
     table_cells,
 )
 from gsdg.errors import UserError, listing, plural
@@ -91,21 +94,52 @@ def sheets(found: Summary, published: pd.DataFrame | None = None) -> list[Sheet]
 
 
 def comparison(found: Summary, baseline: str | None = None) -> list[Sheet]:
-    """Every method against `baseline`, or the first: paired differences, a table a data set and selection."""
-    if found.chosen.empty:
-        return []
-    differences = paired_differences(found.chosen, baseline or found.chosen["algorithm"].iloc[0])
-    below = ["percentage points, same target and seeds; [95% bootstrap interval over the pairs]; better in k/n"]
-    made = []
-    for (selection, dataset), rows in differences.groupby(["selection", "dataset"], sort=False):
-        targets = [*_in_order(found.cells[found.cells["dataset"] == dataset]["target"]), AVERAGE]
-        table = [
-            [Entry(name), *(Entry(_difference(some, target)) for target in targets)]
-            for name, some in rows.groupby("algorithm", sort=False)
-        ]
-        title = f"{dataset}, {selection}: against {rows['baseline'].iloc[0]}"
-        made.append(Sheet(title, ["algorithm", *targets], table, below))
-    return made
+    """Every method against `baseline`, or each data set's first: paired differences, a table a data set and selection.
+
+    None without a pair. UserError where `baseline` names no method, or several.
+    """
+    rows = differences(found, baseline)
+    return [_comparison(found, table, *key) for key, table in rows.groupby(["selection", "dataset"], sort=False)]
+
+
+def differences(found: Summary, baseline: str | None) -> pd.DataFrame:
+    """`statistics.paired_differences` of every selection; no rows where no method has a row in a table."""
+    if found.cells.empty:
+        return pd.DataFrame(columns=["selection", *DIFFERENCES])
+    expected = found.cells.loc[found.cells["target"] != AVERAGE, CELL].drop_duplicates()
+    return paired_differences(found.chosen, expected, baseline)
+
+
+def _comparison(found: Summary, compared: pd.DataFrame, selection: str, dataset: str) -> Sheet:
+    targets = [*_in_order(found.cells[found.cells["dataset"] == dataset]["target"]), AVERAGE]
+    rows = [
+        [Entry(name), *(Entry(_difference(row, target)) for target in targets), Entry(_p_value(row))]
+        for name, row in compared.groupby("algorithm", sort=False)
+    ]
+    below = [
+        "percentage points, mean of the n pairs of equal target and seeds; [95 % interval, Student's t]; better in k/n",
+        "average: the mean of the cells; interval, k/n and p over the n repetitions (seeds) that have every target",
+        "p: permutation test on the signs of n differences, two-sided, never below 2^(1-n); n = 1: no interval, no p",
+        *_without_partner(found, compared, selection, dataset),
+    ]
+    title = f"{dataset}, {selection}: against {compared['baseline'].iloc[0]}"
+    return Sheet(title, ["algorithm", *targets, "p"], rows, below)
+
+
+def _without_partner(found: Summary, compared: pd.DataFrame, selection: str, dataset: str) -> list[str]:
+    """Which cells of the table hold more results than were compared, so that the difference is not the table's."""
+    table = found.cells[(found.cells["selection"] == selection) & (found.cells["dataset"] == dataset)]
+    results = table.set_index(["algorithm", "target"])["n"]
+    unequal = [
+        f"{name} {row.target} ({row.n} of {results[name, row.target]})"
+        for row in compared[compared["target"] != AVERAGE].itertuples()
+        for name in (row.algorithm, row.baseline)
+        if row.n < results[name, row.target]
+    ]
+    shown = few(dict.fromkeys(unequal), NAMED)
+    return [f"results without a partner of the same seeds are in the table, not here; compared: {shown}"] * bool(
+        unequal
+    )
 
 
 def ranking(found: Summary) -> list[Sheet]:
@@ -117,7 +151,8 @@ def ranking(found: Summary) -> list[Sheet]:
             continue
         rows = [[Entry(row.algorithm), Entry(f"{row.rank:.2f}")] for row in ranks.itertuples()]
         below = [
-            f"over the {ranks['cells'].iloc[0]} cells (data set, target) that every method has; 1 is best, equals share"
+            f"over the {ranks['cells'].iloc[0]} cells (data set, target) that every method has; "
+            "1 is best, means that are printed alike share"
         ]
         made.append(Sheet(f"average rank, {selection}", ["algorithm", "rank"], rows, below))
     return made
@@ -218,7 +253,7 @@ def _cell(cell: object, seeds: int) -> str:
     """`93.1 ± 0.4`; a single run has no error; `(2)` where the rest of the row has more seeds."""
     if pd.isna(cell.mean):
         return "-"
-    shown = f"{cell.mean:.1f}" if pd.isna(cell.se) else f"{cell.mean:.1f} ± {cell.se:.1f}"
+    shown = printed(cell.mean) if pd.isna(cell.se) else f"{printed(cell.mean)} ± {cell.se:.1f}"
     return shown if cell.n == seeds else f"{shown} ({cell.n})"
 
 
@@ -226,10 +261,10 @@ def _marks(cells: pd.DataFrame) -> dict[tuple[str, str], str]:
     """{(algorithm, target): best or second} by the printed mean, equals together; none where a column has one row."""
     found = {}
     for target, column in cells[cells["mean"].notna()].groupby("target", sort=False):
-        printed = {row.algorithm: f"{row.mean:.1f}" for row in column.itertuples()}
-        ordered = sorted(set(printed.values()), key=float, reverse=True)
-        names = dict(zip(ordered, ["best", "second"], strict=False)) if len(printed) > 1 else {}
-        found |= {(algorithm, target): names[mean] for algorithm, mean in printed.items() if mean in names}
+        means = {row.algorithm: printed(row.mean) for row in column.itertuples()}
+        ordered = sorted(set(means.values()), key=float, reverse=True)
+        names = dict(zip(ordered, ["best", "second"], strict=False)) if len(means) > 1 else {}
+        found |= {(algorithm, target): names[mean] for algorithm, mean in means.items() if mean in names}
     return found
 
 
@@ -281,6 +316,12 @@ def _difference(rows: pd.DataFrame, target: str) -> str:
         interval = "" if pd.isna(row.low) else f" [{row.low:+.1f}, {row.high:+.1f}]"
         return f"{row.difference:+.1f}{interval} {row.better}/{row.n}"
     return "-"
+
+
+def _p_value(rows: pd.DataFrame) -> str:
+    """Of the average: `0.25`; "-" without one."""
+    values = rows.loc[rows["target"] == AVERAGE, "p"].dropna()
+    return f"{values.iloc[0]:.2g}" if len(values) else "-"
 
 
 def _where(rows: pd.DataFrame) -> list[str]:

@@ -244,9 +244,43 @@ def test_differences_to_a_baseline_are_a_table_of_their_own(tmp_path, capsys):
     text = printed(capsys, tmp_path, "--baseline", "erm")
     (row,) = [line for line in text.split("against erm")[1].splitlines() if line.startswith("x ")]
     cells = [cell.strip() for cell in row.split("  ") if cell.strip()]
-    assert cells == ["x", "+2.0 [+2.0, +2.0] 2/2", "-4.0 [-4.0, -4.0] 0/2", "-1.0 [-4.0, +2.0] 2/4"]
+    assert cells == ["x", "+2.0 [+2.0, +2.0] 2/2", "-4.0 [-4.0, -4.0] 0/2", "-1.0 [-1.0, -1.0] 0/2", "0.5"]
+    assert "[95 % interval, Student's t]" in text
+    assert "permutation test" in text
+    assert "without a partner" not in text
     table = pd.read_csv(io.StringIO(printed(capsys, tmp_path, "--baseline", "erm", "--format", "csv")))
     assert table.set_index("target")["difference"].to_dict() == pytest.approx({"photo": 2, "art": -4, "average": -1})
+
+
+def test_a_comparison_of_fewer_runs_than_the_table_has_says_which(tmp_path, capsys):
+    write_two_methods(tmp_path)
+    write_run(tmp_path, "photo", 2, 0.5)
+    text = printed(capsys, tmp_path, "--baseline", "erm")
+    assert "without a partner of the same seeds are in the table, not here; compared: erm photo (2 of 3)" in text
+
+
+def test_a_comparison_has_no_average_where_the_table_has_none(tmp_path, capsys):
+    write_two_methods(tmp_path)
+    write_run(tmp_path, "photo", 0, 0.85, "y")
+    text = printed(capsys, tmp_path, "--baseline", "erm").split("against erm")[1]
+    (row,) = [line.split() for line in text.splitlines() if line.startswith("y ")]
+    assert row == ["y", "+5.0", "1/1", "-", "-", "-"]
+
+
+def test_a_baseline_without_results_is_no_mistake(tmp_path, capsys):
+    write_run(tmp_path, "photo", 0, 0.8, state="running")
+    write_run(tmp_path, "photo", 0, 0.8, "x")
+    for options in ((), ("--format", "csv")):
+        assert main([str(tmp_path), "--baseline", "erm", *options]) == 0
+        assert "no comparison with erm: it has no results yet, or no other method has" in capsys.readouterr().err
+
+
+def test_without_scipy_a_comparison_says_how_to_get_it(tmp_path, capsys, monkeypatch):
+    write_two_methods(tmp_path)
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    assert "75.0" in printed(capsys, tmp_path, "--ranks")
+    assert main([str(tmp_path), "--baseline", "erm"]) == 2
+    assert "a comparison with a baseline needs scipy: pip install 'gsdg[statistics]'" in capsys.readouterr().err
 
 
 def test_an_average_without_a_complete_seed_is_in_the_csv_too(tmp_path, capsys):
@@ -267,6 +301,13 @@ def test_ranks_are_over_all_cells(tmp_path, capsys):
     text = printed(capsys, tmp_path, "--ranks").split("average rank, training_domain")[1]
     assert [line.split() for line in text.splitlines()[2:4]] == [["erm", "1.50"], ["x", "1.50"]]
     assert "over the 2 cells" in text
+
+
+def test_ranks_and_marks_see_what_is_printed(tmp_path, capsys):
+    for name, accuracy in [("x", 0.8004), ("y", 0.7996)]:
+        write_run(tmp_path, "photo", 0, accuracy, name)
+    text = printed(capsys, tmp_path, "--ranks").split("average rank, training_domain")[1]
+    assert [line.split() for line in text.splitlines()[2:4]] == [["x", "1.50"], ["y", "1.50"]]
 
 
 def test_several_folders_are_one_table_and_several_data_sets_have_one_of_all(tmp_path, capsys):
