@@ -115,8 +115,11 @@ def curves(runs: Runs, found: Summary, dataset: str, algorithm: str) -> Panels:
         (_counted(runs, f"target {target}", rows["run_id"]), partial(plots.accuracy_by_step, rows, chosen=chosen))
         for target, rows in _by_target(records, _of(found.cells, dataset, algorithm))
     ]
-    band = f"{algorithm} on {dataset}: mean over runs ± standard deviation; marked: what each selection chose of a run"
-    return Panels(panels, band + said)
+    band = (
+        f"{algorithm} on {dataset}: mean over runs ± standard deviation; thin: single runs at steps that not all have"
+    )
+    splits = "; the target's in split is the tables' number; marked: what each selection chose of a run"
+    return Panels(panels, band + splits + said)
 
 
 def best_curves(runs: Runs, found: Summary) -> list[Panels]:
@@ -145,7 +148,7 @@ def alpha_n_parts(runs: Runs, found: Summary) -> Panels:
         if some["alpha"].nunique() > 1 and some["n_parts"].nunique() > 1
     ]
     why = "" if panels else "no data set has finished runs that differ in algorithm.alpha and algorithm.n_parts"
-    return Panels(panels, "mean accuracy over targets and seeds", why)
+    return Panels(panels, "mean over targets of the mean over seeds", why)
 
 
 def granularity(runs: Runs, found: Summary) -> Panels:
