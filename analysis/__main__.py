@@ -24,7 +24,7 @@ from analysis.tables import (
     comparison,
     csv,
     differences,
-    missing_lines,
+    lines_below,
     ranking,
     read_published,
     sheets,
@@ -36,6 +36,8 @@ DRAWS = "runs that differ in these config keys only are hyper-parameter draws of
 BASELINE = (
     "paired differences to this method too (csv: instead): its name in the tables, or its algorithm's if one has it"
 )
+WHERE = "only runs whose config has these values (of one key any of them), keys as the tables or configs write them"
+EXCLUDE = "without runs whose config has one of these values"
 NOTHING_TO_COMPARE = "no comparison with {}: it has no results yet, or no other method has\n"
 SELECTION = f"how step and draw are chosen, one or more of: {', '.join(METHODS)} (default: training_domain)"
 
@@ -111,7 +113,8 @@ def page(options: argparse.Namespace) -> None:
 
 
 def _read(options: argparse.Namespace) -> tuple[Runs, Summary]:
-    runs = read_runs(options.runs, options.ids.split(",") if options.ids else None, options.draws)
+    run_ids = options.ids.split(",") if options.ids else None
+    runs = read_runs(options.runs, run_ids, options.draws, options.where, options.exclude)
     return runs, summary(runs, options.selection, error=options.error, unfinished=options.unfinished)
 
 
@@ -130,8 +133,9 @@ def _print_csv(found: Summary, baseline: str | None) -> None:
         print(NOTHING_TO_COMPARE.format(baseline) if rows.empty else "", end="", file=sys.stderr)
     else:
         print(csv(found.cells), end="")
-    for (dataset, selection), gaps in found.missing.groupby(["dataset", "selection"], sort=False):
-        print("\n".join([f"{dataset}, {selection}", *missing_lines(gaps)]), file=sys.stderr)
+    for dataset, selection in found.cells[["dataset", "selection"]].drop_duplicates().itertuples(index=False):
+        if lines := lines_below(found, dataset, selection):
+            print("\n".join([f"{dataset}, {selection}", *lines]), file=sys.stderr)
 
 
 def _add_options(parser: argparse.ArgumentParser, *, page_only: bool) -> None:
@@ -149,6 +153,8 @@ def _add_options(parser: argparse.ArgumentParser, *, page_only: bool) -> None:
     add("--published", action="store_true", help="the paper's figures beside the runs'")
     add("--baseline", metavar="METHOD", help=BASELINE)
     add("--draws", nargs="+", default=[], metavar="KEY", help=DRAWS)
+    for option, which in {"--where": WHERE, "--exclude": EXCLUDE}.items():
+        add(option, nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=which)
     add("--error", choices=ERRORS, default="population", help="of the standard error: DomainBed's form or the sample's")
     add("--unfinished", action="store_true", help="count runs that are not done too, with what they have recorded")
     add("--runs", dest="ids", metavar="ID,ID", help="only these runs")

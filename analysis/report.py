@@ -25,8 +25,9 @@ from analysis.figures import (
 )
 from analysis.formats import Sheet, few
 from analysis.frames import Runs, diagnostics
+from analysis.ours import read_environment
 from analysis.page import NAMED, anchor, details, note, panels_html, sheets_html
-from analysis.provenance import badness, in_order, provenance, read_environment, versions
+from analysis.provenance import badness, in_order, provenance, versions
 from analysis.selection import EXPLAINED
 from analysis.statistics import AVERAGE
 from analysis.tables import Summary, account, chosen_runs, comparison, ranking, sheets
@@ -213,11 +214,13 @@ def _curves(runs: Runs, found: Summary, dataset: str, algorithm: str, *, opened:
 def _not_drawn(runs: Runs, found: Summary, dataset: str, shown: Sequence[str], left_out: Sequence[str]) -> str:
     selections = list(found.cells["selection"].unique())
     roots = list(dict.fromkeys(str(Path(folder).parent) for folder in runs.status["folder"]))
+    arguments = [repr(roots), *(f"{name}={given!r}" for name, given in runs.options.items())]
     code = (
         "from analysis.figures import curves\n"
         "from analysis.frames import read_runs\n"
         "from analysis.tables import summary\n"
-        f"runs = read_runs({roots!r})\nfound = summary(runs, {selections!r})\n"
+        f"runs = read_runs({', '.join(arguments)})\n"
+        f"found = summary(runs, {selections!r})\n"
         f'curves(runs, found, {dataset!r}, {left_out[0]!r}).save("curves.pdf")'
     )
     number = len(shown) + len(left_out)

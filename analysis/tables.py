@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 
+from analysis.caveats import caveats
 from analysis.formats import Entry, Sheet, few, text
 from analysis.frames import Runs, read_runs
 from analysis.selection import EXPLAINED, METHODS, choose, every_draw
@@ -43,6 +44,7 @@ class Summary:
     """Of every selection, one below the other: cells (statistics.CELLS), chosen and missing rows with `selection`.
 
     draws: how many hyper-parameter draws each repetition could choose from. error: a key of statistics.ERRORS.
+    notes: columns dataset, selection, note: what a reader should know of the runs, see `caveats`.
     """
 
     cells: pd.DataFrame
@@ -50,6 +52,7 @@ class Summary:
     missing: pd.DataFrame
     draws: pd.DataFrame
     error: str = "population"
+    notes: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["dataset", "note", "selection"]))
 
 
 def report(
@@ -74,7 +77,8 @@ def summary(runs: Runs, selections: Sequence[str], *, error: str = "population",
         chosen = choose(draws, selection)
         missing = missing_cells(draws, runs.status, expected, selection)
         parts["cells"].append(table_cells(chosen, expected, selection, error))
-        for name, frame in {"chosen": chosen, "missing": missing, "draws": draw_counts(draws)}.items():
+        others = {"chosen": chosen, "missing": missing, "draws": draw_counts(draws)}
+        for name, frame in (others | {"notes": caveats(runs, draws, selection)}).items():
             parts[name].append(frame.assign(selection=selection))
     whole = {name: pd.concat(frames, ignore_index=True) for name, frames in parts.items()}
     return Summary(**whole, error=error)
@@ -196,6 +200,15 @@ def missing_lines(missing: pd.DataFrame) -> list[str]:
     ]
 
 
+def lines_below(found: Summary, dataset: str, selection: str) -> list[str]:
+    """What a reader should know of a table's runs, and which are missing."""
+    notes, missing = (
+        frame[(frame["dataset"] == dataset) & (frame["selection"] == selection)]
+        for frame in (found.notes, found.missing)
+    )
+    return [*notes["note"], *missing_lines(missing)]
+
+
 def account(runs: Runs, selections: Sequence[str] = ()) -> str:
     """`read: 64 runs: 60 done | 4 running`, and whose they are if not only ours; then the `notes`."""
     status = runs.status
@@ -245,7 +258,7 @@ def _sheet(cells: pd.DataFrame, found: Summary, dataset: str, selection: str) ->
     differ = len(set(ours.values())) > 1
     table = rows if differ else [row[:-1] for row in rows]
     header = ["algorithm", *targets, *(["seeds"] if differ else [])]
-    below = [*_legend(cells, found, dataset, selection), *_gaps(found.missing, dataset, selection)]
+    below = [*_legend(cells, found, dataset, selection), *lines_below(found, dataset, selection)]
     return Sheet(f"{dataset}, {selection}", header, table, below)
 
 
@@ -300,10 +313,6 @@ def _draws_said(draws: pd.DataFrame, dataset: str, selection: str) -> str:
         return "; of several hyper-parameter draws the lowest (0: the defaults)"
     number = f"{counts.max()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
     return f"; then the best of {number} hyper-parameter draws, by the same accuracy"
-
-
-def _gaps(missing: pd.DataFrame, dataset: str, selection: str) -> list[str]:
-    return missing_lines(missing[(missing["dataset"] == dataset) & (missing["selection"] == selection)])
 
 
 def _in_order(targets: Iterable[str]) -> list[str]:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 from helpers import REPOSITORY
 
+from analysis.__main__ import main
 from analysis.frames import read_runs
 from analysis.peers import DATASETS
 from analysis.selection import leave_one_domain_out, oracle, training_domain
@@ -308,6 +309,16 @@ def test_a_swad_grid_can_be_draws_while_domainbeds_keep_their_own(tmp_path):
     assert status.loc["ERM_0_4_0_2", ["hparams_seed", "drawn"]].tolist() == [4, "lr=0.00025"]
 
 
+def test_domainbeds_runs_are_kept_by_network_and_arguments_and_their_search_stays_one(tmp_path):
+    for draw in (0, 1):
+        domainbed(tmp_path, [0], FLAT, draw=draw)
+        domainbed(tmp_path, [0], FLAT, draw=draw, set_to={"resnet50_augmix": True})
+    found = read_runs(tmp_path, where=["model=resnet18"]).status
+    assert found[["algorithm", "hparams_seed"]].values.tolist() == [["ERM (DomainBed)", 0], ["ERM (DomainBed)", 1]]
+    (only,) = read_runs(tmp_path, where=["model=resnet18", "args.hparams_seed=1"]).status["drawn"]
+    assert only == "lr=0.0001"
+
+
 def test_domainbeds_seeds_are_hashes_and_only_number_what_is_equal_otherwise(tmp_path):
     for draw in (0, 1):
         domainbed(tmp_path, [0], FLAT, draw=draw, seed=100 + draw)
@@ -339,6 +350,13 @@ def test_our_runs_and_theirs_are_rows_of_one_table(tmp_path):
     assert list(table) == ["ERM (DomainBed)", "ERM (SWAD)", "erm"]
     assert table["ERM (SWAD)"][-1].strip() == "40.0"
     assert table["erm"][-1].strip() == "25.0"
+
+
+def test_a_baseline_of_domainbeds_is_found_by_its_algorithms_name(tmp_path, capsys):
+    for name in ("ERM", "CORAL"):
+        domainbed(tmp_path, [0], FLAT, algorithm=name)
+    assert main([str(tmp_path), "--baseline", "ERM"]) == 0
+    assert "pacs, training_domain: against ERM (DomainBed)" in capsys.readouterr().out
 
 
 # ---- DomainBed's three selections on a sweep worked out by hand -----------------------------------------------------
