@@ -98,7 +98,9 @@ def facts(runs: Runs, found: Summary, environments: dict[str, list[dict]], comma
         "Trial seeds": few(sorted(status["trial_seed"].unique()), NAMED) or "none",
         "Selection": "; ".join(f"{name}: {EXPLAINED[name]}" for name in found.cells["selection"].unique()) or "none",
         "Code": versions(environments),
-        "Left out": f"{plural(len(runs.problems), 'note')} on what could not be read" if runs.problems else "nothing",
+        "Left out": f"{plural(len(runs.problems), 'note')} on what was left out or not read"
+        if runs.problems
+        else "nothing",
         "Made": f"{time.strftime('%Y-%m-%d %H:%M:%S %Z')} on {socket.gethostname()}, "
         f"Python {platform.python_version()}, pandas {pd.__version__}",
     }
