@@ -15,29 +15,33 @@ COMPARED = {"code": ("code",), "torch": ("packages", "torch"), "device": ("devic
 NAMED = 4  # values in one note
 
 
-def caveats(runs: Runs, draws: pd.DataFrame, selection: str) -> pd.DataFrame:
-    """Columns dataset, note. draws: `selection.every_draw`, the runs that the numbers were selected from."""
-    status = runs.status[runs.status["run_id"].isin(draws["run_id"])]
-    rows = [
-        (dataset, note)
-        for dataset, of_dataset in status.groupby("dataset", sort=False)
-        for note in [*_made_differently(of_dataset), *_not_held_out(runs, of_dataset, selection)]
-    ]
-    return pd.DataFrame(rows, columns=["dataset", "note"])
+def caveats(runs: Runs, draws: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """Columns dataset, selection, note. draws: `selection.every_draw` of each selection, what its numbers are of."""
+    environments: dict[str, list[dict]] = {}  # each is read once, for all selections
+    rows = []
+    for selection, frame in draws.items():
+        status = runs.status[runs.status["run_id"].isin(frame["run_id"])]
+        for dataset, of_dataset in status.groupby("dataset", sort=False):
+            notes = _made_differently(of_dataset, environments)
+            notes += _not_held_out(runs.records, of_dataset) if selection == "training_domain" else []
+            rows += [(dataset, selection, note) for note in notes]
+    return pd.DataFrame(rows, columns=["dataset", "selection", "note"])
 
 
-def _made_differently(status: pd.DataFrame) -> list[str]:
+def _made_differently(status: pd.DataFrame, environments: dict[str, list[dict]]) -> list[str]:
     """One note of all that differs between the runs' starts; none where nothing does. DomainBed's runs note nothing."""
     folders = status.loc[status["source"] == "gsdg", "folder"].unique()
-    starts = [read_environment(folder) for folder in folders]
-    counted = {name: Counter(_noted(of_run, path) for of_run in starts) for name, path in COMPARED.items()}
+    environments |= {folder: read_environment(folder) for folder in folders if folder not in environments}
+    counted = {
+        name: Counter(_noted(environments[folder], path) for folder in folders) for name, path in COMPARED.items()
+    }
     differing = {
         name: counts
         for name, counts in counted.items()
         if len(counts) > 1 or any(len(values) > 1 for values in counts)  # of one run: it was resumed elsewhere
     }
-    said = "; ".join(f"{name} ({_counts(counts)})" for name, counts in differing.items())
-    return [f"note: these results were made with different {said}"] * bool(differing)
+    listed = "; ".join(f"{name} ({_counts(counts)})" for name, counts in differing.items())
+    return [f"note: these results were made with different {listed}"] * bool(differing)
 
 
 def _counts(counts: Counter[tuple[str, ...]]) -> str:
@@ -54,19 +58,16 @@ def _noted(starts: list[dict], path: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(value) for value in values if value is not None))
 
 
-def _not_held_out(runs: Runs, status: pd.DataFrame, selection: str) -> list[str]:
-    """Sources without `out` accuracies: training-domain validation takes the mean of the others."""
-    if selection != "training_domain":
-        return []
-    rows = runs.records[runs.records["run_id"].isin(status["run_id"])]
-    held_out = set(rows[rows["part"] == "out"].groupby(["run_id", "domain"]).groups)
-    sources = [
-        (run.run_id, domain)
+def _not_held_out(records: pd.DataFrame, status: pd.DataFrame) -> list[str]:
+    """Sources without `out` accuracies, which training-domain validation leaves out of its mean."""
+    held_out = records.loc[(records["part"] == "out") & ~records["is_target"], ["run_id", "domain"]].drop_duplicates()
+    domains = held_out.groupby("run_id")["domain"].agg(set).to_dict()
+    lacking = Counter(
+        domain
         for run in status.itertuples()
-        for domain in run.domains or rows.loc[rows["run_id"] == run.run_id, "domain"].unique()
-        if domain not in run.targets
-    ]
-    lacking = Counter(domain for run_id, domain in sources if (run_id, domain) not in held_out)
+        for domain in run.domains
+        if domain not in run.targets and domain not in domains.get(run.run_id, ())
+    )
     return [
         f"note: nothing is held out of {domain}: {plural(n, 'run')} selected by the other sources' held-out accuracy"
         for domain, n in lacking.items()

@@ -6,9 +6,12 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 
+from analysis.formats import few
 from analysis.labels import as_written, full_key
 from analysis.run import Run
-from gsdg.errors import UserError, listing
+from gsdg.errors import UserError
+
+MOST = 12  # values of a key in a message
 
 
 def filtered(
@@ -46,9 +49,9 @@ def _conditions(option: str, conditions: Sequence[str], runs: Sequence[Run]) -> 
         matching = {id(run) for run in runs if _is(value, run.config.get(key))}
         if not matching:
             counts = Counter(as_written(run.config.get(key)) for run in runs)
-            found = listing(f"{value} ({n})" for value, n in counts.most_common())
+            values = few((f"{value} ({n})" for value, n in counts.most_common()), MOST)
             raise UserError(
-                f"{option} {condition}: no run has this value. Values of {key}, and of how many runs: {found}"
+                f"{option} {condition}: no run has this value. Values of {key}, and of how many runs: {values}"
             )
         yield key, matching
 

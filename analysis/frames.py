@@ -282,17 +282,17 @@ class Places:
 
         `photo in at step 300 is 81.2 % in runs/1fd86c56df2d (counted), 80.9 % in old/1fd86c56df2d`
         """
-        names = list(self.codes)
-        values, others = (
-            {(step, code): v for step, code, v in zip(*run.columns, strict=True)} for run in (first, other)
+        recorded, by_other = (
+            {(step, code): value for step, code, value in zip(*run.columns, strict=True)} for run in (first, other)
         )
-        different = [place for place in values.keys() & others.keys() if values[place] != others[place]]
+        different = [place for place in recorded.keys() & by_other.keys() if recorded[place] != by_other[place]]
         if not different:
             return ""
         reported = {self.codes.get((target, "in")) for target in first.facts["targets"]}
         step, code = place = max(different, key=lambda place: (place[1] in reported, *place))
-        said = [f"{100 * v[place]:.6g} % in {run.facts['folder']}" for v, run in ((values, first), (others, other))]
-        return f"{' '.join(names[code])} at step {step} is {said[0]} (counted), {said[1]}"
+        what = f"{' '.join(list(self.codes)[code])} at step {step}"
+        counted = f"{100 * recorded[place]:.6g} % in {first.facts['folder']} (counted)"
+        return f"{what} is {counted}, {100 * by_other[place]:.6g} % in {other.facts['folder']}"
 
 
 def _records(status: pd.DataFrame, runs: Sequence[Run], places: Places) -> pd.DataFrame:

@@ -105,7 +105,7 @@ def paired_differences(chosen: pd.DataFrame, expected: pd.DataFrame, baseline: s
     base = chosen.loc[chosen["algorithm"] == baselines, [*by, *PAIR, "algorithm", "accuracy"]]
     others = chosen[chosen["algorithm"] != baselines]
     pairs = others.merge(base.rename(columns={"algorithm": "baseline"}), on=[*by, *PAIR], suffixes=("", "_base"))
-    pairs["accuracy"] -= pairs["accuracy_base"]
+    pairs["accuracy"] -= pairs["accuracy_base"]  # from here on a difference, under the name that means are taken of
     targets = expected.groupby(ROW)["target"].agg(set).to_dict()
     rows = []
     for key, row in pairs.groupby([*by, *ROW], sort=False):

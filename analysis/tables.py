@@ -52,7 +52,7 @@ class Summary:
     missing: pd.DataFrame
     draws: pd.DataFrame
     error: str = "population"
-    notes: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["dataset", "note", "selection"]))
+    notes: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["dataset", "selection", "note"]))
 
 
 def report(
@@ -72,16 +72,15 @@ def summary(runs: Runs, selections: Sequence[str], *, error: str = "population",
             raise UserError(f"unknown selection {selection!r}.\nValid: {listing(METHODS)}")
     expected, records = grid(runs.status), runs.finished(unfinished=unfinished)
     parts: dict[str, list[pd.DataFrame]] = defaultdict(list)
-    for selection in selections:
-        draws = every_draw(records, selection)
-        chosen = choose(draws, selection)
-        missing = missing_cells(draws, runs.status, expected, selection)
+    draws = {selection: every_draw(records, selection) for selection in selections}
+    for selection, rows in draws.items():
+        chosen = choose(rows, selection)
+        missing = missing_cells(rows, runs.status, expected, selection)
         parts["cells"].append(table_cells(chosen, expected, selection, error))
-        others = {"chosen": chosen, "missing": missing, "draws": draw_counts(draws)}
-        for name, frame in (others | {"notes": caveats(runs, draws, selection)}).items():
+        for name, frame in {"chosen": chosen, "missing": missing, "draws": draw_counts(rows)}.items():
             parts[name].append(frame.assign(selection=selection))
     whole = {name: pd.concat(frames, ignore_index=True) for name, frames in parts.items()}
-    return Summary(**whole, error=error)
+    return Summary(**whole, error=error, notes=caveats(runs, draws))
 
 
 def sheets(found: Summary, published: pd.DataFrame | None = None) -> list[Sheet]:
