@@ -13,17 +13,18 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 
-from analysis.formats import FORMATS, text
+from analysis.formats import FORMATS, Sheet, text
 from analysis.frames import Runs, read_config, read_runs
 from analysis.selection import METHODS
-from analysis.statistics import ERRORS, paired_differences
+from analysis.statistics import ERRORS
 from analysis.tables import (
     Summary,
     account,
     chosen_runs,
     comparison,
     csv,
-    missing_lines,
+    differences,
+    lines_below,
     ranking,
     read_published,
     sheets,
@@ -32,6 +33,12 @@ from analysis.tables import (
 from gsdg.errors import UserError
 
 DRAWS = "runs that differ in these config keys only are hyper-parameter draws of one method, to select from"
+BASELINE = (
+    "paired differences to this method too (csv: instead): its name in the tables, or its algorithm's if one has it"
+)
+WHERE = "only runs whose config has these values (of one key any of them), keys as the tables or configs write them"
+EXCLUDE = "without runs whose config has one of these values"
+NOTHING_TO_COMPARE = "no comparison with {}: it has no results yet, or no other method has\n"
 SELECTION = f"how step and draw are chosen, one or more of: {', '.join(METHODS)} (default: training_domain)"
 
 
@@ -72,7 +79,7 @@ def tables(options: argparse.Namespace) -> None:
         print(account(runs, options.selection), file=sys.stderr)
         return
     made = sheets(found, read_published() if options.published else None)
-    made += comparison(found, options.baseline) if options.baseline else []
+    made += _compared(found, options.baseline) if options.baseline else []
     made += ranking(found) if options.ranks else []
     made += chosen_runs(found, runs) if options.chosen else []
     if options.format == "text":
@@ -106,18 +113,29 @@ def page(options: argparse.Namespace) -> None:
 
 
 def _read(options: argparse.Namespace) -> tuple[Runs, Summary]:
-    runs = read_runs(options.runs, options.ids.split(",") if options.ids else None, options.draws)
+    run_ids = options.ids.split(",") if options.ids else None
+    runs = read_runs(options.runs, run_ids, options.draws, options.where, options.exclude)
     return runs, summary(runs, options.selection, error=options.error, unfinished=options.unfinished)
+
+
+def _compared(found: Summary, baseline: str) -> list[Sheet]:
+    made = comparison(found, baseline)
+    if not made:
+        print(NOTHING_TO_COMPARE.format(baseline), end="", file=sys.stderr)
+    return made
 
 
 def _print_csv(found: Summary, baseline: str | None) -> None:
     """The numbers on stdout; what is missing on stderr, where it does not break a reader."""
-    if baseline and len(found.chosen):
-        print(paired_differences(found.chosen, baseline).to_csv(index=False, float_format="%.6f"), end="")
+    if baseline:
+        rows = differences(found, baseline)
+        print(rows.to_csv(index=False, float_format="%.6f"), end="")
+        print(NOTHING_TO_COMPARE.format(baseline) if rows.empty else "", end="", file=sys.stderr)
     else:
         print(csv(found.cells), end="")
-    for (dataset, selection), gaps in found.missing.groupby(["dataset", "selection"], sort=False):
-        print("\n".join([f"{dataset}, {selection}", *missing_lines(gaps)]), file=sys.stderr)
+    for dataset, selection in found.cells[["dataset", "selection"]].drop_duplicates().itertuples(index=False):
+        if lines := lines_below(found, dataset, selection):
+            print("\n".join([f"{dataset}, {selection}", *lines]), file=sys.stderr)
 
 
 def _add_options(parser: argparse.ArgumentParser, *, page_only: bool) -> None:
@@ -133,8 +151,10 @@ def _add_options(parser: argparse.ArgumentParser, *, page_only: bool) -> None:
         add("--ranks", action="store_true", help="a table of average ranks too")
         add("--chosen", action="store_true", help="the run, step and hyper-parameter draw behind every number too")
     add("--published", action="store_true", help="the paper's figures beside the runs'")
-    add("--baseline", metavar="METHOD", help="paired differences to this method too (csv: instead)")
+    add("--baseline", metavar="METHOD", help=BASELINE)
     add("--draws", nargs="+", default=[], metavar="KEY", help=DRAWS)
+    for option, which in {"--where": WHERE, "--exclude": EXCLUDE}.items():
+        add(option, nargs="+", action="extend", default=[], metavar="KEY=VALUE", help=which)
     add("--error", choices=ERRORS, default="population", help="of the standard error: DomainBed's form or the sample's")
     add("--unfinished", action="store_true", help="count runs that are not done too, with what they have recorded")
     add("--runs", dest="ids", metavar="ID,ID", help="only these runs")

@@ -72,7 +72,7 @@ def series_look(number: int) -> dict:
 
 def draw_line(ax: Axes, curve: pd.DataFrame, spread: pd.Series, number: int, **kwargs) -> None:
     """The means over the index, a few markers on them, a band where there is a spread."""
-    ax.plot(curve.index, curve["mean"], markevery=math.ceil(len(curve) / 10), **series_look(number) | kwargs)
+    ax.plot(curve.index, curve["mean"], markevery=math.ceil(len(curve) / 10) or 1, **series_look(number) | kwargs)
     if spread.notna().any():
         low, high = curve["mean"] - spread, curve["mean"] + spread
         ax.fill_between(curve.index, low, high, color=series_look(number)["color"], alpha=0.18, linewidth=0)

@@ -24,7 +24,7 @@ from analysis.drawing import Axes, Figure
 from analysis.frames import Runs, diagnostics
 from analysis.labels import label
 from analysis.run import Run
-from analysis.statistics import AVERAGE, PAIR
+from analysis.statistics import AVERAGE, PAIR, find_baselines
 from analysis.tables import Summary
 from gsdg.errors import plural
 
@@ -115,8 +115,11 @@ def curves(runs: Runs, found: Summary, dataset: str, algorithm: str) -> Panels:
         (_counted(runs, f"target {target}", rows["run_id"]), partial(plots.accuracy_by_step, rows, chosen=chosen))
         for target, rows in _by_target(records, _of(found.cells, dataset, algorithm))
     ]
-    band = f"{algorithm} on {dataset}: mean over runs ± standard deviation; marked: what each selection chose of a run"
-    return Panels(panels, band + said)
+    band = (
+        f"{algorithm} on {dataset}: mean over runs ± standard deviation; thin: single runs at steps that not all have"
+    )
+    splits = "; the target's in split is the tables' number; marked: what each selection chose of a run"
+    return Panels(panels, band + splits + said)
 
 
 def best_curves(runs: Runs, found: Summary) -> list[Panels]:
@@ -145,7 +148,7 @@ def alpha_n_parts(runs: Runs, found: Summary) -> Panels:
         if some["alpha"].nunique() > 1 and some["n_parts"].nunique() > 1
     ]
     why = "" if panels else "no data set has finished runs that differ in algorithm.alpha and algorithm.n_parts"
-    return Panels(panels, "mean accuracy over targets and seeds", why)
+    return Panels(panels, "mean over targets of the mean over seeds", why)
 
 
 def granularity(runs: Runs, found: Summary) -> Panels:
@@ -181,12 +184,13 @@ def pairs(found: Summary, baseline: str | None = None) -> Panels:
     """`paired`, of every data set: its best methods against `baseline`, or, without one, its two methods."""
     wanted: dict[tuple[str, str], None] = {}
     left_out: dict[str, None] = {}
+    baselines = find_baselines(found.cells, baseline) if baseline and len(found.cells) else {}
     for dataset in found.cells["dataset"].unique():
         names = list(found.cells.loc[found.cells["dataset"] == dataset, "algorithm"].unique())
-        if baseline in names:
+        if base := baselines.get(dataset):
             best, others = best_methods(found, dataset)
-            wanted |= dict.fromkeys((baseline, name) for name in best if name != baseline)
-            left_out |= dict.fromkeys(name for name in others if name != baseline)
+            wanted |= dict.fromkeys((base, name) for name in best if name != base)
+            left_out |= dict.fromkeys(name for name in others if name != base)
         elif baseline is None and len(names) == 2:
             wanted[names[0], names[1]] = None
     if not wanted:

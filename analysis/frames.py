@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from analysis.filters import filtered
 from analysis.labels import as_draws, label
 from analysis.ours import read_run
-from analysis.peers import number_seeds, read_results
+from analysis.peers import mark_draws, number_seeds, read_results
 from analysis.run import Evaluations, NotARun, Run, printable, read_json_lines
 from gsdg.errors import UserError
 
@@ -42,6 +43,7 @@ class Runs:
     `records`: a row per run, step, domain and part (columns RECORDS); accuracy is a fraction.
     `problems`: (folder, what was left out and why).
     `configs`: run_id -> {dotted key: value as JSON}; `methods`: that part of it which the runs of one method share.
+    `options`: the arguments of `read_runs` that were given beside the folders.
     A run with several targets has them joined by "+" in `target`; names may hold a "+": ask `targets`.
     """
 
@@ -50,6 +52,7 @@ class Runs:
     problems: tuple[tuple[str, str], ...]
     configs: dict[str, dict[str, str]] = field(default_factory=dict, repr=False)
     methods: dict[str, dict[str, str]] = field(default_factory=dict, repr=False)
+    options: dict[str, list[str]] = field(default_factory=dict)
 
     def finished(self, *, unfinished: bool = False) -> pd.DataFrame:
         """The records of the runs that are done: what selection looks at. `unfinished`: of the others too."""
@@ -63,26 +66,36 @@ class Runs:
 
 
 def read_runs(
-    folders: str | Path | Sequence[str | Path], run_ids: Iterable[str] | None = None, draws: Sequence[str] = ()
+    folders: str | Path | Sequence[str | Path],
+    run_ids: Iterable[str] | None = None,
+    draws: Sequence[str] = (),
+    where: Sequence[str] = (),
+    exclude: Sequence[str] = (),
 ) -> Runs:
     """Read every run in and below `folders` (one or several), or only `run_ids`. UserError if one is not there.
 
     draws: config keys in whose values the runs of a method may differ, as hyper-parameter draws to select from.
+    where, exclude: conditions `key=value` on the runs' configs, see `filters.filtered`. The methods' labels are made
+    from the runs that are left.
     """
     roots = [Path(folder) for folder in ([folders] if isinstance(folders, str | Path) else folders)]
     problems: list[tuple[str, str]] = []
     places = Places()
     runs = list(_every_run(roots, None if run_ids is None else set(run_ids), places, problems))
+    mark_draws(runs)
+    runs = filtered(runs, where, exclude, problems)
     if draws and runs:
         as_draws(runs, draws)
     label(runs)
     number_seeds(runs)
-    runs = _named(_without_copies(runs, problems), problems)
+    runs = _named(_without_copies(runs, places, problems), problems)
     problems += [(run.facts["run_id"], what) for run in runs for what in run.problems]
     status = pd.DataFrame([run.facts for run in runs], columns=STATUS)
     configs = {run.facts["run_id"]: run.config for run in runs}
     methods = {run.facts["run_id"]: run.method for run in runs}
-    return Runs(_records(status, runs, places), status, tuple(problems), configs, methods)
+    given = {"draws": list(draws), "where": list(where), "exclude": list(exclude)}
+    options = {name: values for name, values in given.items() if values}
+    return Runs(_records(status, runs, places), status, tuple(problems), configs, methods, options)
 
 
 def read_config(folder: str | Path) -> dict[str, str]:
@@ -194,17 +207,25 @@ def _read(folder: Path, kind: str) -> list[Run]:
     return runs
 
 
-def _without_copies(runs: list[Run], problems: list[tuple[str, str]]) -> list[Run]:
-    """Runs that repeat another (a folder copied by hand): counted twice they would make a standard error too small."""
+def _without_copies(runs: list[Run], places: Places, problems: list[tuple[str, str]]) -> list[Run]:
+    """Without runs that repeat another (a folder copied by hand): twice, they would make a standard error too small.
+
+    One that repeats it with other results is named with both folders, once for all runs of the same two folders.
+    """
     groups = defaultdict(list)
     for run in runs:
         groups[tuple(run.facts[column] for column in RUN[1:])].append(run)
     copies = set()
+    examples: dict[tuple[Path, Path], str] = {}
     for members in groups.values():
         first, *others = sorted(members, key=_poorer) if len(members) > 1 else members
         for run in others:
             copies.add(id(run))
-            problems.append((run.facts["run_id"], _repeats(run, first)))
+            example = places.contradiction(first, run)
+            if example:
+                pair = Path(first.facts["folder"]).parent, Path(run.facts["folder"]).parent
+                example = examples.setdefault(pair, example)
+            problems.append((run.facts["run_id"], _repeats(run, first, example)))
     return [run for run in runs if id(run) not in copies]
 
 
@@ -213,12 +234,14 @@ def _poorer(run: Run) -> tuple[bool, bool]:
     return run.facts["state"] != "done", not (Path(run.facts["folder"]) / "diagnostics.jsonl").exists()
 
 
-def _repeats(run: Run, first: Run) -> str:
+def _repeats(run: Run, first: Run, example: str) -> str:
+    """Why `run` is left out beside `first`. example: where their results differ."""
     draw, values = run.facts["hparams_seed"], run.facts["drawn"]
     if values != first.facts["drawn"]:
         return f"draw {draw} with other values ({values}) than in {first.facts['run_id']}: left out"
     same = run.facts.get("averaging") == first.facts.get("averaging")
-    return f"same {'config' if same else 'training'} as another run: counted once"
+    equal = f"same {'config' if same else 'training'} as another run"
+    return f"{equal}, but other results: {example}" if example else f"{equal}: counted once"
 
 
 def _named(runs: list[Run], problems: list[tuple[str, str]]) -> list[Run]:
@@ -253,6 +276,23 @@ class Places:
                     codes.append(self.codes.setdefault((domain, part), len(self.codes)))
                     values.append(value)
         return np.array(steps, dtype=int), np.array(codes, dtype=int), np.array(values, dtype=float)
+
+    def contradiction(self, first: Run, other: Run) -> str:
+        """The last accuracy that two runs have recorded differently, the target's `in` before others; "" if none.
+
+        `photo in at step 300 is 81.2 % in runs/1fd86c56df2d (counted), 80.9 % in old/1fd86c56df2d`
+        """
+        recorded, by_other = (
+            {(step, code): value for step, code, value in zip(*run.columns, strict=True)} for run in (first, other)
+        )
+        different = [place for place in recorded.keys() & by_other.keys() if recorded[place] != by_other[place]]
+        if not different:
+            return ""
+        reported = {self.codes.get((target, "in")) for target in first.facts["targets"]}
+        step, code = place = max(different, key=lambda place: (place[1] in reported, *place))
+        what = f"{' '.join(list(self.codes)[code])} at step {step}"
+        counted = f"{100 * recorded[place]:.6g} % in {first.facts['folder']} (counted)"
+        return f"{what} is {counted}, {100 * by_other[place]:.6g} % in {other.facts['folder']}"
 
 
 def _records(status: pd.DataFrame, runs: Sequence[Run], places: Places) -> pd.DataFrame:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 
 from analysis.run import Run
@@ -29,27 +29,47 @@ def label(runs: Sequence[Run]) -> None:
         methods = [run.method for run in members]
         keys = sorted(_differing(methods), key=lambda key: key.removesuffix(".name"))
         values = {key: {method.get(key) for method in methods} for key in keys}
-        for run in members:
-            shown = [key for key in keys if _tells(key, run.method, methods, values[key])]
-            told = [SAID_BY[source]] if source in SAID_BY else []
-            told += [f"{_short(key)}={_show(run.method.get(key))}" for key in shown]
-            run.facts["algorithm"] += f" ({', '.join(told)})" if told else ""
+        shown = [[key for key in keys if _tells(key, method, methods, values[key])] for method in methods]
+        recorder = [SAID_BY[source]] if source in SAID_BY else []
+        for run, words in zip(members, _told_apart(methods, shown), strict=True):
+            run.facts["algorithm"] += f" ({', '.join(recorder + words)})" if recorder + words else ""
+
+
+def _told_apart(methods: Sequence[dict[str, str]], shown: Sequence[list[str]]) -> list[list[str]]:
+    """`key=value` of the keys `shown` of each method; of methods that read the same, also the keys they differ in.
+
+    Two methods of one label would be one row of the table.
+    """
+    words = [
+        [f"{_short(key)}={as_written(method.get(key))}" for key in keys]
+        for method, keys in zip(methods, shown, strict=True)
+    ]
+    alike = defaultdict(list)
+    for number, label in enumerate(words):
+        alike[tuple(label)].append(number)
+    for numbers in alike.values():
+        for key in _differing([methods[number] for number in numbers]):
+            for number in numbers:
+                words[number].append(f"{_short(key)}={as_written(methods[number].get(key))}")
+    return words
 
 
 def as_draws(runs: Sequence[Run], keys: Sequence[str]) -> None:
     """Make runs that differ in `keys` only draws of one method, numbered in the order of their values.
 
-    UserError for a key that no config has, and for runs of a search, which has its own draws.
+    Runs of a search that draws all of the `keys` keep its draws. UserError for a key that no config has, and for a key
+    that a run's search does not draw.
     """
-    full = [_full_key(key, runs) for key in keys]
+    known = {key for run in runs for key in run.method}
+    full = [full_key(key, known) for key in keys]
     groups = defaultdict(list)
     for run in runs:
-        if not set(full) & set(run.method):
-            continue  # another code base's, for example
+        if {run.method.get(key, SEARCHED) for key in full} == {SEARCHED}:
+            continue  # without the keys (another code base's, for example), or a search has drawn them already
         if SEARCHED in run.method.values():
             raise UserError(f"run {run.facts['run_id']} is a draw of a search already: {run.facts['drawn']}.")
         run.method |= {key: SEARCHED for key in full if key in run.method}
-        run.facts["drawn"] = ", ".join(f"{key.rpartition('.')[2]}={_show(run.config.get(key))}" for key in full)
+        run.facts["drawn"] = ", ".join(f"{key.rpartition('.')[2]}={as_written(run.config.get(key))}" for key in full)
         groups[run.facts["source"], run.facts["dataset"], tuple(sorted(run.method.items()))].append(run)
     for members in groups.values():
         drawn = sorted({run.facts["drawn"] for run in members}, key=natural)
@@ -57,12 +77,11 @@ def as_draws(runs: Sequence[Run], keys: Sequence[str]) -> None:
             run.facts["hparams_seed"] = drawn.index(run.facts["drawn"])
 
 
-def _full_key(key: str, runs: Sequence[Run]) -> str:
-    """The key as the configs have it: labels leave out `algorithm.` and `.name`."""
-    every = {known for run in runs for known in run.method}
-    found = [known for known in (key, f"algorithm.{key}", f"{key}.name", f"algorithm.{key}.name") if known in every]
+def full_key(key: str, known: Collection[str]) -> str:
+    """The one of the `known` keys that `key` means: labels leave out `algorithm.` and `.name`. UserError if none is."""
+    found = [full for full in (key, f"algorithm.{key}", f"{key}.name", f"algorithm.{key}.name") if full in known]
     if not found:
-        close = get_close_matches(key, every, n=3, cutoff=0.4)
+        close = get_close_matches(key, sorted(known), n=3, cutoff=0.4)
         raise UserError(f"no run's config has a key {key!r}. Did you mean one of: {listing(close)}?")
     return found[0]
 
@@ -105,7 +124,7 @@ def _short(key: str) -> str:
     return key.removeprefix("algorithm.").removesuffix(".name")
 
 
-def _show(value: str | None) -> str:
+def as_written(value: str | None) -> str:
     """JSON as a person writes it: a string loses its quotes unless it would read as something else."""
     if value is None or not value.startswith('"'):
         return value or "unset"  # this config lacks the key

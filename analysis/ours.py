@@ -71,6 +71,13 @@ def read_records(path: Path) -> tuple[Evaluations, list[str]]:
     return found, [*problems, *first_of(wrong, "left out"), *repeated(len(steps) - len(set(steps)))]
 
 
+def read_environment(folder: str | Path) -> list[dict]:
+    """The starts that a run has noted in environment.jsonl; [] without it, as in the folders of DomainBed's runs."""
+    found: list[dict] = []
+    read_json_lines(Path(folder) / "environment.jsonl", lambda line: found.append(dict(line)))
+    return found
+
+
 def _fractions(accuracy: dict, step: int, wrong: list[str]) -> dict[str, dict[str, float]]:
     """The accuracies that are fractions; `wrong` is told of the others."""
     for domain, parts in list(accuracy.items()):

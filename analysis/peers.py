@@ -3,8 +3,8 @@
 DomainBed writes a folder a run, with a file `done` at its end; a relaunched job starts again from step 0 and appends.
 The SWAD fork trains the targets one after the other into one file; which one a line is about stands in its
 args.real_test_envs, its keys lack DomainBed's `_acc`, and no mark is left at the end. Both know domains by index.
-What a method is: the algorithm's name, with those arguments that change what is trained or recorded. Hyper-parameters
-are DomainBed's draw (hparams_seed) there; the SWAD fork draws nothing, so there they are the method's.
+What a method is: the algorithm's name, the network, the recorded hyper-parameters, and those arguments that change what
+is trained or recorded. Only a hyper-parameter search takes a hyper-parameter out of the method: see `mark_draws`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
 
+from analysis.labels import SEARCHED
 from analysis.run import Evaluations, NotARun, Run, flat, is_fraction, read_json_lines, repeated, said_values
 
 # The peers' data sets: our name and the domains in the order of their indices (DomainBed's datasets.py).
@@ -28,7 +29,11 @@ DATASETS = {
     "ColoredMNIST": ("colored_mnist", ("+90%", "+80%", "-90%")),
 }
 ACCURACY = re.compile(r"env(\d+)_(in|out|uda)(_acc)?")
-METHOD = ("task", "holdout_fraction", "uda_holdout_fraction", "steps", "checkpoint_freq", "hparams", "evalmode")
+METHOD = ("task", "holdout_fraction", "uda_holdout_fraction", "steps", "checkpoint_freq", "evalmode")
+NETWORK = ("resnet18", "resnet50_augmix", "vit", "dinov2")  # switches that `_model` makes one name of
+# DomainBed's registry (b93c22a) draws numbers and sets switches and names, except for these.
+DRAWN = ("gda", "urm_generator_output")
+SET = ("linear_steps",)
 STEPS = {"DomainNet": 15001}  # where none are asked for, else 5001
 
 
@@ -51,6 +56,31 @@ def read_results(folder: Path) -> list[Run]:
     return runs
 
 
+def mark_draws(runs: Iterable[Run]) -> None:
+    """Take out of the methods what DomainBed's hyper-parameter search has drawn, and note it in `drawn`.
+
+    There is a search where a run of the same data set and algorithm has another hparams_seed than 0 (the defaults). It
+    draws numbers: the network, switches and what `--hparams` overrides are settings, and stay in the method.
+    """
+    groups = defaultdict(list)
+    for run in runs:
+        if run.facts["source"] != "gsdg":
+            groups[tuple(run.facts[key] for key in ("source", "dataset", "algorithm"))].append(run)
+    for members in groups.values():
+        if any(run.facts["hparams_seed"] for run in members):
+            for run in members:
+                values = {key: json.loads(run.method[key]) for key in run.method if _is_drawn(key, run)}
+                run.facts["drawn"] = said_values({key.removeprefix("hparams."): values[key] for key in values})
+                run.method |= dict.fromkeys(values, SEARCHED)
+
+
+def _is_drawn(key: str, run: Run) -> bool:
+    start, _, name = key.partition(".")
+    if start != "hparams" or name in SET or f"args.hparams.{name}" in run.config:
+        return False
+    return name in DRAWN or type(json.loads(run.method[key])) in (int, float)
+
+
 def number_seeds(runs: Iterable[Run]) -> None:
     """DomainBed's seeds become 0, 1, ... among the runs that differ in nothing else: so, almost always, 0.
 
@@ -59,7 +89,7 @@ def number_seeds(runs: Iterable[Run]) -> None:
     groups = defaultdict(list)
     for run in runs:
         if run.facts["source"] == "domainbed":
-            rest = ("dataset", "algorithm", "targets", "trial_seed", "hparams_seed")
+            rest = ("dataset", "algorithm", "targets", "trial_seed", "hparams_seed", "drawn")
             groups[tuple(run.facts[key] for key in rest)].append(run)
     for members in groups.values():
         seeds = sorted({run.facts["seed"] for run in members})
@@ -80,14 +110,15 @@ def _run(records: list[dict], over: bool) -> Run:
     dataset, domains = _domains(args["dataset"], records, problems)
     evaluations = _evaluations(records, domains, problems)
     targets = tuple(domains[index] for index in args.get("real_test_envs", args["test_envs"]))
+    model = _model(hparams)
     method = {f"args.{key}": json.dumps(args[key]) for key in METHOD if args.get(key) is not None}
-    if dialect == "swad":
-        method |= flat({"hparams": hparams})
+    method |= flat({"hparams": {k: v for k, v in hparams.items() if k not in NETWORK and (k, v) != ("model", model)}})
+    method |= {"model.name": json.dumps(model)}
     facts = {
         "source": dialect,
         "dataset": dataset,
         "algorithm": str(args["algorithm"]),
-        "model": _model(hparams),
+        "model": model,
         "target": "+".join(targets),
         "n_targets": len(targets),
         "trial_seed": int(args["trial_seed"]),
@@ -95,10 +126,19 @@ def _run(records: list[dict], over: bool) -> Run:
         "hparams_seed": int(args.get("hparams_seed") or 0),
         "domains": domains,
         "targets": targets,
-        "drawn": said_values(hparams) if dialect == "domainbed" else "",
+        "drawn": "",
         **_status(args, sorted(evaluations), over),
     }
-    return Run(facts, flat({"args": args, "hparams": hparams}), method, evaluations, problems)
+    nested = {"args": args | {"hparams": _overrides(args)}, "hparams": hparams, "model": {"name": model}}
+    return Run(facts, flat(nested), method, evaluations, problems)
+
+
+def _overrides(args: dict) -> object:
+    """What `--hparams` has overridden, a JSON object in a string; as it is where it is anything else."""
+    try:
+        return json.loads(args["hparams"])
+    except (KeyError, TypeError, ValueError):
+        return args.get("hparams")
 
 
 def _domains(name: str, records: list[dict], problems: list[str]) -> tuple[str, tuple[str, ...]]:
@@ -147,6 +187,9 @@ def _status(args: dict, steps: list[int], over: bool) -> dict:
 
 
 def _model(hparams: dict) -> str:
-    if hparams.get("resnet18"):
-        return "resnet18"
-    return str(hparams.get("model") or ("resnet50_augmix" if hparams.get("resnet50_augmix") else "resnet50"))
+    """The network that the hyper-parameters choose, in the order in which DomainBed's `Featurizer` looks at them."""
+    if hparams.get("vit"):
+        return "dinov2" if hparams.get("dinov2") else "vit"
+    if hparams.get("resnet50_augmix"):
+        return "resnet50_augmix"
+    return "resnet18" if hparams.get("resnet18") else str(hparams.get("model") or "resnet50")

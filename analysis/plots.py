@@ -55,45 +55,70 @@ NO_DIAGNOSTICS = "no diagnostics: run with algorithm.diagnostics=true"
 
 
 def accuracy_by_step(
-    records: pd.DataFrame, ax: Axes, chosen: Mapping[str, pd.DataFrame] | None = None, part: str = "out"
+    records: pd.DataFrame,
+    ax: Axes,
+    chosen: Mapping[str, pd.DataFrame] | None = None,
+    *,
+    target_part: str = "in",
+    source_part: str = "out",
 ) -> Axes:
-    """A line per domain, the target's heavier: mean over runs +- standard deviation. `records` are one method's and
-    target's. `chosen`, {selection method: its frame}, marks the chosen steps on the target's curve of each run.
+    """A line per domain, the target's heavier: mean over runs +- standard deviation, where every run has a value. The
+    steps that a run lacks, because it stopped early for example, are drawn run by run, thin.
+
+    `records` are one method's and target's. The target is shown on the split that the tables report, the sources on the
+    one that training-domain validation looks at. `chosen`, {selection method: its frame}, marks the chosen steps on the
+    target's curve of each run.
     """
     columns = ["run_id", "step", "domain", "is_target", "part", "accuracy"]
     if lacking := _lacking(records, columns, "no records"):
         return nothing_to_show(ax, lacking)
     _require_one(records, ["dataset", "algorithm", "target"])
-    shown = records[records["part"] == part]
+    shown = records[records["part"] == np.where(records["is_target"], target_part, source_part)]
     if shown.empty:
-        return nothing_to_show(ax, f"no accuracies of the {part} splits")
+        return nothing_to_show(ax, f"no accuracies: neither the target's {target_part} nor the sources' {source_part}")
+    runs = records["run_id"].nunique()
     for number, (domain, rows) in enumerate(_each(shown, "domain")):
         target = bool(rows["is_target"].any())
-        curve = _spread(100 * rows["accuracy"], rows["step"])
+        label = f"{domain} ({f'target, {target_part}' if target else source_part} split)"
         look = {"linewidth": 2.2, "linestyle": "-", "zorder": 3} if target else {"linewidth": 1.0}
-        draw_line(ax, curve, curve["std"], number, label=f"{domain} (target)" if target else str(domain), **look)
+        whole, partly = _of_every_run(rows, ["step"], runs)
+        curve = _spread(100 * whole["accuracy"], whole["step"])
+        draw_line(ax, curve, curve["std"], number, label=label, **look)
+        thin = {"color": series_look(number)["color"], "linewidth": 0.5, "alpha": 0.6}
+        for _, run in _each(partly.sort_values("step"), "run_id"):
+            ax.plot(run["step"], 100 * run["accuracy"], marker="." if len(run) == 1 else "", **thin)
     _mark_selected(shown, ax, chosen or {})
-    ax.set(xlabel="training step", ylabel=f"accuracy ({part} split), %")
+    ax.set(xlabel="training step", ylabel="accuracy, %")
     return finish(ax)
 
 
 def alpha_n_parts(chosen: pd.DataFrame, ax: Axes) -> Axes:
-    """Heat map of the mean accuracy over the runs of every (alpha, n_parts); hatched where there is none. A star marks
-    a mean over fewer runs than the fullest cell has.
+    """Heat map of the accuracy at every (alpha, n_parts): the mean over targets of each target's mean over runs.
+
+    A cell is hatched and has neither colour nor number where a target is missing that another cell has: means over
+    different targets cannot be compared. A star marks fewer runs than the fullest cell has.
     """
-    columns = ["alpha", "n_parts", "accuracy"]
+    columns = ["alpha", "n_parts", "target", "accuracy"]
     if lacking := _lacking(chosen, columns, NO_CHOSEN):
         return nothing_to_show(ax, lacking)
-    rows = chosen[columns].dropna()
-    groups = (100 * rows["accuracy"]).groupby([_comparable(rows["alpha"]), _comparable(rows["n_parts"])])
-    means, runs = groups.mean().unstack(), groups.size().unstack()
-    image = ax.imshow(means, cmap=COLOUR_MAP, aspect="auto", interpolation="nearest")
+    rows = (
+        chosen[columns]
+        .dropna()
+        .assign(alpha=lambda r: _comparable(r["alpha"]), n_parts=lambda r: _comparable(r["n_parts"]))
+    )
+    by_target = rows.groupby(["alpha", "n_parts", "target"])["accuracy"].mean().unstack()
+    if (complete := by_target.dropna()).empty:
+        return nothing_to_show(ax, f"no cell has all the targets: {listing(by_target.columns)}")
+    means = (100 * by_target.mean(axis=1, skipna=False)).unstack()
+    runs = rows.groupby(["alpha", "n_parts"]).size().unstack().where(means.notna())
+    image = ax.imshow(np.ma.masked_invalid(means), cmap=COLOUR_MAP, aspect="auto", interpolation="nearest")
     fewer = (runs < runs.max().max()).to_numpy()
     write_values(ax, image, means.to_numpy(), fewer)
     hatch_empty(ax, means.isna().to_numpy())
     thinned_ticks(ax.xaxis, means.columns, 0.8 * ax.bbox.width)  # the colour bar takes the rest
     thinned_ticks(ax.yaxis, means.index, ax.bbox.height)
-    ax.set(xlabel="n_parts (* fewer runs)" if fewer.any() else "n_parts", ylabel="alpha")
+    notes = ["* fewer runs"] * bool(fewer.any()) + ["hatched: lacks a target"] * (len(complete) < len(by_target))
+    ax.set(xlabel=f"n_parts ({', '.join(notes)})" if notes else "n_parts", ylabel="alpha")
     return colour_bar(ax, image, "accuracy, %")
 
 
@@ -126,7 +151,9 @@ def granularity(chosen: pd.DataFrame, ax: Axes, order: Sequence[str] | None = No
 def by_progress(
     diagnostics: pd.DataFrame, ax: Axes, statistic: str = "conflict_rate", level: str = "chunk", bins: int = 10
 ) -> Axes:
-    """The mean over modules in bins of training progress, a line per algorithm: mean +- standard error over runs."""
+    """The mean over modules in bins of training progress, a line per algorithm: mean +- standard error over runs, in
+    the bins in which every run of the algorithm has a value.
+    """
     columns = ["run_id", "algorithm", "level", "step", "steps", statistic]
     if lacking := _lacking(diagnostics, columns, NO_DIAGNOSTICS):
         return nothing_to_show(ax, lacking)
@@ -142,7 +169,8 @@ def by_progress(
         found = rows[rows["algorithm"] == algorithm]
         steps = found.groupby(["run_id", "progress", "step"], observed=True)["value"].mean()
         runs = steps.groupby(["run_id", "progress"], observed=True).mean().reset_index()
-        curve = _spread(runs["value"], runs["progress"])
+        whole, _ = _of_every_run(runs, ["progress"], found["run_id"].nunique())
+        curve = _spread(whole["value"], whole["progress"])
         draw_line(ax, curve, curve["error"], number, label=str(algorithm))
     ax.set(xlabel="training progress, %", ylabel=label, xlim=(0, 100))
     return finish(ax)
@@ -155,16 +183,19 @@ def conflict_map(
     level: str = "chunk",
     vmax: float | None = None,
 ) -> Axes:
-    """Heat map module x step of one method, mean over runs, the input's module at the top. vmax, in the colour bar's
-    unit, makes two maps comparable.
+    """Heat map module x step of one method, mean over runs, the input's module at the top; of the steps that every run
+    has logged. vmax, in the colour bar's unit, makes two maps comparable.
     """
-    columns = ["level", "module", "step", statistic]
+    columns = ["run_id", "level", "module", "step", statistic]
     if lacking := _lacking(diagnostics, columns, NO_DIAGNOSTICS):
         return nothing_to_show(ax, lacking)
     _require_one(diagnostics, ["dataset", "algorithm"])
     rows = diagnostics[diagnostics["level"] == level].dropna(subset=columns)
     if rows.empty:
         return nothing_to_show(ax, f"no diagnostics at the granularity {level}")
+    rows, _ = _of_every_run(rows, ["step"], rows["run_id"].nunique())
+    if rows.empty:
+        return nothing_to_show(ax, "no step that every run has logged")
     label, factor = STATISTICS.get(statistic, (statistic, 1))
     modules = list(dict.fromkeys(rows["module"]))
     values = factor * rows.pivot_table(index="module", columns="step", values=statistic, observed=True).loc[modules]
@@ -228,6 +259,12 @@ def _each(frame: pd.DataFrame, column: str) -> Iterator[tuple[Hashable, pd.DataF
     """(value, its rows) in the order seen."""
     for value in dict.fromkeys(frame[column]):
         yield value, frame[frame[column] == value]
+
+
+def _of_every_run(rows: pd.DataFrame, by: list[str], runs: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(the rows of groups that have all the `runs`, the others): a mean over some of the runs jumps where one stops."""
+    whole = rows.groupby(by, observed=True)["run_id"].transform("nunique") == runs
+    return rows[whole], rows[~whole]
 
 
 def _spread(values: pd.Series, by: pd.Series | list[pd.Series]) -> pd.DataFrame:

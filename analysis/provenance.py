@@ -6,14 +6,12 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from html import escape
 from itertools import combinations
-from pathlib import Path
 
 import pandas as pd
 
 from analysis.frames import Runs
 from analysis.ours import NO_METHOD
 from analysis.page import NAMED, anchor, details, note, text_of, words_table
-from analysis.run import read_json_lines
 from analysis.tables import Summary
 from gsdg.errors import plural
 
@@ -29,13 +27,6 @@ def provenance(runs: Runs, found: Summary, environments: dict[str, list[dict]]) 
         "Runs": details(f"All {plural(len(runs.status), 'run')}", _run_table(runs.status, environments), opened=False),
     }
     return "".join(f'<h3 id="{anchor(title)}">{title}</h3>{text}' for title, text in parts.items())
-
-
-def read_environment(folder: str | Path) -> list[dict]:
-    """The starts that a run has noted in environment.jsonl; [] without it, as in the folders of DomainBed's runs."""
-    found: list[dict] = []
-    read_json_lines(Path(folder) / "environment.jsonl", lambda line: found.append(dict(line)))
-    return found
 
 
 def versions(environments: dict[str, list[dict]]) -> str:

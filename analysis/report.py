@@ -25,8 +25,9 @@ from analysis.figures import (
 )
 from analysis.formats import Sheet, few
 from analysis.frames import Runs, diagnostics
+from analysis.ours import read_environment
 from analysis.page import NAMED, anchor, details, note, panels_html, sheets_html
-from analysis.provenance import badness, in_order, provenance, read_environment, versions
+from analysis.provenance import badness, in_order, provenance, versions
 from analysis.selection import EXPLAINED
 from analysis.statistics import AVERAGE
 from analysis.tables import Summary, account, chosen_runs, comparison, ranking, sheets
@@ -97,7 +98,9 @@ def facts(runs: Runs, found: Summary, environments: dict[str, list[dict]], comma
         "Trial seeds": few(sorted(status["trial_seed"].unique()), NAMED) or "none",
         "Selection": "; ".join(f"{name}: {EXPLAINED[name]}" for name in found.cells["selection"].unique()) or "none",
         "Code": versions(environments),
-        "Left out": f"{plural(len(runs.problems), 'note')} on what could not be read" if runs.problems else "nothing",
+        "Left out": f"{plural(len(runs.problems), 'note')} on what was left out or not read"
+        if runs.problems
+        else "nothing",
         "Made": f"{time.strftime('%Y-%m-%d %H:%M:%S %Z')} on {socket.gethostname()}, "
         f"Python {platform.python_version()}, pandas {pd.__version__}",
     }
@@ -112,7 +115,7 @@ def facts(runs: Runs, found: Summary, environments: dict[str, list[dict]], comma
 def tables(runs: Runs, found: Summary, published: pd.DataFrame | None, baseline: str | None) -> str:
     made = [sheets_html(sheets(found, published)) or note("No table: no run has one target.")]
     if baseline:
-        made.append(_comparison(runs, found, baseline))
+        made.append(_comparison(found, baseline))
     if found.cells["algorithm"].nunique() > 1:
         made.append(
             _folded(found, "Average ranks", ranking(found))
@@ -196,16 +199,8 @@ def _folded(found: Summary, summary: str, made: Sequence[Sheet]) -> str:
     return details(summary, sheets_html(made)) if many and made else sheets_html(made)
 
 
-def _comparison(runs: Runs, found: Summary, baseline: str) -> str:
-    """A baseline that has no results yet is no mistake; one that is not there is."""
-    try:
-        made = comparison(found, baseline)
-    except UserError:
-        made = []
-    names = in_order(runs, found)
-    if names and baseline not in names:
-        raise UserError("\n  ".join([f"no method is called {baseline!r}. The methods:", *names]))
-    return _folded(found, f"Against {baseline}", made) or note(
+def _comparison(found: Summary, baseline: str) -> str:
+    return _folded(found, f"Against {baseline}", comparison(found, baseline)) or note(
         f"No comparison with {baseline}: it has no results yet, or no other method has."
     )
 
@@ -221,11 +216,13 @@ def _curves(runs: Runs, found: Summary, dataset: str, algorithm: str, *, opened:
 def _not_drawn(runs: Runs, found: Summary, dataset: str, shown: Sequence[str], left_out: Sequence[str]) -> str:
     selections = list(found.cells["selection"].unique())
     roots = list(dict.fromkeys(str(Path(folder).parent) for folder in runs.status["folder"]))
+    arguments = [repr(roots), *(f"{name}={given!r}" for name, given in runs.options.items())]
     code = (
         "from analysis.figures import curves\n"
         "from analysis.frames import read_runs\n"
         "from analysis.tables import summary\n"
-        f"runs = read_runs({roots!r})\nfound = summary(runs, {selections!r})\n"
+        f"runs = read_runs({', '.join(arguments)})\n"
+        f"found = summary(runs, {selections!r})\n"
         f'curves(runs, found, {dataset!r}, {left_out[0]!r}).save("curves.pdf")'
     )
     number = len(shown) + len(left_out)

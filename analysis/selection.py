@@ -20,7 +20,10 @@ CHOSEN = [*DRAW, "run_id", "step", "accuracy", "validation"]
 
 
 def training_domain(records: pd.DataFrame) -> pd.DataFrame:
-    """The first step with the highest mean `out` accuracy of the sources. Steps that lack a source do not count."""
+    """The first step with the highest mean `out` accuracy of the sources. Steps that lack a source do not count.
+
+    A source without `out` accuracies at any step is left out of the mean; the tables name it (`caveats`).
+    """
     return choose(every_draw(records, "training_domain"), "training_domain")
 
 

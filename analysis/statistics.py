@@ -7,6 +7,10 @@ repetition (trial seed, seed) that has all the row's targets.
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Iterable
+from types import ModuleType
+
 import numpy as np
 import pandas as pd
 
@@ -19,12 +23,14 @@ CELL = [*ROW, "target"]
 PAIR = ["dataset", "target", "trial_seed", "seed"]  # what two methods' runs share that are compared
 CELLS = ["dataset", "algorithm", "selection", "target", "mean", "se", "n"]
 MISSING = [*CELL, "trial_seed", "hparams_seed", "run_id", "reason"]
-DIFFERENCES = [*CELL, "baseline", "difference", "low", "high", "better", "n"]
+DIFFERENCES = [*CELL, "baseline", "difference", "low", "high", "p", "better", "n"]
 RANKS = ["algorithm", "rank", "cells"]
 AVERAGE = "average"
 NO_RUN = "no such run"
 ERRORS = {"population": 0, "sample": 1}  # the standard deviation's missing degrees of freedom
-RESAMPLES, CONFIDENCE = 10_000, 0.95  # of the bootstrap
+CONFIDENCE = 0.95
+FLIPS = 2**14  # of the signs of n differences: all of them up to n = 14, a random sample beyond
+NOISE = 1e-9  # percentage points: what the mean of equal accuracies may differ by
 
 
 def grid(status: pd.DataFrame) -> pd.DataFrame:
@@ -76,49 +82,115 @@ def over_datasets(cells: pd.DataFrame) -> pd.DataFrame:
     return both.assign(n=both["n"].fillna(0).astype(int))[CELLS]
 
 
-def paired_differences(chosen: pd.DataFrame, baseline: str, *, seed: int = 0) -> pd.DataFrame:
-    """Accuracy minus the baseline's on the same (target, trial seed, seed): a row (DIFFERENCES) a cell and an average.
+def printed(mean: float) -> str:
+    """A mean as the tables show it. What they mark and rank is compared as printed: readers see nothing finer."""
+    return f"{mean:.1f}"
 
-    difference in percentage points, [low, high] the bootstrap's 95% percentile interval over the n pairs (none for one
-    pair), better the number of pairs above 0. A column `selection` keeps selections apart, and stands first then.
-    UserError if no method is called `baseline`; no rows where it has no results.
+
+def paired_differences(chosen: pd.DataFrame, expected: pd.DataFrame, baseline: str | None = None) -> pd.DataFrame:
+    """Accuracy minus the baseline's, in percentage points: a row (DIFFERENCES) a cell and a row's average.
+
+    A cell: difference is the mean of the n pairs of the same trial seed and seed, [low, high] is their `t_interval`, p
+    their `sign_flip_p`, better the number of pairs above 0. An average is the mean of the row's cells, as in the table,
+    and has no row where a cell of `expected` (columns CELL) has no pair. Its interval, p, better and n are over the
+    repetitions (trial seed, seed) that have every target, each the mean of its targets: how much harder one target is
+    than another says nothing of how uncertain the mean is.
+
+    A column `selection` of `chosen` keeps selections apart, and stands first then. UserError if `baseline` names no
+    method of `expected`, or several; no rows where it has no results.
     """
+    import_scipy_stats()  # before anything is computed
     by = [column for column in chosen if column == "selection"]
-    names = list(dict.fromkeys(chosen["algorithm"]))
-    if baseline not in names:
-        raise UserError("\n  ".join([f"no method is called {baseline!r}. Those that have results:", *names]))
-    base = chosen.loc[chosen["algorithm"] == baseline, [*by, *PAIR, "accuracy"]]
-    pairs = chosen[chosen["algorithm"] != baseline].merge(base, on=[*by, *PAIR], suffixes=("", "_base"))
-    pairs["difference"] = 100 * (pairs["accuracy"] - pairs["accuracy_base"])
-    found = []
-    for key, rows in pairs.groupby([*by, *ROW], sort=False):
-        for target, some in [*rows.groupby("target", sort=False), (AVERAGE, rows)]:
-            values = some["difference"].to_numpy()
-            low, high = bootstrap_interval(values, seed)
-            better = int((values > 0).sum())
-            found.append([*key, target, baseline, values.mean(), low, high, better, len(values)])
-    return pd.DataFrame(found, columns=[*by, *DIFFERENCES])
+    baselines = chosen["dataset"].map(find_baselines(expected, baseline))
+    base = chosen.loc[chosen["algorithm"] == baselines, [*by, *PAIR, "algorithm", "accuracy"]]
+    others = chosen[chosen["algorithm"] != baselines]
+    pairs = others.merge(base.rename(columns={"algorithm": "baseline"}), on=[*by, *PAIR], suffixes=("", "_base"))
+    pairs["accuracy"] -= pairs["accuracy_base"]  # from here on a difference, under the name that means are taken of
+    targets = expected.groupby(ROW)["target"].agg(set).to_dict()
+    rows = []
+    for key, row in pairs.groupby([*by, *ROW], sort=False):
+        cells = {target: 100 * cell["accuracy"].to_numpy() for target, cell in row.groupby("target", sort=False)}
+        label = [*key, row["baseline"].iloc[0]]
+        rows += [_difference(label, target, values, values.mean()) for target, values in cells.items()]
+        if targets[key[-2:]] <= set(cells):
+            means = 100 * _repetitions(row, expected)["accuracy"].to_numpy()
+            rows.append(_difference(label, AVERAGE, means, np.mean([values.mean() for values in cells.values()])))
+    return pd.DataFrame(rows, columns=[*by, *DIFFERENCES])
 
 
-def bootstrap_interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """The 95% percentile interval of the mean of `values` [n] under resampling; (nan, nan) for fewer than two."""
-    if len(values) < 2:
+def find_baselines(methods: pd.DataFrame, baseline: str | None) -> dict[str, str]:
+    """{dataset: the method called `baseline` there}: by its whole label, or else by its algorithm's name alone.
+
+    methods: columns ROW. baseline None: the first method of every data set. UserError where no method has the name, and
+    where several methods of a data set have it.
+    """
+    by_dataset = methods.groupby("dataset", sort=False)["algorithm"].unique().to_dict()
+    if baseline is None:
+        return {dataset: names[0] for dataset, names in by_dataset.items()}
+    named = {dataset: _called(baseline, names) for dataset, names in by_dataset.items()}
+    for dataset, candidates in named.items():
+        if len(candidates) > 1:
+            raise UserError(
+                "\n  ".join([f"{baseline!r} is the name of {len(candidates)} methods of {dataset}:", *candidates])
+                + f"\nName one of them: --baseline {shlex.quote(candidates[0])}\n"
+                "or leave out the runs of the others by what differs: --exclude KEY=VALUE, or --where KEY=VALUE."
+            )
+    if not any(named.values()):
+        names = list(dict.fromkeys(methods["algorithm"]))
+        raise UserError("\n  ".join([f"no method is called {baseline!r}. The methods:", *names]))
+    return {dataset: candidates[0] for dataset, candidates in named.items() if candidates}
+
+
+def _called(name: str, labels: Iterable[str]) -> list[str]:
+    """The label that is `name`, or else those that begin with it: `erm (optimizer.lr=0.1)` of `erm`."""
+    return [label for label in labels if label == name] or [label for label in labels if label.startswith(f"{name} (")]
+
+
+def t_interval(values: np.ndarray) -> tuple[float, float]:
+    """Student's 95 % interval of the mean of `values` [n]; (nan, nan) for fewer than two.
+
+    mean +- t(n - 1) s / sqrt(n), s the sample standard deviation.
+    """
+    n = len(values)
+    if n < 2:
         return float("nan"), float("nan")
-    random, size = np.random.default_rng(seed), len(values)
-    blocks = np.array_split(np.empty(RESAMPLES), -(-RESAMPLES * size // 1_000_000))  # a million indices at a time
-    means = np.concatenate([values[random.integers(size, size=(len(block), size))].mean(axis=1) for block in blocks])
-    low, high = np.quantile(means, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return float(low), float(high)
+    half = import_scipy_stats().t.ppf((1 + CONFIDENCE) / 2, n - 1) * values.std(ddof=1) / n**0.5
+    return float(values.mean() - half), float(values.mean() + half)
+
+
+def sign_flip_p(values: np.ndarray) -> float:
+    """Two-sided p of the permutation test that flips the signs of the differences `values` [n]; nan for fewer than two.
+
+    If neither method is better, each difference is as likely to have the other sign. It cannot be below 2^(1 - n).
+    """
+    if len(values) < 2:
+        return float("nan")
+    test = import_scipy_stats().permutation_test
+    options = {"permutation_type": "samples", "vectorized": True, "n_resamples": FLIPS, "rng": 0}
+    return float(test((np.round(values, 9),), np.mean, **options).pvalue)
+
+
+def import_scipy_stats() -> ModuleType:
+    """scipy.stats. UserError where scipy is not installed: only comparisons need it."""
+    try:
+        from scipy import stats
+    except ImportError:
+        raise UserError(
+            "a comparison with a baseline needs scipy: pip install 'gsdg[statistics]' "
+            "(in a checkout: pip install -e '.[statistics]')"
+        ) from None
+    return stats
 
 
 def average_ranks(cells: pd.DataFrame) -> pd.DataFrame:
     """A row (RANKS) a method, the best first: its mean rank over data sets and targets (1 is best, equals share).
 
-    Only over the cells that every method of `cells` (of one selection) has; empty without such a cell.
+    Means that are printed alike are equal. Only over the cells that every method of `cells` (of one selection) has;
+    empty without such a cell.
     """
     single = cells[(cells["target"] != AVERAGE) & cells["mean"].notna()]
     table = single.pivot(index=["dataset", "target"], columns="algorithm", values="mean").dropna()
-    ranks = table.rank(axis="columns", ascending=False).mean().dropna()
+    ranks = table.map(lambda mean: float(printed(mean))).rank(axis="columns", ascending=False).mean().dropna()
     found = pd.DataFrame({"algorithm": ranks.index, "rank": ranks.to_numpy(), "cells": len(table)})
     return found.sort_values("rank", kind="stable").reset_index(drop=True)[RANKS]
 
@@ -153,6 +225,15 @@ def _mean_and_error(values: pd.DataFrame, by: list[str], error: str) -> pd.DataF
     found = pd.DataFrame({"mean": 100 * groups.mean(), "se": 100 * groups.std(ddof=ERRORS[error]), "n": groups.size()})
     found["se"] = (found["se"] / found["n"] ** 0.5).where(found["n"] > 1)
     return found.reset_index()
+
+
+def _difference(label: list, target: str, values: np.ndarray, mean: float) -> list:
+    """A row of DIFFERENCES: `mean`, with the interval as wide as that of `values` [n], percentage points."""
+    shift = mean - values.mean() if len(values) else 0.0
+    low, high = t_interval(values)
+    better = int((values > NOISE).sum())
+    *cell, baseline = label
+    return [*cell, target, baseline, mean, low + shift, high + shift, sign_flip_p(values), better, len(values)]
 
 
 def _repetitions(chosen: pd.DataFrame, expected: pd.DataFrame) -> pd.DataFrame:

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
 
+from analysis.caveats import caveats
 from analysis.formats import Entry, Sheet, few, text
 from analysis.frames import Runs, read_runs
 from analysis.selection import EXPLAINED, METHODS, choose, every_draw
 from analysis.statistics import (
     AVERAGE,
+    CELL,
     CELLS,
+    DIFFERENCES,
     average_ranks,
     draw_counts,
     grid,
     missing_cells,
     over_datasets,
     paired_differences,
+    printed,
     table_cells,
 )
 from gsdg.errors import UserError, listing, plural
@@ -40,6 +44,7 @@ class Summary:
     """Of every selection, one below the other: cells (statistics.CELLS), chosen and missing rows with `selection`.
 
     draws: how many hyper-parameter draws each repetition could choose from. error: a key of statistics.ERRORS.
+    notes: columns dataset, selection, note: what a reader should know of the runs, see `caveats`.
     """
 
     cells: pd.DataFrame
@@ -47,6 +52,7 @@ class Summary:
     missing: pd.DataFrame
     draws: pd.DataFrame
     error: str = "population"
+    notes: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["dataset", "selection", "note"]))
 
 
 def report(
@@ -66,15 +72,15 @@ def summary(runs: Runs, selections: Sequence[str], *, error: str = "population",
             raise UserError(f"unknown selection {selection!r}.\nValid: {listing(METHODS)}")
     expected, records = grid(runs.status), runs.finished(unfinished=unfinished)
     parts: dict[str, list[pd.DataFrame]] = defaultdict(list)
-    for selection in selections:
-        draws = every_draw(records, selection)
-        chosen = choose(draws, selection)
-        missing = missing_cells(draws, runs.status, expected, selection)
+    draws = {selection: every_draw(records, selection) for selection in selections}
+    for selection, rows in draws.items():
+        chosen = choose(rows, selection)
+        missing = missing_cells(rows, runs.status, expected, selection)
         parts["cells"].append(table_cells(chosen, expected, selection, error))
-        for name, frame in {"chosen": chosen, "missing": missing, "draws": draw_counts(draws)}.items():
+        for name, frame in {"chosen": chosen, "missing": missing, "draws": draw_counts(rows)}.items():
             parts[name].append(frame.assign(selection=selection))
     whole = {name: pd.concat(frames, ignore_index=True) for name, frames in parts.items()}
-    return Summary(**whole, error=error)
+    return Summary(**whole, error=error, notes=caveats(runs, draws))
 
 
 def sheets(found: Summary, published: pd.DataFrame | None = None) -> list[Sheet]:
@@ -91,21 +97,52 @@ def sheets(found: Summary, published: pd.DataFrame | None = None) -> list[Sheet]
 
 
 def comparison(found: Summary, baseline: str | None = None) -> list[Sheet]:
-    """Every method against `baseline`, or the first: paired differences, a table a data set and selection."""
-    if found.chosen.empty:
-        return []
-    differences = paired_differences(found.chosen, baseline or found.chosen["algorithm"].iloc[0])
-    below = ["percentage points, same target and seeds; [95% bootstrap interval over the pairs]; better in k/n"]
-    made = []
-    for (selection, dataset), rows in differences.groupby(["selection", "dataset"], sort=False):
-        targets = [*_in_order(found.cells[found.cells["dataset"] == dataset]["target"]), AVERAGE]
-        table = [
-            [Entry(name), *(Entry(_difference(some, target)) for target in targets)]
-            for name, some in rows.groupby("algorithm", sort=False)
-        ]
-        title = f"{dataset}, {selection}: against {rows['baseline'].iloc[0]}"
-        made.append(Sheet(title, ["algorithm", *targets], table, below))
-    return made
+    """Every method against `baseline`, or each data set's first: paired differences, a table a data set and selection.
+
+    None without a pair. UserError where `baseline` names no method, or several.
+    """
+    rows = differences(found, baseline)
+    return [_comparison(found, table, *key) for key, table in rows.groupby(["selection", "dataset"], sort=False)]
+
+
+def differences(found: Summary, baseline: str | None) -> pd.DataFrame:
+    """`statistics.paired_differences` of every selection; no rows where no method has a row in a table."""
+    if found.cells.empty:
+        return pd.DataFrame(columns=["selection", *DIFFERENCES])
+    expected = found.cells.loc[found.cells["target"] != AVERAGE, CELL].drop_duplicates()
+    return paired_differences(found.chosen, expected, baseline)
+
+
+def _comparison(found: Summary, compared: pd.DataFrame, selection: str, dataset: str) -> Sheet:
+    targets = [*_in_order(found.cells[found.cells["dataset"] == dataset]["target"]), AVERAGE]
+    rows = [
+        [Entry(name), *(Entry(_difference(row, target)) for target in targets), Entry(_p_value(row))]
+        for name, row in compared.groupby("algorithm", sort=False)
+    ]
+    below = [
+        "percentage points, mean of the n pairs of equal target and seeds; [95 % interval, Student's t]; better in k/n",
+        "average: the mean of the cells; interval, k/n and p over the n repetitions (seeds) that have every target",
+        "p: permutation test on the signs of n differences, two-sided, never below 2^(1-n); n = 1: no interval, no p",
+        *_without_partner(found, compared, selection, dataset),
+    ]
+    title = f"{dataset}, {selection}: against {compared['baseline'].iloc[0]}"
+    return Sheet(title, ["algorithm", *targets, "p"], rows, below)
+
+
+def _without_partner(found: Summary, compared: pd.DataFrame, selection: str, dataset: str) -> list[str]:
+    """Which cells of the table hold more results than were compared, so that the difference is not the table's."""
+    table = found.cells[(found.cells["selection"] == selection) & (found.cells["dataset"] == dataset)]
+    results = table.set_index(["algorithm", "target"])["n"]
+    unequal = [
+        f"{name} {row.target} ({row.n} of {results[name, row.target]})"
+        for row in compared[compared["target"] != AVERAGE].itertuples()
+        for name in (row.algorithm, row.baseline)
+        if row.n < results[name, row.target]
+    ]
+    shown = few(dict.fromkeys(unequal), NAMED)
+    return [f"results without a partner of the same seeds are in the table, not here; compared: {shown}"] * bool(
+        unequal
+    )
 
 
 def ranking(found: Summary) -> list[Sheet]:
@@ -117,7 +154,8 @@ def ranking(found: Summary) -> list[Sheet]:
             continue
         rows = [[Entry(row.algorithm), Entry(f"{row.rank:.2f}")] for row in ranks.itertuples()]
         below = [
-            f"over the {ranks['cells'].iloc[0]} cells (data set, target) that every method has; 1 is best, equals share"
+            f"over the {ranks['cells'].iloc[0]} cells (data set, target) that every method has; "
+            "1 is best, means that are printed alike share"
         ]
         made.append(Sheet(f"average rank, {selection}", ["algorithm", "rank"], rows, below))
     return made
@@ -159,6 +197,15 @@ def missing_lines(missing: pd.DataFrame) -> list[str]:
         f"missing: {algorithm} {'; '.join(_where(rows))}: {reason}{_runs_named(rows['run_id'])}"
         for (algorithm, reason), rows in missing.groupby(["algorithm", "reason"], sort=False)
     ]
+
+
+def lines_below(found: Summary, dataset: str, selection: str) -> list[str]:
+    """What a reader should know of a table's runs, and which are missing."""
+    notes, missing = (
+        frame[(frame["dataset"] == dataset) & (frame["selection"] == selection)]
+        for frame in (found.notes, found.missing)
+    )
+    return [*notes["note"], *missing_lines(missing)]
 
 
 def account(runs: Runs, selections: Sequence[str] = ()) -> str:
@@ -210,7 +257,7 @@ def _sheet(cells: pd.DataFrame, found: Summary, dataset: str, selection: str) ->
     differ = len(set(ours.values())) > 1
     table = rows if differ else [row[:-1] for row in rows]
     header = ["algorithm", *targets, *(["seeds"] if differ else [])]
-    below = [*_legend(cells, found, dataset, selection), *_gaps(found.missing, dataset, selection)]
+    below = [*_legend(cells, found, dataset, selection), *lines_below(found, dataset, selection)]
     return Sheet(f"{dataset}, {selection}", header, table, below)
 
 
@@ -218,7 +265,7 @@ def _cell(cell: object, seeds: int) -> str:
     """`93.1 ± 0.4`; a single run has no error; `(2)` where the rest of the row has more seeds."""
     if pd.isna(cell.mean):
         return "-"
-    shown = f"{cell.mean:.1f}" if pd.isna(cell.se) else f"{cell.mean:.1f} ± {cell.se:.1f}"
+    shown = printed(cell.mean) if pd.isna(cell.se) else f"{printed(cell.mean)} ± {cell.se:.1f}"
     return shown if cell.n == seeds else f"{shown} ({cell.n})"
 
 
@@ -226,10 +273,10 @@ def _marks(cells: pd.DataFrame) -> dict[tuple[str, str], str]:
     """{(algorithm, target): best or second} by the printed mean, equals together; none where a column has one row."""
     found = {}
     for target, column in cells[cells["mean"].notna()].groupby("target", sort=False):
-        printed = {row.algorithm: f"{row.mean:.1f}" for row in column.itertuples()}
-        ordered = sorted(set(printed.values()), key=float, reverse=True)
-        names = dict(zip(ordered, ["best", "second"], strict=False)) if len(printed) > 1 else {}
-        found |= {(algorithm, target): names[mean] for algorithm, mean in printed.items() if mean in names}
+        means = {row.algorithm: printed(row.mean) for row in column.itertuples()}
+        ordered = sorted(set(means.values()), key=float, reverse=True)
+        names = dict(zip(ordered, ["best", "second"], strict=False)) if len(means) > 1 else {}
+        found |= {(algorithm, target): names[mean] for algorithm, mean in means.items() if mean in names}
     return found
 
 
@@ -267,10 +314,6 @@ def _draws_said(draws: pd.DataFrame, dataset: str, selection: str) -> str:
     return f"; then the best of {number} hyper-parameter draws, by the same accuracy"
 
 
-def _gaps(missing: pd.DataFrame, dataset: str, selection: str) -> list[str]:
-    return missing_lines(missing[(missing["dataset"] == dataset) & (missing["selection"] == selection)])
-
-
 def _in_order(targets: Iterable[str]) -> list[str]:
     return [target for target in dict.fromkeys(targets) if target != AVERAGE]
 
@@ -281,6 +324,12 @@ def _difference(rows: pd.DataFrame, target: str) -> str:
         interval = "" if pd.isna(row.low) else f" [{row.low:+.1f}, {row.high:+.1f}]"
         return f"{row.difference:+.1f}{interval} {row.better}/{row.n}"
     return "-"
+
+
+def _p_value(rows: pd.DataFrame) -> str:
+    """Of the average: `0.25`; "-" without one."""
+    values = rows.loc[rows["target"] == AVERAGE, "p"].dropna()
+    return f"{values.iloc[0]:.2g}" if len(values) else "-"
 
 
 def _where(rows: pd.DataFrame) -> list[str]:

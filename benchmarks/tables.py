@@ -64,6 +64,14 @@ def our_run(root: Path, number: int, evaluations: int, template: dict) -> None:
     status = {"state": "done", "step": 5001, "steps": 5001, "reason": None, "heartbeat": time.time()}
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     (folder / "status.json").write_text(json.dumps(status, indent=2))
+    start = {
+        "code": "b9ee15179b9f",
+        "commit": "de3b05d2",
+        "packages": {"torch": "2.14.1"},
+        "host": "n1",
+        "device": "cpu",
+    }
+    (folder / "environment.jsonl").write_text(json.dumps(start) + "\n")
     rest = {
         "metrics": {"loss": 1.2345678901234567, "grad_norm": 2.345678901},
         "seconds": {"step": 0.2, "evaluation": 3},

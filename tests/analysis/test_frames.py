@@ -257,6 +257,73 @@ def test_a_draws_key_that_no_config_has_and_a_search_are_refused(tmp_path):
         read_runs(tmp_path, draws=["trainer.steps"])
 
 
+def grid_of_runs(runs: Path) -> None:
+    """erm at three learning rates, the last of them with another network."""
+    for number, (lr, model) in enumerate([(0.1, "convnet"), (0.001, "convnet"), (0.001, "resnet")]):
+        content = {**config(target=["a", "c"] if number == 1 else "c"), "optimizer": {"lr": lr}}
+        write_run(runs, f"r{number}", {**content, "model": {"name": model}})
+
+
+@pytest.mark.parametrize(
+    ("options", "left"),
+    [
+        ({"where": ["optimizer.lr=0.001"]}, ["r1", "r2"]),
+        ({"where": ["optimizer.lr=1e-3"]}, ["r1", "r2"]),
+        ({"where": ["optimizer.lr=1e-3", "model=resnet"]}, ["r2"]),
+        ({"where": ["optimizer.lr=1e-3", "optimizer.lr=0.1"]}, ["r0", "r1", "r2"]),
+        ({"exclude": ["optimizer.lr=1e-3"]}, ["r0"]),
+        ({"exclude": ["optimizer.lr=0.1", "model=resnet"]}, ["r1"]),
+        ({"where": ["model.name=convnet"], "exclude": ["split.target=c"]}, ["r1"]),
+        ({"where": ['split.target=["a", "c"]']}, ["r1"]),
+    ],
+)
+def test_runs_are_kept_and_left_out_by_their_config(tmp_path, options, left):
+    grid_of_runs(tmp_path)
+    runs = read_runs(tmp_path, **options)
+    assert runs.status["run_id"].tolist() == left
+    assert {name for name, _ in runs.problems} == {"r0", "r1", "r2"} - set(left)
+    assert runs.options == options
+    assert all("left out by --" in what for _, what in runs.problems)
+
+
+def test_a_run_that_is_left_out_does_not_make_the_labels_longer(tmp_path):
+    grid_of_runs(tmp_path)
+    assert "erm (model=convnet, optimizer.lr=0.1)" in set(labels(tmp_path).values())
+    assert set(read_runs(tmp_path, exclude=["model=resnet", "optimizer.lr=0.1"]).status["algorithm"]) == {"erm"}
+
+
+def test_a_value_can_be_that_a_config_has_none(tmp_path):
+    write_run(tmp_path, "r0", config(alpha=0.3))
+    write_run(tmp_path, "r1", config())
+    assert read_runs(tmp_path, where=["alpha=unset"]).status["run_id"].tolist() == ["r1"]
+    assert read_runs(tmp_path, exclude=["algorithm.alpha=unset"]).status["run_id"].tolist() == ["r0"]
+
+
+@pytest.mark.parametrize("option", ["where", "exclude"])
+@pytest.mark.parametrize(
+    ("condition", "message"),
+    [
+        ("optimizer.lrr=1", "no run's config has a key 'optimizer.lrr'. Did you mean one of: optimizer.lr"),
+        (
+            "optimizer.lr=7",
+            r"no run has this value. Values of optimizer.lr, and of how many runs: 0.001 \(2\), 0.1 \(1\)",
+        ),
+        ("model=", r"Values of model.name, and of how many runs: convnet \(2\), resnet \(1\)"),
+        ("erm", "expected KEY=VALUE, for example --(where|exclude) optimizer.lr=0.001"),
+    ],
+)
+def test_a_condition_that_cannot_be_meant_is_refused_with_what_there_is(tmp_path, option, condition, message):
+    grid_of_runs(tmp_path)
+    with pytest.raises(UserError, match=message):
+        read_runs(tmp_path, **{option: [condition]})
+
+
+def test_conditions_that_leave_nothing_are_refused(tmp_path):
+    grid_of_runs(tmp_path)
+    with pytest.raises(UserError, match="--where model=resnet --exclude optimizer.lr=0.001 leaves none of the 3 runs"):
+        read_runs(tmp_path, where=["model=resnet"], exclude=["optimizer.lr=0.001"])
+
+
 def test_settings_are_the_values_of_the_configs(tmp_path):
     write_run(tmp_path, "r1", config(alpha=0.3, partition={"name": "chunk"}))
     write_run(tmp_path, "r2", config("x"))
@@ -366,6 +433,23 @@ def test_a_copied_folder_does_not_count_twice_and_the_finished_one_stays(tmp_pat
     runs = read_runs(tmp_path)
     assert set(runs.status["run_id"]) == set(runs.records["run_id"]) == {"original", "other_seed"}
     assert runs.problems == (("copy", "same config as another run: counted once"),)
+
+
+def test_the_same_run_with_other_results_is_named_with_both_folders_and_values(tmp_path):
+    for folder, value in [("here", 0.5), ("there", 0.625)]:
+        for seed in (0, 1):
+            accuracy = {"a": {"out": value}, "c": {"in": value, "out": 0.25}}
+            write_run(tmp_path / folder, f"r{seed}", config(seed=seed), {0: {"c": BOTH}, 9: accuracy})
+    write_run(tmp_path / "copy", "r0", config(), {0: {"c": BOTH}})  # stopped early, and equal as far as it went
+    runs = read_runs([tmp_path / "here", tmp_path / "there", tmp_path / "copy"])
+    assert set(runs.status["folder"]) == {str(tmp_path / "here" / name) for name in ("r0", "r1")}
+    where = f"c in at step 9 is 50 % in {tmp_path}/here/r0 (counted), 62.5 % in {tmp_path}/there/r0"
+    said = f"same config as another run, but other results: {where}"
+    assert runs.problems == (
+        ("r0", said),
+        ("r0", "same config as another run: counted once"),
+        ("r1", said),  # the same two folders: one example
+    )
 
 
 def test_of_two_copies_the_one_with_diagnostics_stays(tmp_path):

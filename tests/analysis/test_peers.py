@@ -9,6 +9,7 @@ import pytest
 import yaml
 from helpers import REPOSITORY
 
+from analysis.__main__ import main
 from analysis.frames import read_runs
 from analysis.peers import DATASETS
 from analysis.selection import leave_one_domain_out, oracle, training_domain
@@ -18,9 +19,12 @@ PACS = ("art_painting", "cartoon", "photo", "sketch")
 
 
 def domainbed(
-    runs: Path, targets: list[int], curve: dict, *, trial=0, draw=0, done=True, end="\n", n=4, **changes
+    runs: Path, targets: list[int], curve: dict, *, trial=0, draw=0, done=True, end="\n", n=4, set_to=(), **changes
 ) -> Path:
-    """A run of PACS in DomainBed's format. curve: {step: accuracies, env0 in, env0 out, env1 in, ...}."""
+    """A run of PACS in DomainBed's format. curve: {step: accuracies, env0 in, env0 out, env1 in, ...}.
+
+    set_to: recorded hyper-parameters that are not those of the draw.
+    """
     args = {"algorithm": "ERM", "dataset": "PACS", "test_envs": targets, "trial_seed": trial, "hparams_seed": draw}
     args |= {
         "seed": hash((tuple(targets), trial, draw)),
@@ -31,7 +35,8 @@ def domainbed(
     } | changes
     folder = runs / f"{args['algorithm']}_{trial}_{draw}_{'_'.join(map(str, targets))}_{len(list(runs.glob('*')))}"
     folder.mkdir(parents=True)
-    write_lines(folder, args, curve, "_acc", end, n, hparams={"lr": 5e-5 * (draw + 1), "resnet18": True})
+    hparams = {"lr": 5e-5 * (draw + 1), "resnet18": True, "nonlinear_classifier": False} | dict(set_to)
+    write_lines(folder, args, curve, "_acc", end, n, hparams=hparams)
     if done:
         (folder / "done").write_text("done")
     return folder
@@ -204,6 +209,87 @@ def test_domainbeds_methods_are_names_and_its_draws_hyper_parameters(tmp_path):
     }
 
 
+def two_networks(runs: Path, draws: tuple[int, int], targets: list) -> None:
+    """Three trials of ColoredMNIST with 80 % by one network and 88 % by the other."""
+    for trial in range(3):
+        for draw, resnet18, accuracy in ((draws[0], True, 0.80), (draws[1], False, 0.88)):
+            for target in targets:
+                settings = {"set_to": {"resnet18": resnet18, "lr": 5e-5}, "n": 3, "dataset": "ColoredMNIST"}
+                domainbed(runs, target, {300: (accuracy,) * 6}, trial=trial, draw=draw, seed=0, **settings)
+
+
+@pytest.mark.parametrize("draws", [(0, 0), (0, 1), (1, 2)])
+@pytest.mark.parametrize("selection", ["training_domain", "leave_one_domain_out", "oracle", "last"])
+def test_two_networks_of_domainbed_are_two_methods_and_never_draws(tmp_path, draws, selection):
+    two_networks(tmp_path, draws, [[0], [0, 1], [0, 2]])
+    lines = report(tmp_path, [selection]).splitlines()
+    assert [line.split("  ")[:2] for line in lines[2:4]] == [
+        ["ERM (DomainBed, model=resnet18)", "80.0 ± 0.0"],
+        ["ERM (DomainBed, model=resnet50)", "88.0 ± 0.0"],
+    ]
+    assert not any("best of" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("set_to", "label"),
+    [
+        ({"resnet50_augmix": True}, "model=resnet50_augmix"),
+        ({"vit": True, "dinov2": True}, "model=dinov2"),
+        ({"vit": True, "resnet50_augmix": True}, "model=vit"),
+        ({"model": "clip"}, "hparams.model=clip"),  # without effect beside resnet18 in DomainBed, not in every fork
+        ({"nonlinear_classifier": True}, "hparams.nonlinear_classifier=true"),
+        ({"backbone": "mine"}, "hparams.backbone=mine"),  # a fork's
+        ({"linear_steps": 100}, "hparams.linear_steps=100"),  # a number that the registry never draws
+    ],
+)
+def test_what_domainbeds_registry_never_draws_belongs_to_the_method_in_a_search_too(tmp_path, set_to, label):
+    for draw in (0, 1):
+        domainbed(tmp_path, [0], FLAT, draw=draw)
+        domainbed(tmp_path, [0], FLAT, draw=draw, set_to=set_to)
+    found = read_runs(tmp_path).status
+    assert found.groupby("algorithm")["hparams_seed"].agg(list).map(sorted).tolist() == [[0, 1], [0, 1]]
+    assert any(label in name for name in found["algorithm"])
+
+
+@pytest.mark.parametrize("name", ["gda", "urm_generator_output", "mlp_depth", "lambda"])
+def test_what_domainbeds_registry_draws_does_not(tmp_path, name):
+    values = {"gda": [False, True], "urm_generator_output": ["tanh", "relu"]}.get(name, [3, 4])
+    for draw, value in enumerate(values):
+        domainbed(tmp_path, [0], FLAT, draw=draw, set_to={name: value})
+    assert read_runs(tmp_path).status[["algorithm", "hparams_seed"]].values.tolist() == [
+        ["ERM (DomainBed)", 0],
+        ["ERM (DomainBed)", 1],
+    ]
+
+
+def test_what_the_command_line_overrides_is_set_and_not_drawn(tmp_path):
+    for draw in (0, 1):
+        domainbed(tmp_path, [0], FLAT, draw=draw)
+        domainbed(tmp_path, [0], FLAT, draw=draw, hparams='{"lr": 0.01}', set_to={"lr": 0.01})
+    found = read_runs(tmp_path).status
+    assert found.groupby("algorithm")["hparams_seed"].agg(list).to_dict() == {
+        "ERM (DomainBed, hparams.lr=0.01)": [0, 1],
+        "ERM (DomainBed, hparams.lr=searched)": [0, 1],
+    }
+
+
+def test_without_a_draw_beyond_the_defaults_nothing_was_searched(tmp_path):
+    for lr in (1e-4, 1e-5):
+        domainbed(tmp_path, [0], FLAT, set_to={"lr": lr}, seed=7)
+    assert set(read_runs(tmp_path).status["algorithm"]) == {
+        "ERM (DomainBed, hparams.lr=0.0001)",
+        "ERM (DomainBed, hparams.lr=1e-05)",
+    }
+
+
+def test_a_draw_of_domainbeds_with_other_values_is_left_out_and_named(tmp_path):
+    first = domainbed(tmp_path, [0], FLAT, draw=1)
+    second = domainbed(tmp_path, [0], FLAT, draw=1, set_to={"lr": 0.25}, seed=3)
+    runs = read_runs(tmp_path)
+    assert runs.status["run_id"].tolist() == [first.name]
+    assert runs.problems == ((second.name, f"draw 1 with other values (lr=0.25) than in {first.name}: left out"),)
+
+
 def test_swads_methods_are_told_apart_by_hyper_parameters(tmp_path):
     for name, lr in [("one", 5e-5), ("two", 1e-5)]:
         swad(tmp_path, {0: FLAT}, name=name, hparams={"lr": lr, "resnet18": False})
@@ -221,6 +307,16 @@ def test_a_swad_grid_can_be_draws_while_domainbeds_keep_their_own(tmp_path):
     assert status.loc[["s0", "s1"], "algorithm"].tolist() == ["ERM (SWAD)"] * 2
     assert status.loc[["s0", "s1"], "hparams_seed"].tolist() == [1, 0]
     assert status.loc["ERM_0_4_0_2", ["hparams_seed", "drawn"]].tolist() == [4, "lr=0.00025"]
+
+
+def test_domainbeds_runs_are_kept_by_network_and_arguments_and_their_search_stays_one(tmp_path):
+    for draw in (0, 1):
+        domainbed(tmp_path, [0], FLAT, draw=draw)
+        domainbed(tmp_path, [0], FLAT, draw=draw, set_to={"resnet50_augmix": True})
+    found = read_runs(tmp_path, where=["model=resnet18"]).status
+    assert found[["algorithm", "hparams_seed"]].values.tolist() == [["ERM (DomainBed)", 0], ["ERM (DomainBed)", 1]]
+    (only,) = read_runs(tmp_path, where=["model=resnet18", "args.hparams_seed=1"]).status["drawn"]
+    assert only == "lr=0.0001"
 
 
 def test_domainbeds_seeds_are_hashes_and_only_number_what_is_equal_otherwise(tmp_path):
@@ -254,6 +350,13 @@ def test_our_runs_and_theirs_are_rows_of_one_table(tmp_path):
     assert list(table) == ["ERM (DomainBed)", "ERM (SWAD)", "erm"]
     assert table["ERM (SWAD)"][-1].strip() == "40.0"
     assert table["erm"][-1].strip() == "25.0"
+
+
+def test_a_baseline_of_domainbeds_is_found_by_its_algorithms_name(tmp_path, capsys):
+    for name in ("ERM", "CORAL"):
+        domainbed(tmp_path, [0], FLAT, algorithm=name)
+    assert main([str(tmp_path), "--baseline", "ERM"]) == 0
+    assert "pacs, training_domain: against ERM (DomainBed)" in capsys.readouterr().out
 
 
 # ---- DomainBed's three selections on a sweep worked out by hand -----------------------------------------------------

@@ -90,17 +90,36 @@ def error_bars(container) -> list[tuple[float, float, float]]:
 # accuracy_by_step
 
 
-def test_a_curve_is_the_mean_over_runs_in_percent_and_only_of_the_part_asked_for(ax):
+def test_a_curve_is_the_mean_over_runs_in_percent_of_the_splits_that_tables_and_selection_use(ax):
     rows = [("r", 0, "a", 0.2), ("s", 0, "a", 0.4), ("r", 5, "a", 0.5), ("s", 5, "a", 0.9), ("r", 0, "a", 0.99, "in")]
+    rows += [("r", 0, "b", 0.9), ("s", 0, "b", 0.9), ("r", 0, "b", 0.6, "in"), ("s", 0, "b", 0.8, "in")]
     plots.accuracy_by_step(records(*rows), ax)
-    assert points(lines(ax)["a"]) == [(0, pytest.approx(30)), (5, pytest.approx(70))]
-    assert (ax.get_xlabel(), ax.get_ylabel()) == ("training step", "accuracy (out split), %")
+    assert points(lines(ax)["a (out split)"]) == [(0, pytest.approx(30)), (5, pytest.approx(70))]
+    assert points(lines(ax)["b (target, in split)"]) == [(0, pytest.approx(70))]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("training step", "accuracy, %")
 
 
-def test_the_other_part_can_be_shown(ax):
-    plots.accuracy_by_step(records(("r", 0, "a", 0.2), ("r", 0, "a", 0.9, "in")), ax, part="in")
-    assert points(lines(ax)["a"]) == [(0, 90)]
-    assert "in split" in ax.get_ylabel()
+def test_the_other_splits_can_be_shown(ax):
+    rows = [(*place, part) for place in (("r", 0, "a", 0.2), ("r", 0, "b", 0.9)) for part in ("in", "out")]
+    plots.accuracy_by_step(records(*rows), ax, target_part="out", source_part="in")
+    assert list(lines(ax)) == ["a (in split)", "b (target, out split)"]
+
+
+def test_the_mean_ends_where_one_run_stops_and_the_others_go_on_by_themselves(ax):
+    """The issue's case: runs of 80 and 61, of which the first stops, were a curve that falls from 71 to 61."""
+    rows = [("good", 0, "a", 0.8), ("bad", 0, "a", 0.61), ("bad", 5, "a", 0.61), ("bad", 9, "a", 0.61)]
+    plots.accuracy_by_step(records(*rows), ax)
+    assert points(lines(ax)["a (out split)"]) == [(0, pytest.approx(70.5))]
+    (alone,) = [line for line in ax.lines if line.get_label().startswith("_")]
+    assert points(alone) == [(5, pytest.approx(61)), (9, pytest.approx(61))]
+    assert alone.get_linewidth() < 1
+
+
+def test_a_run_that_has_recorded_nothing_of_a_domain_counts_too(ax):
+    rows = [("r", 0, "a", 0.8), ("s", 0, "b", 0.5, "in"), ("r", 0, "b", 0.7, "in")]
+    plots.accuracy_by_step(records(*rows), ax)
+    assert points(lines(ax)["a (out split)"]) == []
+    assert points(lines(ax)["b (target, in split)"]) == [(0, pytest.approx(60))]
 
 
 def test_the_band_is_the_population_standard_deviation_over_runs(ax):
@@ -116,14 +135,15 @@ def test_a_single_run_has_no_band(ax):
 
 
 def test_domains_keep_their_order_and_the_target_is_named_and_heavier(ax):
-    plots.accuracy_by_step(records(*((("r", 0, domain, 0.5)) for domain in "cba")), ax)
-    assert legend(ax) == ["c", "b (target)", "a"]
-    widths = {name: line.get_linewidth() for name, line in lines(ax).items()}
-    assert widths["b (target)"] > 1.5 * max(widths["a"], widths["c"])
+    plots.accuracy_by_step(records(*(("r", 0, d, 0.5, "in" if d == "b" else "out") for d in "cba")), ax)
+    assert legend(ax) == ["c (out split)", "b (target, in split)", "a (out split)"]
+    widths = [line.get_linewidth() for line in lines(ax).values()]
+    assert widths[1] > 1.5 * max(widths[0], widths[2])
 
 
 def test_selected_steps_lie_on_the_targets_accuracy_of_that_run_and_part(ax):
-    rows = [("r", 0, "b", 0.1), ("r", 5, "b", 0.3), ("s", 5, "b", 0.4), ("r", 5, "a", 0.8), ("r", 5, "b", 0.9, "in")]
+    rows = [("r", 0, "b", 0.1, "in"), ("r", 5, "b", 0.3, "in"), ("s", 5, "b", 0.4, "in"), ("r", 5, "a", 0.8)]
+    rows += [("r", 5, "b", 0.9)]
     picked = {"oracle": pd.DataFrame({"run_id": ["r", "s", "other"], "step": [5, 5, 5], "accuracy": [0.9, 0.9, 0.9]})}
     picked["last"] = pd.DataFrame({"run_id": ["r"], "step": [0]})
     picked["none of these runs"] = pd.DataFrame({"run_id": ["other"], "step": [0]})
@@ -131,7 +151,7 @@ def test_selected_steps_lie_on_the_targets_accuracy_of_that_run_and_part(ax):
     found = {mark.get_label(): mark for mark in ax.collections if not mark.get_label().startswith("_")}
     assert offsets(found["oracle"]) == [(5, pytest.approx(30)), (5, pytest.approx(40))]
     assert offsets(found["last"]) == [(0, pytest.approx(10))]
-    assert legend(ax) == ["b (target)", "a", "oracle", "last"]
+    assert legend(ax) == ["b (target, in split)", "a (out split)", "oracle", "last"]
     shapes = [mark.get_paths()[0].vertices.tolist() for mark in found.values()]
     assert shapes[0] != shapes[1]
 
@@ -145,19 +165,19 @@ def test_runs_of_several_methods_are_not_one_curve(ax):
 # alpha_n_parts
 
 
-def test_a_cell_is_the_mean_over_its_runs_rows_alpha_columns_n_parts(ax):
-    rows = [(0.3, 5, "a", 0, 0.6), (0.3, 5, "b", 0, 0.8), (0, 5, "a", 0, 0.5), (0, 10, "a", 0, 0.25)]
+def test_a_cell_is_the_mean_over_targets_of_their_runs_rows_alpha_columns_n_parts(ax):
+    rows = [(0.3, 5, "a", 0, 0.6), (0.3, 5, "b", 0, 0.8), (0.3, 5, "b", 1, 1.0)]
+    rows += [(0, 5, t, 0, 0.5) for t in "ab"] + [(0, 10, t, 0, 0.25) for t in "ab"]
     plots.alpha_n_parts(chosen(*rows), ax)
     shown = ax.images[0].get_array()
-    assert shown.filled(np.nan).tolist() == [[50, 25], [pytest.approx(70), pytest.approx(np.nan, nan_ok=True)]]
+    assert shown.filled(np.nan).tolist() == [[50, 25], [pytest.approx(75), pytest.approx(np.nan, nan_ok=True)]]
     assert (ticks(ax.yaxis), ticks(ax.xaxis)) == (["0", "0.3"], ["5", "10"])
     assert (ax.get_ylabel(), ax.get_xlabel()) == ("alpha", "n_parts (* fewer runs)")
 
 
 def test_values_are_written_in_their_cells_and_means_over_fewer_runs_are_starred(ax):
-    plots.alpha_n_parts(
-        chosen((0, 5, "a", 0, 0.6), (0, 5, "b", 0, 0.8), (1, 5, "a", 0, 0.5), (0, 10, "a", 0, 0.25)), ax
-    )
+    rows = [(0, 5, "a", 0, 0.6), (0, 5, "a", 1, 0.8), (1, 5, "a", 0, 0.5), (0, 10, "a", 0, 0.25)]
+    plots.alpha_n_parts(chosen(*rows), ax)
     assert {text.get_position(): text.get_text() for text in ax.texts} == {
         (0, 0): "70.0",
         (0, 1): "50.0*",
@@ -165,10 +185,27 @@ def test_values_are_written_in_their_cells_and_means_over_fewer_runs_are_starred
     }
 
 
+def hatched(ax) -> set[tuple[float, float]]:
+    return {patch.get_xy() for patch in ax.patches if isinstance(patch, Rectangle) and patch.get_hatch()}
+
+
+def test_a_cell_that_lacks_a_target_is_hatched_and_cannot_be_the_best(ax):
+    """The issue's case: without the hard target b, alpha 1 looked better than alpha 0."""
+    plots.alpha_n_parts(chosen((0, 5, "a", 0, 0.8), (0, 5, "b", 0, 0.4), (1, 5, "a", 0, 0.7)), ax)
+    assert ax.images[0].get_array().filled(-1).tolist() == [[pytest.approx(60)], [-1]]
+    assert [text.get_text() for text in ax.texts] == ["60.0"]
+    assert hatched(ax) == {(-0.5, 0.5)}
+    assert ax.get_xlabel() == "n_parts (hatched: lacks a target)"
+
+
+def test_where_no_cell_has_all_targets_there_is_no_map(ax):
+    plots.alpha_n_parts(chosen((0, 5, "a", 0, 0.8), (1, 5, "b", 0, 0.4)), ax)
+    assert [text.get_text() for text in ax.texts] == ["no cell has all the targets: a,\nb"]
+
+
 def test_missing_combinations_are_hatched(ax):
     plots.alpha_n_parts(chosen((0, 5, "a", 0, 0.6), (1, 10, "a", 0, 0.5)), ax)
-    hatched = {patch.get_xy() for patch in ax.patches if isinstance(patch, Rectangle) and patch.get_hatch()}
-    assert hatched == {(0.5, -0.5), (-0.5, 0.5)}
+    assert hatched(ax) == {(0.5, -0.5), (-0.5, 0.5)}
     assert ax.get_xlabel() == "n_parts"
 
 
@@ -276,15 +313,22 @@ def test_twelve_rules_stay_at_their_granularity(ax):
 def test_progress_bins_hold_the_mean_over_modules_steps_and_runs(ax):
     rows = [("ours", "r", 0, "conv", 0.1), ("ours", "r", 0, "fc", 0.3), ("ours", "r", 49, "fc", 0.4)]
     rows += [("ours", "r", 50, "fc", 0.5), ("ours", "r", 99, "fc", 0.9), ("ours", "s", 50, "fc", 0.1)]
+    rows += [("ours", "s", 0, "fc", 0.3)]
     rows += [("ours", "r", 0, "conv", 1.0, "filter"), ("pcgrad", "t", 100, "conv", 1.0)]
     plots.by_progress(diagnostics(*rows), ax, bins=2)
-    # run r: steps 0.2 and 0.4, then 0.5 and 0.9; run s: 0.1
+    # run r: steps 0.2 and 0.4, then 0.5 and 0.9; run s: 0.3, then 0.1
     assert points(lines(ax)["ours"]) == [(25, pytest.approx(30)), (75, pytest.approx(40))]
     assert points(lines(ax)["pcgrad"]) == [(75, 100)]
     (band,) = ax.collections
     error = 30 / np.sqrt(2)
     corners = {(float(x), round(float(y), 6)) for x, y in band.get_paths()[0].vertices if np.isfinite(y)}
-    assert corners == {(75, round(40 - error, 6)), (75, round(40 + error, 6))}
+    assert corners == {(25, 30), (75, round(40 - error, 6)), (75, round(40 + error, 6))}
+
+
+def test_the_mean_over_runs_of_different_progress_ends_with_the_shortest(ax):
+    rows = [("ours", run, step, "conv", rate) for run, rate in (("r", 0.8), ("s", 0.2)) for step in (0, 50)]
+    plots.by_progress(diagnostics(*rows[:3]), ax, bins=2)
+    assert points(lines(ax)["ours"]) == [(25, pytest.approx(50))]
 
 
 @pytest.mark.parametrize(
@@ -316,7 +360,7 @@ def test_methods_keep_their_order_and_so_their_colours_whatever_order_the_runs_c
 def test_of_many_steps_a_few_carry_a_marker(ax):
     rows = [(run, step, "a", 0.5) for run in "rs" for step in range(1000)]
     plots.accuracy_by_step(records(*rows), ax)
-    assert lines(ax)["a"].get_markevery() == 100
+    assert lines(ax)["a (out split)"].get_markevery() == 100
 
 
 def test_beside_a_tall_legend_the_label_is_wrapped_and_a_unit_stays_with_its_word(ax):
@@ -329,7 +373,8 @@ def test_beside_a_tall_legend_the_label_is_wrapped_and_a_unit_stays_with_its_wor
 
 def test_the_map_has_the_mean_over_runs_the_first_module_at_the_top(ax):
     rows = [("ours", "r", 0, "z", 0.1), ("ours", "s", 0, "z", 0.3), ("ours", "r", 10, "z", 0.5)]
-    rows += [("ours", "r", 0, "a", 0.6), ("ours", "r", 0, "a", 1.0, "filter")]
+    rows += [("ours", "r", 0, "a", 0.6), ("ours", "r", 0, "a", 1.0, "filter"), ("ours", "s", 10, "z", 0.5)]
+    rows += [("ours", "r", 20, "z", 0.9)]  # not there in the run s: no column
     plots.conflict_map(diagnostics(*rows), ax)
     (mesh,) = ax.collections
     cells = mesh.get_array()
@@ -448,7 +493,10 @@ def test_a_frame_with_nothing_to_show_gives_axes_that_say_so(ax, name):
     [
         (lambda ax: plots.by_progress(None, ax), "no diagnostics: run with algorithm.diagnostics=true"),
         (lambda ax: plots.alpha_n_parts(chosen((5, "a", 0, 1.0), columns=("n_parts",)), ax), "no column alpha"),
-        (lambda ax: plots.accuracy_by_step(records(("r", 0, "a", 0.5)), ax, part="in"), "no accuracies of the in"),
+        (
+            lambda ax: plots.accuracy_by_step(records(("r", 0, "a", 0.5)), ax, source_part="in"),
+            "no accuracies: neither",
+        ),
         (lambda ax: plots.conflict_map(diagnostics(("o", "r", 0, "z", 0.1)), ax, level="row"), "the granularity row"),
         (lambda ax: plots.by_progress(diagnostics(("o", "r", 0, "z", 0.1)), ax, level="row"), "the granularity row"),
         (lambda ax: plots.alpha_n_parts(chosen((None, 5, "a", 0, 1.0)), ax), "no run has a value of alpha"),
@@ -518,8 +566,15 @@ assert not {"matplotlib.pyplot", "torch"} & set(sys.modules)
 def many_records(domains, target, runs, steps) -> pd.DataFrame:
     random = np.random.default_rng(0)
     rows = [
-        (f"r{run}", step, domain, float(np.clip((0.95 - 0.3 * (domain == target)) + random.normal(0, 0.05), 0, 1)))
+        (
+            f"r{run}",
+            step,
+            domain,
+            float(np.clip((0.95 - 0.3 * (domain == target)) + random.normal(0, 0.05), 0, 1)),
+            part,
+        )
         for run, step, domain in itertools.product(range(runs), steps, domains)
+        for part in ("in", "out")
     ]
     return records(*rows, target=target)
 

@@ -377,7 +377,8 @@ def test_the_best_methods_are_drawn_the_first_unfolded_and_the_page_says_what_wa
     for number in range(14):
         write_run(runs, "photo", algorithm={"name": f"m{number}"}, accuracy=number / 20)
         write_run(runs, "art", algorithm={"name": f"m{number}"}, accuracy=number / 20)
-    text = page(runs)
+    write_run(runs, "art", 1, algorithm={"name": "m1"})
+    text = page(runs, "--exclude", "split.trial_seed=1")
     part = text[text.index('id="curves"') : text.index('id="ablations-and-pairs"')]
     assert re.findall(r"<summary>(m\d+):", part) == [f"m{number}" for number in range(13, 1, -1)]
     assert re.findall(r"<details( open)?>", part) == [" open", *[""] * 11]
@@ -409,6 +410,26 @@ def test_curves_mark_what_every_selection_chose_of_that_method(runs):
     panels = figures.curves(*read(runs, "oracle", "last"), "toy", "erm")
     chosen = panels.panels[0][1].keywords["chosen"]
     assert {name: list(frame["run_id"]) for name, frame in chosen.items()} == {"oracle": ["r000"], "last": ["r000"]}
+
+
+def test_runs_that_are_left_out_of_the_page_are_said(runs, drawn):
+    write_run(runs)
+    write_run(runs, algorithm={"name": "other"})
+    text = said(page(runs, "--where", "algorithm=erm"))
+    assert "left out by --where algorithm=erm (r001)" in text
+    assert "Methods 1: erm" in text
+
+
+def test_the_curve_and_the_table_show_the_same_accuracy_of_a_run(runs):
+    write_run(runs, accuracy=0.712)
+    found = read(runs)
+    ((_, draw),) = figures.curves(*found, "toy", "erm").panels
+    with drawing.style():
+        ax = draw(drawing.figure()[1][0, 0])
+    (curve,) = [line for line in ax.lines if line.get_label() == "photo (target, in split)"]
+    (mark,) = [marks for marks in ax.collections if marks.get_label() == "training_domain"]
+    table = found[1].cells.set_index("target").loc["photo", "mean"]
+    assert curve.get_ydata()[-1] == mark.get_offsets()[0][1] == table == pytest.approx(71.2)
 
 
 def test_of_a_search_only_the_chosen_draws_are_drawn(runs):

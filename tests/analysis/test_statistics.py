@@ -11,12 +11,14 @@ import pytest
 from analysis.frames import STATUS
 from analysis.statistics import (
     average_ranks,
-    bootstrap_interval,
     draw_counts,
+    find_baselines,
     grid,
     missing_cells,
     over_datasets,
     paired_differences,
+    sign_flip_p,
+    t_interval,
     table_cells,
 )
 from gsdg.errors import UserError
@@ -211,35 +213,81 @@ def test_the_table_of_all_data_sets_has_their_averages_and_the_mean_of_those():
 # ---- comparing ------------------------------------------------------------------------------------------------------
 
 
-def test_differences_are_taken_on_the_same_target_and_seeds():
+def differences(runs: pd.DataFrame, baseline: str = "erm", targets=("a", "b")) -> pd.DataFrame:
+    """`paired_differences` where every method should have all the targets."""
+    rows = runs[["dataset", "algorithm"]].drop_duplicates()
+    return paired_differences(runs, rows.merge(pd.DataFrame({"target": targets}), how="cross"), baseline)
+
+
+def test_differences_are_taken_on_the_same_target_and_seeds_and_their_average_is_over_cells():
     runs = chosen(
         ("erm", "a", 0, 0.5), ("erm", "a", 1, 0.6), ("erm", "b", 0, 0.7),
         ("x", "a", 0, 0.52), ("x", "a", 1, 0.66), ("x", "b", 0, 0.69), ("x", "b", 1, 0.99),
     )  # fmt: skip
-    found = paired_differences(runs, "erm").set_index("target")
-    assert found["difference"].to_dict() == pytest.approx({"a": (2 + 6) / 2, "b": -1, "average": (2 + 6 - 1) / 3})
+    found = differences(runs).set_index("target")
+    assert found["difference"].to_dict() == pytest.approx({"a": (2 + 6) / 2, "b": -1, "average": (4 - 1) / 2})
     assert found[["better", "n"]].to_dict("index") == {
         "a": {"better": 2, "n": 2},
         "b": {"better": 0, "n": 1},
-        "average": {"better": 2, "n": 3},
+        "average": {"better": 1, "n": 1},  # one repetition has both targets: (2 - 1) / 2
     }
-    assert found.loc["a", ["low", "high"]].tolist() == pytest.approx([2, 6])  # means of two: 2, 4 or 6
-    assert found.loc["b", ["low", "high"]].isna().all()
+    # the standard deviation of 2 and 6 is 2 sqrt(2), its error 2, and t(1) at 97.5 % is 12.706
+    assert found.loc["a", ["low", "high"]].tolist() == pytest.approx([4 - 25.412, 4 + 25.412], abs=1e-3)
+    assert found.loc[["b", "average"], ["low", "high", "p"]].isna().all(axis=None)
     assert set(found["baseline"]) == {"erm"}
+
+
+def test_the_average_is_the_difference_of_the_tables_averages_whatever_the_number_of_pairs():
+    """The issue's case: three pairs on one target, one on the other; pooled, they were +0.5."""
+    runs = chosen(
+        *((name, "a", seed, 0.80) for name in ("erm", "x") for seed in range(3)),
+        ("erm", "b", 0, 0.68), ("x", "b", 0, 0.70),
+    )  # fmt: skip
+    cells = table_cells(runs, grid(status(("erm", "a", 0), ("x", "a", 0))), "last")
+    table = cell(cells, "x", "average")[0] - cell(cells, "erm", "average")[0]
+    found = differences(runs).set_index("target").loc["average", "difference"]
+    assert (table, found) == (pytest.approx(1.0), pytest.approx(1.0))
+
+
+@pytest.mark.parametrize("lacking", ["erm", "x"])
+def test_where_the_table_has_no_average_the_comparison_has_none(lacking):
+    runs = chosen(*((name, target, 0, 0.5) for name in ("erm", "x", "y") for target in "ab"))
+    runs = runs[~((runs["algorithm"] == lacking) & (runs["target"] == "b"))]
+    found = differences(runs)
+    complete = set(found.loc[found["target"] == "average", "algorithm"])
+    assert complete == (set() if lacking == "erm" else {"y"})
+
+
+def test_how_hard_a_target_is_is_no_uncertainty_of_the_average():
+    gains = {"a": 0.02, "b": -0.04}
+    runs = chosen(
+        *(("erm", target, seed, 0.5 + seed / 10) for target in "ab" for seed in range(3)),
+        *(("x", target, seed, 0.5 + seed / 10 + gains[target]) for target in "ab" for seed in range(3)),
+    )
+    average = differences(runs).set_index("target").loc["average"]
+    assert average[["difference", "low", "high"]].tolist() == pytest.approx([-1, -1, -1])
+    assert average[["better", "n", "p"]].tolist() == [0, 3, 0.25]
+
+
+def test_equal_averages_are_not_better_by_rounding_noise():
+    assert (0.2 - 0.3) + (0.2 - 0.1) > 0  # in floating point
+    runs = chosen(("erm", "a", 0, 0.3), ("erm", "b", 0, 0.1), ("x", "a", 0, 0.2), ("x", "b", 0, 0.2))
+    average = differences(runs).set_index("target").loc["average"]
+    assert (average["better"], average["n"]) == (0, 1)
 
 
 @pytest.mark.parametrize("other", [(0, 1), (1, 0)])
 def test_runs_of_other_seeds_are_no_pair(other):
     trial_seed, seed = other
     runs = chosen(("erm", "a", 0, 0.5, 0), ("x", "a", 0, 0.6, 0), ("x", "a", trial_seed, 0.9, seed))
-    found = paired_differences(runs, "erm").set_index("target")
+    found = differences(runs).set_index("target")
     assert found.loc["a", ["difference", "n"]].tolist() == [pytest.approx(10), 1]
 
 
 def test_selections_are_kept_apart_and_one_without_the_baseline_has_no_rows():
     both = chosen(("erm", "a", 0, 0.5), ("x", "a", 0, 0.6)).assign(selection="last")
     without = chosen(("x", "a", 0, 0.9), ("y", "a", 0, 0.8)).assign(selection="oracle")
-    found = paired_differences(pd.concat([both, without]), "erm")
+    found = differences(pd.concat([both, without]), targets=["a"])
     columns = ["selection", "algorithm", "target", "difference"]
     assert found[columns].values.tolist() == [
         ["last", "x", "a", pytest.approx(10)],
@@ -247,18 +295,66 @@ def test_selections_are_kept_apart_and_one_without_the_baseline_has_no_rows():
     ]
 
 
-def test_a_baseline_that_has_no_results_lists_those_that_have():
+def methods(**datasets) -> pd.DataFrame:
+    """{data set: its methods} as a frame."""
+    rows = [(dataset, name) for dataset, names in datasets.items() for name in names]
+    return pd.DataFrame(rows, columns=["dataset", "algorithm"])
+
+
+def test_a_baseline_is_a_label_or_else_an_algorithms_name_in_every_data_set_by_itself():
+    found = find_baselines(
+        methods(pacs=["erm (lr=1)", "erm+swad (lr=1)", "x"], vlcs=["erm", "erm (lr=1)"], toy=["x"]), "erm"
+    )
+    assert found == {"pacs": "erm (lr=1)", "vlcs": "erm"}
+    several = methods(pacs=["erm (lr=1)", "erm (lr=2)"], toy=["x"])
+    assert find_baselines(several, "erm (lr=2)") == {"pacs": "erm (lr=2)"}
+    assert find_baselines(several, None) == {"pacs": "erm (lr=1)", "toy": "x"}
+
+
+def test_a_baseline_that_is_not_there_lists_those_that_are():
     with pytest.raises(UserError, match="'ermm'.*\n  erm\n  x"):
-        paired_differences(chosen(("erm", "a", 0, 0.5), ("x", "a", 0, 0.5)), "ermm")
+        differences(chosen(("erm", "a", 0, 0.5), ("x", "a", 0, 0.5)), "ermm")
 
 
-def test_the_bootstrap_interval_is_that_of_the_mean_and_repeatable():
-    rng = np.random.default_rng(1)
-    values = rng.normal(3, 2, size=400)
-    low, high = bootstrap_interval(values)
-    assert (low, high) == bootstrap_interval(values)
-    half = 1.96 * values.std() / 20  # the normal approximation, good at n = 400
-    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.02)
+def test_a_name_that_several_methods_have_is_refused_with_what_to_write_instead():
+    named = methods(pacs=["erm (model=a)", "erm (model=b)"], vlcs=["erm"])
+    with pytest.raises(UserError, match=r"2 methods of pacs:\n  erm \(model=a\)\n  erm \(model=b\)\n.*--baseline 'erm"):
+        find_baselines(named, "erm")
+
+
+@pytest.mark.parametrize("n", [2, 3, 5])
+def test_the_95_percent_interval_covers_the_true_mean_in_95_percent_of_samples(n):
+    """A bootstrap's percentiles cover it in 49 % (n = 2), 74 % (3) and 84 % (5)."""
+    random = np.random.default_rng(n)
+    intervals = np.array([t_interval(sample) for sample in random.normal(3, 2, size=(4000, n))])
+    covered = ((intervals[:, 0] <= 3) & (intervals[:, 1] >= 3)).mean()
+    assert covered == pytest.approx(0.95, abs=0.011)  # three standard errors of a share of 4000
+
+
+def test_one_pair_has_neither_interval_nor_p():
+    assert np.isnan([*t_interval(np.array([3.0])), sign_flip_p(np.array([3.0]))]).all()
+
+
+@pytest.mark.parametrize(
+    ("values", "p"),
+    [
+        ([1, 2], 2 / 4),
+        ([1, 2, 3], 2 / 8),
+        ([1, 2, -3], 1.0),
+        ([1, 1, 1, 1, 1], 2 / 32),
+        ([4, 3, -1], 4 / 8),  # as far from 0: 6, 8 and their opposites
+        ([0, 0, 0], 1.0),
+    ],
+)
+def test_p_is_the_share_of_signs_that_give_a_mean_as_far_from_zero(values, p):
+    assert sign_flip_p(np.array(values, float)) == pytest.approx(p)
+    assert sign_flip_p(-np.array(values, float)) == pytest.approx(p)
+
+
+def test_p_of_many_pairs_is_sampled_and_repeatable():
+    values = np.random.default_rng(0).normal(0.3, 1, size=40)
+    assert sign_flip_p(values) == sign_flip_p(values)
+    assert 0 < sign_flip_p(values) < 1
 
 
 def test_average_ranks_share_ties_and_count_only_cells_that_all_have():
@@ -273,6 +369,12 @@ def test_average_ranks_share_ties_and_count_only_cells_that_all_have():
     )  # fmt: skip
     # a: 1, 2.5, 2.5; b: 3, 2, 1
     assert average_ranks(cells).values.tolist() == [["z", 1.75, 2], ["x", 2.0, 2], ["y", 2.25, 2]]
+
+
+def test_means_that_are_printed_alike_share_their_rank():
+    rows = [("toy", name, "last", "a", mean) for name, mean in {"x": 80.04, "y": 79.96, "z": 80.0 + 1e-13}.items()]
+    cells = pd.DataFrame(rows, columns=["dataset", "algorithm", "selection", "target", "mean"])
+    assert set(average_ranks(cells)["rank"]) == {2.0}
 
 
 def test_without_a_common_cell_there_are_no_ranks():

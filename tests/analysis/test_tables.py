@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -244,9 +245,43 @@ def test_differences_to_a_baseline_are_a_table_of_their_own(tmp_path, capsys):
     text = printed(capsys, tmp_path, "--baseline", "erm")
     (row,) = [line for line in text.split("against erm")[1].splitlines() if line.startswith("x ")]
     cells = [cell.strip() for cell in row.split("  ") if cell.strip()]
-    assert cells == ["x", "+2.0 [+2.0, +2.0] 2/2", "-4.0 [-4.0, -4.0] 0/2", "-1.0 [-4.0, +2.0] 2/4"]
+    assert cells == ["x", "+2.0 [+2.0, +2.0] 2/2", "-4.0 [-4.0, -4.0] 0/2", "-1.0 [-1.0, -1.0] 0/2", "0.5"]
+    assert "[95 % interval, Student's t]" in text
+    assert "permutation test" in text
+    assert "without a partner" not in text
     table = pd.read_csv(io.StringIO(printed(capsys, tmp_path, "--baseline", "erm", "--format", "csv")))
     assert table.set_index("target")["difference"].to_dict() == pytest.approx({"photo": 2, "art": -4, "average": -1})
+
+
+def test_a_comparison_of_fewer_runs_than_the_table_has_says_which(tmp_path, capsys):
+    write_two_methods(tmp_path)
+    write_run(tmp_path, "photo", 2, 0.5)
+    text = printed(capsys, tmp_path, "--baseline", "erm")
+    assert "without a partner of the same seeds are in the table, not here; compared: erm photo (2 of 3)" in text
+
+
+def test_a_comparison_has_no_average_where_the_table_has_none(tmp_path, capsys):
+    write_two_methods(tmp_path)
+    write_run(tmp_path, "photo", 0, 0.85, "y")
+    text = printed(capsys, tmp_path, "--baseline", "erm").split("against erm")[1]
+    (row,) = [line.split() for line in text.splitlines() if line.startswith("y ")]
+    assert row == ["y", "+5.0", "1/1", "-", "-", "-"]
+
+
+def test_a_baseline_without_results_is_no_mistake(tmp_path, capsys):
+    write_run(tmp_path, "photo", 0, 0.8, state="running")
+    write_run(tmp_path, "photo", 0, 0.8, "x")
+    for options in ((), ("--format", "csv")):
+        assert main([str(tmp_path), "--baseline", "erm", *options]) == 0
+        assert "no comparison with erm: it has no results yet, or no other method has" in capsys.readouterr().err
+
+
+def test_without_scipy_a_comparison_says_how_to_get_it(tmp_path, capsys, monkeypatch):
+    write_two_methods(tmp_path)
+    monkeypatch.setitem(sys.modules, "scipy", None)
+    assert "75.0" in printed(capsys, tmp_path, "--ranks")
+    assert main([str(tmp_path), "--baseline", "erm"]) == 2
+    assert "a comparison with a baseline needs scipy: pip install 'gsdg[statistics]'" in capsys.readouterr().err
 
 
 def test_an_average_without_a_complete_seed_is_in_the_csv_too(tmp_path, capsys):
@@ -267,6 +302,13 @@ def test_ranks_are_over_all_cells(tmp_path, capsys):
     text = printed(capsys, tmp_path, "--ranks").split("average rank, training_domain")[1]
     assert [line.split() for line in text.splitlines()[2:4]] == [["erm", "1.50"], ["x", "1.50"]]
     assert "over the 2 cells" in text
+
+
+def test_ranks_and_marks_see_what_is_printed(tmp_path, capsys):
+    for name, accuracy in [("x", 0.8004), ("y", 0.7996)]:
+        write_run(tmp_path, "photo", 0, accuracy, name)
+    text = printed(capsys, tmp_path, "--ranks").split("average rank, training_domain")[1]
+    assert [line.split() for line in text.splitlines()[2:4]] == [["x", "1.50"], ["y", "1.50"]]
 
 
 def test_several_folders_are_one_table_and_several_data_sets_have_one_of_all(tmp_path, capsys):
@@ -340,3 +382,115 @@ def test_a_reader_that_has_seen_enough_is_no_error(tmp_path):
     command = f"{sys.executable} -m analysis {tmp_path} --selection oracle last | true; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# ---- what a reader should know of a table's runs ------------------------------------------------------------------
+
+
+def note_start(folder: Path, **facts) -> None:
+    """One more start of the run in environment.jsonl."""
+    start = {"code": "aaaa", "packages": {"torch": "2.14.1"}, "device": "cpu", "processor": "EPYC", "commit": None}
+    with (folder / "environment.jsonl").open("a") as file:
+        file.write(json.dumps(start | facts) + "\n")
+
+
+def notes(text: str) -> list[str]:
+    return [line for line in text.split("\n\n")[0].splitlines() if line.startswith("note:")]
+
+
+def test_runs_of_one_code_on_one_device_need_no_note(tmp_path):
+    for target in ("photo", "art"):
+        note_start(write_run(tmp_path, target, 0, 0.8), host=target)
+    assert notes(report(tmp_path)) == []
+
+
+def test_different_code_torch_and_devices_are_one_note_below_the_table(tmp_path, capsys):
+    changes = [{}, {"code": "bbbb"}, {"packages": {"torch": "2.15.0"}}, {"device": "NVIDIA H100"}]
+    for seed, facts in enumerate(changes):
+        note_start(write_run(tmp_path, "photo", seed, 0.8), **facts)
+    write_run(tmp_path, "art", 0, 0.8)  # notes nothing
+    write_run(tmp_path, "art", 1, 0.8, state="failed")  # is not in the table
+    expected = (
+        "note: these results were made with different code (aaaa: 3 runs, bbbb: 1 run, not noted: 1 run); "
+        "torch (2.14.1: 3 runs, 2.15.0: 1 run, not noted: 1 run); device (cpu: 3 runs, NVIDIA H100: 1 run, "
+        "not noted: 1 run)"
+    )
+    assert notes(report(tmp_path)) == [expected]
+    assert main([str(tmp_path), "--format", "csv"]) == 0
+    assert expected in capsys.readouterr().err
+
+
+def test_a_run_that_went_on_under_other_code_is_noted_by_itself(tmp_path):
+    folder = write_run(tmp_path, "photo", 0, 0.8)
+    note_start(folder)
+    note_start(folder, code="bbbb")
+    assert notes(report(tmp_path)) == ["note: these results were made with different code (aaaa, then bbbb: 1 run)"]
+
+
+@pytest.mark.parametrize("line", ["7", "{", '{"packages": 3, "device": ["cpu"]}'])
+def test_a_strange_environment_is_no_error(tmp_path, line):
+    (write_run(tmp_path, "photo", 0, 0.8) / "environment.jsonl").write_text(line + "\n")
+    assert notes(report(tmp_path)) == []
+
+
+def test_the_notes_are_of_the_tables_own_runs(tmp_path):
+    for name, code in [("toy", "aaaa"), ("zoo", "bbbb")]:
+        folder = write_run(tmp_path, "photo", 0, 0.8)
+        note_start(folder, code=code)
+        (folder / "config.json").write_text((folder / "config.json").read_text().replace('"toy"', f'"{name}"'))
+    assert "made with different" not in report(tmp_path)
+
+
+def test_a_source_of_which_nothing_is_held_out_is_named(tmp_path):
+    folder = write_run(tmp_path, "photo", 0, 0.8, domains=["photo", "art", "sketch"])
+    lines = [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+    for line in lines:
+        line["accuracy"]["sketch"] = {"in": 0.5}
+    (folder / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = report(tmp_path)
+    assert body(text)[1][:2] == ["erm", "80.0"]
+    assert notes(text) == [
+        "note: nothing is held out of sketch: 1 run selected by the other sources' held-out accuracy"
+    ]
+    assert notes(report(tmp_path, ["last"])) == []
+
+
+def test_a_source_without_any_accuracies_is_named_too(tmp_path):
+    write_run(tmp_path, "photo", 0, 0.8, domains=["photo", "art", "sketch"])  # trainer.evaluate=fast
+    assert "nothing is held out of sketch" in report(tmp_path)
+
+
+# ---- a stray run ---------------------------------------------------------------------------------------------------
+
+
+def write_stray(runs: Path) -> None:
+    """erm and x on photo, and a run of erm with another setting."""
+    for name, accuracy in [("erm", 0.8), ("x", 0.85)]:
+        write_run(runs, "photo", 0, accuracy, name)
+    write_run(runs, "photo", 0, 0.5, algorithm={"name": "erm", "lr": 0.1})
+
+
+def test_a_stray_run_is_left_out_and_the_baseline_has_its_name_again(tmp_path, capsys):
+    write_stray(tmp_path)
+    for option in (["--exclude", "lr=0.1"], ["--where", "lr=unset"]):
+        text = printed(capsys, tmp_path, "--baseline", "erm", *option)
+        assert body(text)[1][:2] == ["erm", "80.0"]
+        assert "toy, training_domain: against erm" in text
+        assert f"note: left out by {' '.join(option)} (erm_photo_0_0_2)" in text
+
+
+def test_an_ambiguous_baseline_is_refused_with_options_that_work(tmp_path, capsys):
+    write_stray(tmp_path)
+    assert main([str(tmp_path), "--baseline", "erm"]) == 2
+    error = capsys.readouterr().err
+    assert "'erm' is the name of 2 methods of toy:\n  erm (lr=0.1)\n  erm (lr=unset)\n" in error
+    option = shlex.split(error.partition("Name one of them: ")[2].splitlines()[0])
+    assert "toy, training_domain: against erm (lr=0.1)" in printed(capsys, tmp_path, *option)
+
+
+def test_several_conditions_may_follow_one_option_or_stand_with_their_own(tmp_path, capsys):
+    write_stray(tmp_path)
+    for options in (["--where", "algorithm=erm", "lr=unset"], ["--where", "algorithm=erm", "--where", "lr=unset"]):
+        assert [row[0] for row in body(printed(capsys, tmp_path, *options))[1:]] == ["erm"]
+    assert main([str(tmp_path), "--where", "lr=3"]) == 2
+    assert "--where lr=3: no run has this value" in capsys.readouterr().err
