@@ -89,14 +89,16 @@ def labelled(node: dict, where: str = "") -> Iterator[tuple[str, dict]]:
 
 
 def kind(node: dict) -> dict:
-    """What makes a choice what its name says: its classes, its rule, its domains; not its settings."""
+    """What makes a choice what its name says: its classes, its rule, its folders of images; not its settings."""
     node = node.get("partition", node) if "_target_" not in node else node
     rule = node.get("rule") if node.get("name") != "grad_surgery" else None  # the class of every rule
     classes = {"_target_": node, "backbone": node.get("backbone"), "rule": rule}
     found = {
         part: last_word(own["_target_"]) for part, own in classes.items() if isinstance(own, dict) and "_target_" in own
     }
-    found |= {part: node.get(part) for part in ("domains", "conditional")}
+    found["conditional"] = node.get("conditional")
+    if found.get("_target_") == "ImageFolders":  # the domains of other data sets are made, of any angle or colour
+        found["domains"] = node.get("domains")
     return {part: value for part, value in found.items() if value is not None}
 
 

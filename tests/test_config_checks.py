@@ -179,11 +179,12 @@ def test_what_a_yaml_starts_from_and_its_rule_are_read():
 # ---- BatchNorm ----------------------------------------------------------------------------------------------------
 
 
-def test_batchnorm_is_not_frozen_on_random_weights(compose):
+def test_batchnorm_is_not_frozen_on_random_weights(compose, tmp_path):
     chosen = ["model=resnet18", "model.weights=null", *ON_PHOTOS]
     assert "Let BatchNorm train: model.freeze_bn=false." in refusal(compose, *chosen)
     prepare(compose(*chosen, "model.freeze_bn=false"))
-    prepare(compose("model=resnet18", "model.weights=some.pth", *ON_PHOTOS))
+    (tmp_path / "some.pth").write_bytes(b"")
+    prepare(compose("model=resnet18", f"model.weights={tmp_path / 'some.pth'}", *ON_PHOTOS))
 
 
 def test_a_network_without_batchnorm_has_nothing_to_freeze(compose):

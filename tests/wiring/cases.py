@@ -59,7 +59,7 @@ DANN = {
 CAD = {
     "penalty_weight": effect("gradients", 0.1, 1.0),
     "temperature": effect("gradients", 0.1, 0.2),
-    "conditional": effect("gradients", False, True),
+    "conditional": effect("gradients", False, True, "algorithm.name=ours"),
     "flipped": effect("gradients", True, False),
     "normalized": effect("gradients", False, True),
     "project": effect("initial", False, True),
@@ -178,7 +178,7 @@ MGDA = {
 # `algorithm/surgery=...` of the algorithms whose losses are one a domain
 SURGERY_OF_LOSSES = {
     f"algorithm.surgery ({kind})": effect("gradients", None, MGDA, f"algorithm={kind.lower()}")
-    for kind in ("ARM", "EQRM", "GroupDRO", "IRM", "MTL", "MixStyle", "RSC", "SD", "VREx")
+    for kind in ("ARM", "EQRM", "Fishr", "GroupDRO", "IGA", "IRM", "MTL", "MixStyle", "RSC", "SD", "VREx")
 }
 
 LAYERS = effect("gradients", "all", "weights")
@@ -195,6 +195,12 @@ SURGERY = {
         n_parts=effect("gradients", 10, 2),
         partition=effect("gradients", {"_target_": "gsdg.surgery.PerTensor"}, {"_target_": "gsdg.surgery.WholeModel"}),
         rule=effect("gradients", {"_target_": "gsdg.surgery.rules.MGDA"}, {"_target_": "gsdg.surgery.rules.Sum"}),
+    ),
+    **node(
+        "algorithm",
+        "GradSurgery",
+        "algorithm=pcgrad",
+        partition=effect("gradients", {"_target_": "gsdg.surgery.PerTensor"}, {"_target_": "gsdg.surgery.WholeModel"}),
     ),
     **surgery("algorithm.partition", "Chunk", "grad_surgery", n_parts=effect("gradients", 10, 2), layers=LAYERS),
     **surgery("algorithm.partition", "WholeModel", "pcgrad", layers=LAYERS),
@@ -255,7 +261,8 @@ SURGERY = {
     **node(
         "algorithm.rule",
         "TorchJD",
-        "algorithm=pcgrad",
+        "algorithm=grad_surgery",
+        "algorithm/partition=model",
         "algorithm/rule=torchjd",
         weighting=effect("gradients", "UPGradWeighting", "MGDAWeighting"),
         options=effect("gradients", None, {"pref_vector": [3.0, 1.0, 1.0]}),

@@ -40,6 +40,7 @@ TINY = (
     "dataset=image_folder",
     "dataset.augment=none",
     "split.target=d",
+    "model.name=tiny",
     "model.image_size=8",
     "model.mean=[0,0,0]",
     "model.std=[1,1,1]",
@@ -56,6 +57,7 @@ TINY = (
     "device=cpu",
 )
 SOURCES = ["a", "b", "c"]
+CODE = "0123456789ab"  # what the runs note as the fingerprint of the code
 
 
 @dataclass
@@ -208,7 +210,7 @@ def watched(observed: Observed, at_start: Callable[[Any], None]) -> Iterator[Non
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(logging.getLogger("gsdg"), "level", logging.INFO))
         stack.enter_context(mock.patch.object(Trainer, "fit", watched_fit))
-        stack.enter_context(mock.patch.object(experiment, "environment", dict))  # it asks git, which takes its time
+        stack.enter_context(mock.patch.object(experiment, "environment", return_value={"code": CODE}))  # git is slow
         stack.enter_context(mock.patch("os.fsync"))
         for name, own in (("backward", watched_backward), ("step", watched_step), ("predict", watched_predict)):
             stack.enter_context(mock.patch.object(kind, name, own))

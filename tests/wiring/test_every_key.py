@@ -431,7 +431,7 @@ def test_device_is_where_the_model_is_trained_and_the_images_go(monkeypatch):
     assert moved == [torch.device("cpu:0")]
     assert run.evaluator.loading["device"] == torch.device("cpu:0")
     assert loaded.call_args.kwargs["device"].type == "cpu"
-    assert "(convnet, cpu:0)" in run.log
+    assert "(tiny, cpu:0)" in run.log
 
 
 @shows("data_dir")
@@ -468,9 +468,8 @@ def test_force_makes_a_run_that_is_done_again(force, starts):
 @pytest.mark.parametrize(("answer", "starts"), [("note", False), ("rerun", True)])
 def test_on_code_change_makes_a_run_of_other_code_again(monkeypatch, answer, starts):
     config = compose_tiny()
-    with monkeypatch.context() as other:
-        other.setattr("gsdg.environment.fingerprint", lambda path, pattern="*.py": "0ther0ther00")
-        observe_config(config)
+    observe_config(config)
+    monkeypatch.setattr("harness.CODE", "0ther0ther00")
     config.on_code_change = answer
     assert bool(observe_config(config).batches) == starts
 
@@ -569,8 +568,10 @@ TINY_BACKBONE = {"_target_": "tiny_backbone.tiny", "_partial_": True}
 
 @shows("model.freeze_bn (Classifier)")
 @pytest.mark.parametrize("frozen", [False, True])
-def test_freeze_bn_keeps_the_statistics_while_the_affine_part_trains(frozen):
-    run = observe(**{"model.backbone": TINY_BACKBONE, "model.freeze_bn": frozen})
+def test_freeze_bn_keeps_the_statistics_while_the_affine_part_trains(frozen, tmp_path):
+    torch.save(tiny(None)[0].state_dict(), tmp_path / "weights.pt")  # random statistics may not be frozen
+    weights = {"model.weights": str(tmp_path / "weights.pt")}
+    run = observe(**{"model.backbone": TINY_BACKBONE, "model.freeze_bn": frozen, **weights})
     before, after = run.weights[0], run.weights[-1]
     assert torch.equal(before["model.featurizer.1.running_mean"], after["model.featurizer.1.running_mean"]) == frozen
     assert not torch.equal(before["model.featurizer.1.weight"], after["model.featurizer.1.weight"])
