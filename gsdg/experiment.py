@@ -114,7 +114,7 @@ def _run(plan: Plan, signals: Signals, submission: str | None, patience: float) 
             return
         with logged_to(folder), outcome_recorded(folder, signals):
             reuse.note_other_machine(folder, start)
-            folder.write("config.json", plan.config)
+            folder.write("config.json", reuse.with_search(folder, plan.config))
             folder.append("environment.jsonl", start)
             log.info("run %s: %s", folder.path, summary(plan, device))
             train(plan, folder, device, signals)
@@ -126,6 +126,7 @@ def done_already(plan: Plan, folder: RunFolder, afresh: bool = False) -> bool:
     done = folder.status.get("state") == "done" and not afresh
     if done:
         reuse.check_inputs(folder, inputs_here(plan.config))
+        reuse.note_search(folder, plan.config)
         log.info("done already: %s (force=true to run it again)", folder.path)
     return done
 

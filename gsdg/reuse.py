@@ -10,13 +10,14 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, get_args
 
 from gsdg.environment import described_code, same_code
 from gsdg.errors import UserError, listing
 from gsdg.identity import VERSION, file_digest
-from gsdg.runs import RunFolder, read_json, read_lines
+from gsdg.runs import Busy, RunFolder, read_json, read_lines
 
 log = logging.getLogger(__name__)
 
@@ -97,6 +98,26 @@ def note_inputs(folder: RunFolder, identity: dict, now: dict) -> None:
     before = read_json(folder.path / "identity.json")
     known = {key: {**now[key], **before.get(key, {})} for key in ("data", "weights")}
     folder.write("identity.json", {"version": VERSION, "config": identity, **known})
+
+
+# ---- a search's draw 0 ----------------------------------------------------------------------------------------------
+
+
+def with_search(folder: RunFolder, config: dict) -> dict:
+    """The config with the search that the run is draw 0 of, if an earlier start had one and this one has none."""
+    known = read_json(folder.path / "config.json").get("search")
+    return {**config, "search": known} if known and "search" not in config else config
+
+
+def note_search(folder: RunFolder, config: dict) -> None:
+    """Draw 0 of a search is the plain run: one that is done becomes its draw, if only its config.json says so.
+
+    Tables count it for the search that asked last.
+    """
+    known = read_json(folder.path / "config.json")
+    if known and "search" in config and known.get("search") != config["search"]:
+        with suppress(Busy), folder.hold():
+            folder.write("config.json", {**known, "search": config["search"]})
 
 
 # ---- code -----------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Hyper-parameter search by random draws: a config's `search` node -> values of its keys, DomainBed's to the bit.
 
-Draw 0 is the config's own values. A value's seed is made of the draw, the trial and its range's name: every trial draws
-anew, as in DomainBed, and one range more or less leaves the other draws as they are.
+Draw 0 is the config's own values: the plain run, with the same id (gsdg/identity.py). A value's seed is made of the
+draw, the trial and its range's name: every trial draws anew, as in DomainBed, and one range more or less leaves the
+other draws as they are.
 Deviation: initialisation and batches depend on the trial, not on the draw; DomainBed's sweep reseeds them with each.
 """
 

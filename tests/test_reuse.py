@@ -150,6 +150,40 @@ def test_digests_are_of_the_tree_not_of_its_place(tree, tmp_path):
     assert {name: domain["images"] for name, domain in first["domains"].items()} == {"a": 12, "b": 12, "c": 12}
 
 
+# ---- a search's draw 0 ----------------------------------------------------------------------------------------------
+
+SEARCH = (*SMALL, "algorithm=erm", "trainer.steps=1", "search=domainbed_small")
+
+
+def counted_draws(runs_dir: Path) -> list[tuple[str, int]]:
+    """(method, draw) of each run as tables see it."""
+    from analysis.frames import read_runs
+
+    status = read_runs(runs_dir).status
+    return sorted(zip(status["algorithm"], status["hparams_seed"], strict=True))
+
+
+@pytest.mark.parametrize("way", ["run", "sweep"])
+def test_a_plain_run_that_is_done_becomes_draw_0_of_a_search_without_being_made_again(compose, tmp_path, way):
+    run(prepare(compose(*SEARCH[:-1], "trainer.batch_size=8")))
+    plain = only_run(tmp_path / "runs")
+    # The draws of DomainBed's small images change the batch size, which SMALL sets: only the learning rate is drawn.
+    search = (*SEARCH, "trainer.batch_size=8", "~search.ranges.batch_size")
+    run(prepare(compose(*search, "search.hparams_seed=1")))
+    assert len(counted_draws(tmp_path / "runs")) == 2
+    assert len({method for method, _ in counted_draws(tmp_path / "runs")}) == 2
+    if way == "run":
+        run(prepare(compose(*search, "search.hparams_seed=0")))
+    else:
+        assert (
+            "2 done, 0 to submit" in planned(*search, f"runs_dir={tmp_path / 'runs'}", "search.hparams_seed=0,1").stdout
+        )
+    assert starts(plain) == 1
+    assert counted_draws(tmp_path / "runs") == [("erm", 0), ("erm", 1)]
+    run(prepare(compose(*SEARCH[:-1], "trainer.batch_size=8", "force=true")))
+    assert len(counted_draws(tmp_path / "runs")) == 2
+
+
 # ---- code -----------------------------------------------------------------------------------------------------------
 
 

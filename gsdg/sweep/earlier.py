@@ -9,8 +9,8 @@ from pathlib import Path
 from gsdg.environment import described_code
 from gsdg.errors import UserError, plural
 from gsdg.own_code import own_modules
-from gsdg.reuse import differences, other_code
-from gsdg.runs import read_json
+from gsdg.reuse import differences, note_search, other_code
+from gsdg.runs import RunFolder, read_json
 from gsdg.sweep.folder import Frozen
 from gsdg.sweep.states import TO_SUBMIT, Standing
 
@@ -25,6 +25,9 @@ def due(runs: Sequence[Frozen], found: Sequence[Standing], resubmit: str, runs_d
     if resubmit != "all":
         check_inputs(runs, runs_dir)
         done = {one.run_id for one in found if one.state == "done"}
+        for run in runs:
+            if run.run_id in done and "search" in run.config:
+                note_search(RunFolder(runs_dir / run.run_id), run.config)
         again = _with_other_code([run for run in runs if run.run_id in done], runs_dir, code)
     return [one for one in found if one.state in TO_SUBMIT[resubmit] or one.run_id in again]
 
