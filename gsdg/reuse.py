@@ -140,17 +140,17 @@ def code_change(folder: RunFolder, now: dict, on_code_change: OnCodeChange) -> b
     if before is None:
         return False
     done = folder.status.get("state") == "done"
-    said = (
+    sentence = (
         f"run {folder.path.name} was {'made' if done else 'begun'} with other code: {described_code(before)} then, "
         f"{described_code(now)} now"
     )
     if on_code_change == "refuse":
         raise UserError(
-            f"{said} (on_code_change=refuse).\nRestore that code, or choose: on_code_change=rerun makes the run "
+            f"{sentence} (on_code_change=refuse).\nRestore that code, or choose: on_code_change=rerun makes the run "
             f"afresh, on_code_change=note {'keeps its result' if done else 'goes on'}."
         )
     answer = "it is made afresh" if on_code_change == "rerun" else "on_code_change=rerun makes it afresh"
-    log.warning("%s: %s", said, answer)
+    log.warning("%s: %s", sentence, answer)
     return on_code_change == "rerun"
 
 
@@ -158,19 +158,15 @@ def code_change(folder: RunFolder, now: dict, on_code_change: OnCodeChange) -> b
 
 
 def note_other_machine(folder: RunFolder, now: dict, say: Callable[..., None] = log.warning) -> None:
-    """Say what of the machine differs from the start before: the resumed run is then not the same to the bit."""
+    """Say what of the machine differs from the start before: a run that is resumed is then not the same to the bit."""
     before = next(reversed(read_lines(folder.path / "environment.jsonl")), {})
     changed = [
         f"{name} {old} then, {new} now"
         for key, name in COMPUTES.items()
-        if (old := _at(before, key)) != (new := _at(now, key)) and key in _known(before)
+        if (old := _at(before, key)) not in (None, new := _at(now, key))
     ]
-    if changed:
+    if changed and any(folder.path.glob("checkpoints/step_*.pt")):
         say("resumed on a machine that computes otherwise, so not the same to the bit: %s", "; ".join(changed))
-
-
-def _known(line: dict) -> list[str]:
-    return [key for key in COMPUTES if _at(line, key) is not None]
 
 
 def _at(line: dict, key: str) -> object:

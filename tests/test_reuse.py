@@ -17,7 +17,7 @@ from torchvision.models import resnet18
 from gsdg import reuse
 from gsdg.errors import UserError
 from gsdg.experiment import prepare, run
-from gsdg.runs import read_lines
+from gsdg.runs import RunFolder, read_lines
 
 TREE = (
     "dataset=image_folder",
@@ -148,6 +148,16 @@ def test_digests_are_of_the_tree_not_of_its_place(tree, tmp_path):
     )
     assert first == copy
     assert {name: domain["images"] for name, domain in first["domains"].items()} == {"a": 12, "b": 12, "c": 12}
+
+
+def test_labels_of_images_in_memory_count(compose):
+    dataset = prepare(compose("split.target=15")).source.read()
+    before = reuse.data_digests(dataset)
+    assert before == reuse.data_digests(prepare(compose("split.target=15")).source.read())
+    dataset.domains["30"].labels[[0, 1]] = dataset.domains["30"].labels[[1, 0]]
+    assert dataset.domains["30"].labels[0] != dataset.domains["30"].labels[1]
+    said = ["domain 30: 300 images then, 300 now, with other names or labels"]
+    assert reuse.differences({"data": before}, {"data": reuse.data_digests(dataset)}) == said
 
 
 # ---- a search's draw 0 ----------------------------------------------------------------------------------------------
@@ -309,13 +319,16 @@ def test_each_thing_that_the_bits_depend_on_is_compared(tmp_path, key, now, said
         "packages": {"torch": "2.14.1"},
     }
     (tmp_path / "environment.jsonl").write_text(json.dumps({"device": "old"}) + "\n" + json.dumps(line) + "\n")
-    from gsdg.runs import RunFolder
-
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "step_00000002.pt").touch()
     heard = []
     reuse.note_other_machine(RunFolder(tmp_path), line, lambda *words: heard.append(words[0] % words[1:]))
     assert heard == []
     reuse.note_other_machine(RunFolder(tmp_path), line | {key: now}, lambda *words: heard.append(words[0] % words[1:]))
     assert said in heard[0]
+    shutil.rmtree(tmp_path / "checkpoints")  # it begins again: nothing of the other machine is in it
+    reuse.note_other_machine(RunFolder(tmp_path), line | {key: now}, lambda *words: heard.append(words))
+    assert len(heard) == 1
 
 
 def test_a_start_notes_what_traces_a_number(compose, tmp_path):
