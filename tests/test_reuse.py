@@ -194,6 +194,14 @@ def test_a_plain_run_that_is_done_becomes_draw_0_of_a_search_without_being_made_
     assert len(counted_draws(tmp_path / "runs")) == 2
 
 
+def test_a_draw_0_that_the_plain_command_resumes_stays_a_draw(compose, monkeypatch, tmp_path):
+    overrides = (*SEARCH[:-1], "trainer.steps=3", "trainer.checkpoint_every=1")
+    stop_after(monkeypatch, prepare(compose(*overrides, SEARCH[-1], "search.hparams_seed=0")), 2)
+    run(prepare(compose(*overrides)))
+    config = json.loads((only_run(tmp_path / "runs") / "config.json").read_text())
+    assert config["search"]["name"] == "domainbed_small"
+
+
 # ---- code -----------------------------------------------------------------------------------------------------------
 
 
