@@ -30,7 +30,8 @@ def main(order: dict) -> int:
         plan = prepare(order["config"])
         if plan.run_id != order["run_id"]:
             raise UserError(
-                f"run {order['run_id']} was frozen with another code or another weights file: its config is now run {plan.run_id}.\n"
+                f"run {order['run_id']} was frozen with another code or another weights file: its config is now run "
+                f"{plan.run_id}.\n"
                 "Submit the sweep again."
             )
         run(plan, signals=signals, submission=order["submission"], patience=PATIENCE)
