@@ -53,9 +53,9 @@ from gsdg.surgery import (
     WholeModel,
     rules,
 )
+from gsdg.surgery.buffers import ALIGN
 from gsdg.surgery.grams import kernels
 from gsdg.surgery.rules import CorGrad, Rule
-from gsdg.surgery.surgery import ALIGN
 
 Calls = dict[str, Callable[[], object]]
 
