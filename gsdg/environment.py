@@ -109,7 +109,11 @@ def _git(folder: Path, *words: str) -> tuple[str, str]:
     git refuses a checkout that somebody else owns, because its configuration could run programs. The code of this one
     is being run anyway, so it is trusted, without its file system monitor.
     """
-    command = ("git", "-c", "safe.directory=*", "-c", "core.fsmonitor=false", *words)
+    return _run("git", "-c", "safe.directory=*", "-c", "core.fsmonitor=false", *words, folder=folder)
+
+
+def _run(*command: str, folder: Path | None = None) -> tuple[str, str]:
+    """(the first line of what a command says of its failure, what it prints): one of them is empty."""
     try:
         answer = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired) as error:
@@ -129,15 +133,6 @@ def processor() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
-
-
-def _output(*command: str) -> str | None:
-    """What a command says; None where it cannot be had."""
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return answer.stdout.strip() if answer.returncode == 0 else None
 
 
 def _version(package: str) -> str | None:
@@ -160,7 +155,7 @@ def visible_gpus() -> str | None:
     """CUDA_VISIBLE_DEVICES; where it is not set, every GPU as nvidia-smi names it; None where there is none."""
     found = os.environ.get("CUDA_VISIBLE_DEVICES")
     if found is None:
-        named = _output("nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader")
+        _, named = _run("nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader")
         found = ",".join(named.split()) if named else None
     return found
 

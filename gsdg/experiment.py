@@ -35,7 +35,7 @@ from gsdg.identity import hashed, identity
 from gsdg.models.weights import check_weights_file, weights_source
 from gsdg.outcome import logged_to, outcome_recorded
 from gsdg.runs import RunFolder
-from gsdg.schema import build, check
+from gsdg.schema import build, check, coerce
 from gsdg.search import apply, told, with_own
 from gsdg.seeding import seed_everything, seed_hash
 from gsdg.signals import Signals, Stopped, end
@@ -157,7 +157,7 @@ def prepare(raw: DictConfig | dict) -> Plan:
     refuse_surgery(config["algorithm"])
     for group, supplied in SUPPLIED.items():
         config[group] = check(config[group], group, supplied)
-    reuse.check_on_code_change(config["on_code_change"])
+    coerce(config["on_code_change"], reuse.OnCodeChange, "on_code_change")
     check_weights_file(config["model"])
     check_labels(config)
     check_frozen_statistics(config["model"])

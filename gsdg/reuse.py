@@ -12,10 +12,10 @@ import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal
 
 from gsdg.environment import described_code, same_code
-from gsdg.errors import UserError, listing
+from gsdg.errors import UserError
 from gsdg.identity import VERSION, file_digest
 from gsdg.runs import Busy, RunFolder, read_json, read_lines
 
@@ -121,11 +121,6 @@ def note_search(folder: RunFolder, config: dict) -> None:
 
 
 # ---- code -----------------------------------------------------------------------------------------------------------
-
-
-def check_on_code_change(value: object) -> None:
-    if value not in get_args(OnCodeChange):
-        raise UserError(f"on_code_change: found {value!r}; valid: {listing(get_args(OnCodeChange))}.")
 
 
 def other_code(folder: Path, now: dict) -> dict | None:

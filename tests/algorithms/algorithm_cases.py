@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -84,3 +85,18 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], **toleran
         torch.testing.assert_close(
             found[name], expected[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance
         )
+
+
+def assert_losses_average_to(whole: Tensor, algorithm: Algorithm, data: Sequence[Batch], model: nn.Module) -> None:
+    """The mean of the domains' losses has the value and the gradient of `whole`, made with `model` of equal weights.
+
+    One domain's loss alone has another gradient.
+    """
+    losses, _ = algorithm.losses(data)
+    assert torch.stack(losses).mean().item() == pytest.approx(whole.item(), rel=1e-12)
+    parameters = dict(algorithm.model.named_parameters())
+    own = [torch.autograd.grad(loss, list(parameters.values()), retain_graph=True) for loss in losses]
+    expected = gradients_of(model, whole)
+    means = {name: sum(grads) / len(losses) for name, *grads in zip(parameters, *own, strict=True)}
+    assert_same(means, expected, rtol=1e-9, atol=1e-12)
+    assert not torch.allclose(own[0][-2], expected["head.weight"])
