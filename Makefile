@@ -1,14 +1,16 @@
 # make demo    first result: makes .venv, installs, runs the quickstart, prints its table, writes report/index.html
 # make test    everything: makes .venv, installs, runs all tests
-# make check   before a commit: format, lint, import order, fast tests
+# make check   before a commit: format, lint, types, import order, fast tests
+# make lowest  the fast tests with the lowest versions that setup.cfg admits, in an environment of its own
 
 PYTHON ?= python3
 VENV ?= .venv
+LOWEST ?= .venv-lowest
 RUN = $(VENV)/bin/python
 # Three at a time, on two cores too: much of it waits for other processes and for SLURM (each worker starts its own).
 PYTEST = $(RUN) -m pytest -n 3 --dist worksteal
 
-.PHONY: demo test check
+.PHONY: demo test check lowest
 
 $(VENV)/core: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +20,12 @@ $(VENV)/core: setup.cfg pyproject.toml
 $(VENV)/everything: $(VENV)/core
 	$(RUN) -m pip install --quiet -e '.[test,backbones]'
 	touch $@
+
+$(LOWEST)/constraints.txt: setup.cfg pyproject.toml .ci/lowest.py
+	$(PYTHON) -m venv $(LOWEST)
+	$(PYTHON) .ci/lowest.py > $@.new
+	$(LOWEST)/bin/python -m pip install --quiet -e . pytest pytest-xdist matplotlib -c $@.new
+	mv $@.new $@
 
 demo: $(VENV)/core
 	$(RUN) launch.py experiment=quickstart
@@ -29,4 +37,9 @@ test: $(VENV)/everything
 check: $(VENV)/everything
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
+	$(RUN) -m ty check gsdg
+	$(PYTEST) -m "not slow"
+
+lowest: VENV = $(LOWEST)
+lowest: $(LOWEST)/constraints.txt
 	$(PYTEST) -m "not slow"

@@ -1,14 +1,15 @@
-"""What does a step of each algorithm cost, against ERM's on the same batches, and against DomainBed's own class?
+"""Cost of a training step of each algorithm, relative to ERM on the same batches and to DomainBed's own class.
 
     git clone https://github.com/facebookresearch/DomainBed /tmp/db
     python benchmarks/algorithms.py --domainbed /tmp/db
 
-A step is `backward` and the optimizer's (Adam's), on images that are in memory: 3 x 32 of 64 px through a ResNet-18
-with frozen BatchNorm, then 3 x 32 of 28 px through DomainBed's MNIST_CNN, random weights. Contenders take turns, its
-class right after ours; medians over the rounds. Penalties are on from the first step. Memory is the peak of what a
-step allocates over what is there before it, by torch's profiler (CPU). DomainBed's classes run as they are, imported
-from the checkout, around the same network: its own ResNet would want 224 px, and Fish would read that one's weights
-from the disk at every step. Its Fishr wants backpack-for-pytorch, and a mended hook (`reach_the_features`).
+A step is `backward` and the optimizer step (Adam) on images in memory: 3 x 32 images of 64 px through a ResNet-18 with
+frozen BatchNorm, then 3 x 32 images of 28 px through DomainBed's MNIST_CNN, with random weights. The algorithms take
+turns, each directly followed by DomainBed's class for it; the result is the median over the rounds. Penalties are on
+from the first step. Memory is the peak of what a step allocates above what was allocated before it, from torch's
+profiler (CPU). DomainBed's classes are imported unchanged from the checkout and run on the same network, because
+DomainBed's own ResNet needs 224 px, and its Fish would read that network's weights from disk at every step. Its Fishr
+needs backpack-for-pytorch, and a corrected hook (`reach_the_features`).
 """
 
 from __future__ import annotations
@@ -30,22 +31,22 @@ from torch.profiler import ProfilerActivity, profile
 from torchvision import models
 
 from gsdg.algorithms import Algorithm
-from gsdg.batch import Batch
-from gsdg.experiment import resolved
+from gsdg.config.schema import build
+from gsdg.experiment import resolve_config
 from gsdg.models import Classifier
-from gsdg.schema import build
+from gsdg.types import Batch
 
 NAMES = sorted(path.stem for path in (REPOSITORY / "conf" / "algorithm").glob("*.yaml"))
-NETWORKS = {"resnet18": (3, 64, 32, 7), "mnist_cnn": (1, 28, 32, 10)}  # channels, px, images a domain, classes
+NETWORKS = {"resnet18": (3, 64, 32, 7), "mnist_cnn": (1, 28, 32, 10)}  # channels, px, images per domain, classes
 DOMAINS = 3
-# DomainBed's classes that PEERS does not compare, because they compute something else.
+# DomainBed's classes that are not in PEERS, because they compute something different from ours.
 OTHERS = {"and_mask": "ANDMask", "sand_mask": "SANDMask", "eqrm": "EQRM", "iga": "IGA", "mtl": "MTL"}
-ALTERNATING = ("dann", "cdann")  # a step of the discriminator, a step of the model
+ALTERNATING = ("dann", "cdann")  # discriminator steps and model steps alternate
 ANNEALING = ("irm_penalty_anneal_iters", "vrex_penalty_anneal_iters", "penalty_anneal_iters", "eqrm_burnin_iters")
 
 
 def network(name: str, channels: int | None = None) -> tuple[nn.Module, int]:
-    """A featurizer, the same weights at every call, and the number of its features."""
+    """A featurizer with the same weights at every call, and the number of its features."""
     torch.manual_seed(0)
     channels = channels or NETWORKS[name][0]
     if name == "mnist_cnn":
@@ -63,72 +64,75 @@ def network(name: str, channels: int | None = None) -> tuple[nn.Module, int]:
 
 
 def minibatches(name: str, device: str) -> list[Batch]:
+    """One batch of random images and labels per domain."""
     channels, size, images, classes = NETWORKS[name]
-    drawn = [(torch.rand(images, channels, size, size), torch.randint(classes, (images,))) for _ in range(DOMAINS)]
-    return [Batch(x.to(device), y.to(device), f"domain {d}") for d, (x, y) in enumerate(drawn)]
+    pairs = [(torch.rand(images, channels, size, size), torch.randint(classes, (images,))) for _ in range(DOMAINS)]
+    return [Batch(x.to(device), y.to(device), f"domain {d}") for d, (x, y) in enumerate(pairs)]
 
 
-def ours(algorithm: str, name: str, batches: list[Batch], device: str) -> Callable[[], None]:
-    """A training step of our algorithm with its defaults, but for a penalty that waits: it is on."""
-    channels, size, images, classes = NETWORKS[name]
-    net, features = network(name)
+def ours(name: str, network_name: str, batches: list[Batch], device: str) -> Callable[[], None]:
+    """A training step of our algorithm with its defaults, except that its penalty is on from the first step."""
+    channels, size, images, classes = NETWORKS[network_name]
+    net, features = network(network_name)
     fixed = {"dropout": 0.0, "freeze_bn": True, "image_size": size, "mean": [0.0] * channels, "std": [1.0] * channels}
     model = Classifier(backbone=lambda _: (net, features), weights=None, classes=classes, head="linear", **fixed)
-    made: Algorithm = build(configured(algorithm, name, images)["algorithm"])
-    made.setup(model.to(device), [batch.domain for batch in batches])
-    optimizer = torch.optim.Adam(made.parameter_groups(), lr=5e-5)
+    algorithm: Algorithm = build(config_of(name, network_name, images)["algorithm"])
+    algorithm.setup(model.to(device), [batch.domain for batch in batches])
+    optimizer = torch.optim.Adam(algorithm.parameter_groups(), lr=5e-5)
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        made.backward(batches)
-        made.step(optimizer)
+        algorithm.backward(batches)
+        algorithm.step(optimizer)
 
     return step
 
 
-def cycled(step: Callable[[], Any], algorithm: str) -> Callable[[], Any]:
-    """The mean time of a step, where their cost alternates."""
-    if algorithm not in ALTERNATING:
+def averaged_over_cycle(step: Callable[[], Any], name: str) -> Callable[[], Any]:
+    """The step itself; of an alternating algorithm two steps, which return their mean time in seconds."""
+    if name not in ALTERNATING:
         return step
 
-    def both() -> float:
+    def two_steps() -> float:
         start = time.perf_counter()
         step(), step()
         return (time.perf_counter() - start) / 2
 
-    return both
+    return two_steps
 
 
-def configured(algorithm: str, name: str, images: int) -> dict:
+def config_of(name: str, network_name: str, images: int) -> dict:
+    """The resolved config of an algorithm, with annealing off."""
     with hydra.initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
-        plain = hydra.compose("config", [f"algorithm={algorithm}"])
-        more = ["algorithm.anneal_steps=0"] if "anneal_steps" in plain.algorithm else []
-        more += ["algorithm.after=[conv1,conv2]"] if (algorithm, name) == ("mixstyle", "mnist_cnn") else []
-        return resolved(hydra.compose("config", [f"algorithm={algorithm}", f"trainer.batch_size={images}", *more]))
+        default = hydra.compose("config", [f"algorithm={name}"])
+        overrides = [f"algorithm={name}", f"trainer.batch_size={images}"]
+        overrides += ["algorithm.anneal_steps=0"] if "anneal_steps" in default.algorithm else []
+        overrides += ["algorithm.after=[conv1,conv2]"] if (name, network_name) == ("mixstyle", "mnist_cnn") else []
+        return resolve_config(hydra.compose("config", overrides))
 
 
-def theirs(algorithm: str, name: str, batches: list[Batch], device: str) -> Callable[[], Any]:
-    """An update of DomainBed's class, as it is, with its defaults, around the same network; the penalty is on."""
+def theirs(name: str, network_name: str, batches: list[Batch], device: str) -> Callable[[], Any]:
+    """An update of DomainBed's unchanged class with its defaults on the same network; the penalty is on."""
     from domainbed import algorithms, hparams_registry, networks
 
     def featurizer(input_shape: tuple, hparams: dict) -> nn.Module:
-        net, net.n_outputs = network(name, input_shape[0])
+        net, net.n_outputs = network(network_name, input_shape[0])
         return net
 
-    channels, size, images, classes = NETWORKS[name]
-    kind = PEERS[algorithm].name if algorithm in PEERS else OTHERS[algorithm]
-    hparams = hparams_registry.default_hparams(kind, "PACS") | {"batch_size": images, "lr": 5e-5}
+    channels, size, images, classes = NETWORKS[network_name]
+    class_name = PEERS[name].name if name in PEERS else OTHERS[name]
+    hparams = hparams_registry.default_hparams(class_name, "PACS") | {"batch_size": images, "lr": 5e-5}
     hparams |= dict.fromkeys(set(hparams) & set(ANNEALING), 0)
-    networks.Featurizer = featurizer  # its own downloads weights, and takes this network at 224 px only
-    made = algorithms.get_algorithm_class(kind)((channels, size, size), classes, DOMAINS, hparams).to(device)
-    if kind == "Fishr":
-        reach_the_features(made)
+    networks.Featurizer = featurizer  # DomainBed's own downloads weights, and accepts this network at 224 px only
+    algorithm = algorithms.get_algorithm_class(class_name)((channels, size, size), classes, DOMAINS, hparams).to(device)
+    if class_name == "Fishr":
+        reach_the_features(algorithm)
     data = [(batch.images, batch.labels) for batch in batches]
-    return lambda: made.update(data)
+    return lambda: algorithm.update(data)
 
 
 def peak_bytes(step: Callable[[], Any]) -> int:
-    """The most that a step holds over what is there before it."""
+    """The most memory that a step allocates above what was allocated before it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         step()
     events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -137,9 +141,11 @@ def peak_bytes(step: Callable[[], Any]) -> int:
 
 def main() -> None:
     parser = options(__doc__, "algorithms.csv", rounds=7)
-    parser.add_argument("--domainbed", type=Path, help="a checkout of it")
+    parser.add_argument("--domainbed", type=Path, help="a checkout of DomainBed")
     parser.add_argument("--networks", nargs="+", choices=list(NETWORKS), default=list(NETWORKS))
-    parser.add_argument("--names", nargs="+", metavar="NAME", default=NAMES, help="algorithms beside erm; default: all")
+    parser.add_argument(
+        "--names", nargs="+", metavar="NAME", default=NAMES, help="algorithms to measure besides erm; default: all"
+    )
     args = parsed(parser)
     if args.domainbed:
         sys.path.insert(0, str(args.domainbed))
@@ -148,11 +154,12 @@ def main() -> None:
 
 
 def measured(network: str, args: argparse.Namespace) -> list[dict]:
+    """The rows of one network: the time and memory of every algorithm."""
     batches, contenders = minibatches(network, args.device), {}
     for name in ["erm", *(other for other in args.names if other != "erm")]:
-        contenders[name] = cycled(ours(name, network, batches, args.device), name)
+        contenders[name] = averaged_over_cycle(ours(name, network, batches, args.device), name)
         if args.domainbed and name in PEERS | OTHERS:
-            contenders[f"DomainBed {name}"] = cycled(theirs(name, network, batches, args.device), name)
+            contenders[f"DomainBed {name}"] = averaged_over_cycle(theirs(name, network, batches, args.device), name)
     times = medians(contenders, args.rounds, args.device)
     memory = {name: peak_bytes(step) / 2**20 for name, step in contenders.items()}
     return [row(name, network, times, memory) for name in contenders if " " not in name]

@@ -1,12 +1,13 @@
-"""How fast are images, from file to what a model is fed? Images a second on one core, contenders taking turns.
+"""Speed of the data pipeline, from file to model input: images per second on one core; the contenders take turns.
 
-    python benchmarks/data.py --threads 1 DATA_DIR       # DATA_DIR holds PACS/
+    python benchmarks/data.py --threads 1 DATA_DIR       # DATA_DIR contains PACS/
 
-Training: (a) DomainBed's pipeline, the torchvision calls of its datasets.py on ImageFolder's loader; (b) ours exact;
-(c) ours batched, all of it on the CPU; (d) the host's share of batched, which is what a GPU waits for: draws, crops
-out of the memory map, nothing else. Evaluation: the peer's transform; ours batched, whole and the host's share. Every
-contender handles the same images in batches of 32; the files are in the system's page cache, so no disk is measured.
-The cache is built before the clock starts; `build` says how long that took per image, decoding and writing.
+Training: (a) DomainBed's pipeline, the torchvision calls of its datasets.py with ImageFolder's loader; (b) our exact
+transform; (c) our batched transform, all of it on the CPU; (d) the part of the batched transform on the host, for which
+a GPU waits: random draws and crops out of the memory map. Evaluation: DomainBed's transform, and ours as above. Every
+contender processes the same images in batches of 32. The files are in the system's page cache, so the disk is not
+measured. The cache of decoded images is built before the clock starts; `build` is the speed of building it (decoding
+and writing).
 """
 
 from __future__ import annotations
@@ -28,13 +29,14 @@ import torch
 from PIL import Image
 from torchvision import transforms as T
 
-from gsdg.batch import ImageSpec
-from gsdg.data.augment import Exact, Transform
-from gsdg.data.batched import Batched
-from gsdg.data.cache import as_arrays
-from gsdg.data.domains import DomainDataset
+from gsdg.data import Transform
+from gsdg.data.cache.memory_map import as_arrays
+from gsdg.data.dataset import DomainDataset
 from gsdg.data.folders import ImageFolders
-from gsdg.seeding import cpu_seed
+from gsdg.data.transforms_batched import Batched
+from gsdg.data.transforms_exact import Exact
+from gsdg.types import ImageSpec
+from gsdg.utils.seeding import cpu_seed
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 BATCH = 32
@@ -54,15 +56,17 @@ def main() -> None:
         files = source.read()
         began = time.perf_counter()
         arrays = as_arrays(files, source.cache)
-        build = (time.perf_counter() - began) / sum(len(domain) for domain in files.domains.values())
+        build_seconds = (time.perf_counter() - began) / sum(
+            len(domain) for domain in files.domains.values()
+        )  # per image
         train, evaluate = contenders(args, files, arrays)
         rows = table(args, "train", train) + table(args, "evaluate", evaluate)
-    rows.append(row(args, "build", "decode once, as many threads as cores", 1 / build, None, 1))
+    rows.append(row(args, "build", "decode once, as many threads as cores", 1 / build_seconds, None, 1))
     timing.report(rows, args.output)
 
 
 def contenders(args: argparse.Namespace, files: DomainDataset, arrays: DomainDataset) -> tuple[dict, dict]:
-    """({name: one pass over the images as in training}, {the same as in evaluation})."""
+    """({name: one pass over the images with training transforms}, {name: one pass with evaluation transforms})."""
     spec = ImageSpec(args.size, 3, MEAN, STD)
     chosen = [
         (name, int(i))
@@ -70,19 +74,19 @@ def contenders(args: argparse.Namespace, files: DomainDataset, arrays: DomainDat
         for i in np.linspace(0, len(domain) - 1, args.images // len(DOMAINS)).astype(int)
     ]
     np.random.RandomState(0).shuffle(chosen)
-    of_peer = peer(files, chosen)
-    of_files, of_arrays = loader(files, chosen), loader(arrays, chosen)
+    domainbed_images = domainbed_loaders(files, chosen)
+    file_images, array_images = loaders(files, chosen), loaders(arrays, chosen)
 
-    def rivals(theirs: T.Compose, augment: str) -> dict[str, Callable[[], None]]:
+    def passes(theirs: T.Compose, augment: str) -> dict[str, Callable[[], None]]:
         exact, batched = Exact(spec, augment), Batched(spec, augment)
         return {
-            "(a) DomainBed's": partial(each_by_itself, of_peer, theirs),
-            "(b) exact": partial(passes, of_files, exact, device=True),
-            "(c) batched, all of it": partial(passes, of_arrays, batched, device=True),
-            "(d) batched, host's share": partial(passes, of_arrays, batched, device=False),
+            "(a) DomainBed's": partial(image_by_image, domainbed_images, theirs),
+            "(b) exact": partial(batch_by_batch, file_images, exact, device=True),
+            "(c) batched, all of it": partial(batch_by_batch, array_images, batched, device=True),
+            "(d) batched, host's share": partial(batch_by_batch, array_images, batched, device=False),
         }
 
-    return rivals(domainbed_train(args.size), "photos"), rivals(domainbed_eval(args.size), "none")
+    return passes(domainbed_train(args.size), "photos"), passes(domainbed_eval(args.size), "none")
 
 
 def domainbed_train(size: int) -> T.Compose:
@@ -95,7 +99,8 @@ def domainbed_eval(size: int) -> T.Compose:
     return T.Compose([T.Resize((size, size)), T.ToTensor(), T.Normalize(MEAN, STD)])
 
 
-def peer(files: DomainDataset, chosen: list) -> list[Callable[[], Image.Image]]:
+def domainbed_loaders(files: DomainDataset, chosen: list) -> list[Callable[[], Image.Image]]:
+    """For each chosen (domain, index) a function that loads the image as DomainBed does."""
     return [partial(pil_loader, files.domains[name].files[i]) for name, i in chosen]
 
 
@@ -105,36 +110,41 @@ def pil_loader(path: str) -> Image.Image:
         return Image.open(file).convert("RGB")
 
 
-def loader(dataset: DomainDataset, chosen: list) -> list[Callable[[], object]]:
+def loaders(dataset: DomainDataset, chosen: list) -> list[Callable[[], object]]:
+    """For each chosen (domain, index) a function that loads the image."""
     return [partial(dataset.domains[name].load, i) for name, i in chosen]
 
 
-def each_by_itself(images: list, transform: T.Compose) -> None:
+def image_by_image(images: list, transform: T.Compose) -> None:
+    """One pass over the images; each image is transformed by itself."""
     for start in range(0, len(images), BATCH):
         torch.stack([transform(load()) for load in images[start : start + BATCH]])
 
 
-def passes(images: list, transform: Transform, *, device: bool) -> None:
+def batch_by_batch(images: list, transform: Transform, *, device: bool) -> None:
+    """One pass over the images. device: also run the part of the transform that belongs on the training device."""
     for start in range(0, len(images), BATCH):
         with cpu_seed(start):
-            prepared = transform.prepare([load() for load in images[start : start + BATCH]])
+            prepared = transform.on_host([load() for load in images[start : start + BATCH]])
         if device:
-            transform.finish(prepared)
+            transform.on_device(prepared)
 
 
-def table(args: argparse.Namespace, what: str, rivals: dict) -> list[timing.Row]:
-    times = timing.medians(rivals, args.rounds)
-    pace = {name: 1e3 * (args.images // len(DOMAINS) * len(DOMAINS)) / took.ms for name, took in times.items()}
-    first = next(iter(pace.values()))
-    return [row(args, what, name, pace[name], pace[name] / first, times[name].rounds) for name in rivals]
+def table(args: argparse.Namespace, what: str, passes: dict) -> list[timing.Row]:
+    """A row per contender; the ratio is relative to the first contender, (a)."""
+    times = timing.medians(passes, args.rounds)
+    n_images = args.images // len(DOMAINS) * len(DOMAINS)
+    speed = {name: 1e3 * n_images / time.ms for name, time in times.items()}
+    first = next(iter(speed.values()))
+    return [row(args, what, name, speed[name], speed[name] / first, times[name].rounds) for name in passes]
 
 
-def row(args: argparse.Namespace, what: str, name: str, pace: float, ratio: float | None, rounds: int) -> timing.Row:
+def row(args: argparse.Namespace, what: str, name: str, speed: float, ratio: float | None, rounds: int) -> timing.Row:
     return {
         "what": what,
         "contender": name,
         "size": args.size,
-        "images/s": round(pace),
+        "images/s": round(speed),
         "x (a)": "" if ratio is None else f"{ratio:.2f}",
         "rounds": rounds,
         **timing.provenance(args.device),

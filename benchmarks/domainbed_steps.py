@@ -1,12 +1,12 @@
-"""Do our algorithms and DomainBed's do the same? Twenty steps of both classes, from equal weights, on equal batches.
+"""Compares our algorithms with DomainBed's classes: twenty steps of both, from equal weights, on equal batches.
 
     git clone https://github.com/facebookresearch/DomainBed /tmp/db
     python benchmarks/domainbed_steps.py /tmp/db [NAME ...]
 
-Its classes are imported from the checkout (which wants timm; its Fishr backpack-for-pytorch): none of its code is here.
-CPU, float64, its MNIST_CNN, three domains of 8 images, Adam; both draw from the same random streams. A row says how far
-losses and weights are apart after the last step. Where its code is mended for the comparison, PEERS says so; why a
-method differs is in that method's file.
+DomainBed's classes are imported from the checkout (which needs timm, and backpack-for-pytorch for Fishr); none of its
+code is here. CPU, float64, DomainBed's MNIST_CNN, three domains of 8 images, Adam; both draw from the same random
+streams. A row gives the largest difference of the losses over all steps, and of the weights after the last step. Where
+DomainBed's code is corrected for the comparison, PEERS says so; the file of a method gives the reason.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY))
 
 from gsdg.algorithms import Algorithm  # noqa: E402
-from gsdg.batch import Batch  # noqa: E402
-from gsdg.experiment import resolved  # noqa: E402
+from gsdg.config.schema import build  # noqa: E402
+from gsdg.experiment import resolve_config  # noqa: E402
 from gsdg.models import Classifier  # noqa: E402
-from gsdg.schema import build  # noqa: E402
+from gsdg.types import Batch  # noqa: E402
 
 STEPS, DOMAINS, IMAGES, CLASSES = 20, 3, 8, 10
 LR = 1e-3
@@ -45,9 +45,15 @@ PLAIN = {"model.featurizer": "featurizer", "model.head": "classifier"}  # module
 
 @dataclass(frozen=True)
 class Peer:
-    """DomainBed's class and its hyper-parameters, our overrides, and which of our modules corresponds to which.
+    """One of DomainBed's classes, and how to compare it with our algorithm.
 
-    prepare: what has to be done to DomainBed's object before it can be compared. loss: the name of its loss.
+    Args:
+        name: DomainBed's name of the class.
+        hparams: its hyper-parameters that differ from DomainBed's defaults.
+        overrides: our config's overrides.
+        modules: our modules -> the corresponding modules of DomainBed's object.
+        prepare: changes DomainBed's object so that it can be compared.
+        loss: the key of the loss in the dict that its `update` returns; None if that is not our loss.
     """
 
     name: str
@@ -59,18 +65,22 @@ class Peer:
 
 
 def draw_our_pairs(theirs: Any) -> None:
-    """SelfReg's permutations of a class, each a call of torch.randperm in its update, made those that ours draws."""
+    """Make DomainBed's SelfReg use our permutations.
+
+    Its update calls torch.randperm twice per class; the patched function returns our permutations of that class.
+    """
     from gsdg.algorithms.selfreg import partners
 
     update, randperm = theirs.update, torch.randperm
 
     def patched(minibatches: list) -> dict:
         labels = torch.cat([y for _, y in minibatches])
-        order = labels.sort()[1]  # it puts the images in this order: its sort, which need not be stable
+        order = labels.sort()[1]  # DomainBed sorts the images like this; the sort need not be stable
         both = [order.argsort()[partners(labels)[order]] for _ in range(2)]
         bounds = [0, *(labels[order].diff().nonzero().flatten() + 1).tolist(), len(labels)]
-        drawn = [pair[a:b] - a for a, b in pairwise(bounds) for pair in both]
-        torch.randperm = lambda size: drawn.pop(0) if size else randperm(0)  # 0: before the first class, if not 0
+        permutations = [pair[a:b] - a for a, b in pairwise(bounds) for pair in both]
+        # DomainBed also calls randperm(0), if the first class in the batch is not class 0.
+        torch.randperm = lambda size: permutations.pop(0) if size else randperm(0)
         try:
             return update(minibatches)
         finally:
@@ -80,26 +90,29 @@ def draw_our_pairs(theirs: Any) -> None:
 
 
 def return_the_objective(weight: str) -> Callable[[Any], None]:
-    """Where its class returns the risk and the penalty, not what it minimises; `weight` names the penalty's."""
+    """For classes that return risk and penalty, but not the objective risk + weight * penalty: return this as `loss`.
+
+    weight: the name of the penalty's weight in the hyper-parameters.
+    """
 
     def prepare(theirs: Any) -> None:
         update = theirs.update
 
-        def summed(minibatches: list) -> dict:
-            found = update(minibatches)
-            return found | {"loss": found["loss"] + theirs.hparams[weight] * found["penalty"]}
+        def patched(minibatches: list) -> dict:
+            metrics = update(minibatches)
+            return metrics | {"loss": metrics["loss"] + theirs.hparams[weight] * metrics["penalty"]}
 
-        theirs.update = summed
+        theirs.update = patched
 
     return prepare
 
 
 def count_all_classes(theirs: Any) -> None:
-    """CDANN's weights, made of the highest label in a batch instead of the number of classes, and of float32."""
+    """Correct CDANN's class weights: they use the highest label in a batch as the number of classes, and float32."""
     from domainbed import algorithms
 
     one_hot = partial(F.one_hot, num_classes=CLASSES)
-    algorithms.F = SimpleNamespace(**vars(F) | {"one_hot": one_hot})  # no other class of it calls this
+    algorithms.F = SimpleNamespace(**vars(F) | {"one_hot": one_hot})  # no other class of DomainBed calls one_hot
     update, single = theirs.update, torch.Tensor.float
 
     def patched(minibatches: list) -> dict:
@@ -121,12 +134,12 @@ GAME = (
 
 
 def reach_the_features(theirs: Any) -> None:
-    """Fishr under today's BackPACK (1.7), which notices a backward pass only if it goes on to the head's inputs."""
+    """Make Fishr work with BackPACK 1.7, which notices a backward pass only if it reaches the head's inputs."""
     from backpack import backpack
     from backpack.extensions import BatchGrad
 
     features = []
-    theirs.featurizer.register_forward_hook(lambda module, given, out: features.append(out))
+    theirs.featurizer.register_forward_hook(lambda module, inputs, output: features.append(output))
 
     def gradients(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
         theirs.optimizer.zero_grad()
@@ -140,7 +153,7 @@ def reach_the_features(theirs: Any) -> None:
 
 
 def read_the_means(theirs: Any) -> None:
-    """MTL without the noise that overwrites its embeddings; the domains' losses averaged, where it adds them up."""
+    """Correct MTL, whose embeddings are overwritten by noise; average the domains' losses, which it adds up."""
     update = theirs.update
 
     def logits(images: Tensor, domain: int | None = None) -> Tensor:
@@ -149,28 +162,30 @@ def read_the_means(theirs: Any) -> None:
 
     theirs.predict = logits
     theirs.update = lambda minibatches: {"loss": update(minibatches)["loss"] / DOMAINS}
-    theirs.optimizer.param_groups[0]["eps"] *= DOMAINS  # Adam then makes the same of D times the gradient
+    theirs.optimizer.param_groups[0]["eps"] *= DOMAINS  # so that Adam's update is the same with D times the gradient
 
 
 def train_the_context(theirs: Any) -> None:
-    """ARM with its context network in its optimizer."""
+    """Correct ARM: add its context network to its optimizer."""
     theirs.optimizer.add_param_group({"params": list(theirs.context_net.parameters())})
 
 
 def divide_by_pairs(theirs: Any) -> None:
-    """MLDG's sums over pairs divided by their number, where it divides them by that of the domains."""
+    """Correct MLDG: divide its sums over pairs by the number of pairs, not by the number of domains."""
     update, share = theirs.update, (DOMAINS - theirs.num_meta_test) / DOMAINS
     theirs.update = lambda minibatches: {"loss": update(minibatches)["loss"] / share}
-    theirs.optimizer.param_groups[0]["eps"] *= share  # Adam then makes the same of `share` of the gradient
+    theirs.optimizer.param_groups[0]["eps"] *= (
+        share  # so that Adam's update is the same with `share` times the gradient
+    )
 
 
-# `algorithm=` -> its peer. Annealing ends in the middle of the twenty steps, so that both halves are compared.
+# Our algorithm -> its peer. Annealing ends within the twenty steps, so that both phases are compared.
 PEERS = {
     "erm": Peer("ERM"),
     "irm": Peer("IRM", {"irm_penalty_anneal_iters": 7}, ("algorithm.anneal_steps=7",)),
     "vrex": Peer("VREx", {"vrex_penalty_anneal_iters": 7}, ("algorithm.anneal_steps=7",)),
     "groupdro": Peer("GroupDRO", {"groupdro_eta": 0.5}, ("algorithm.eta=0.5",)),
-    # Its gradient of the quantile is not the exact one, our default.
+    # DomainBed's gradient of the quantile is not exact; our default is.
     "eqrm": Peer(
         "EQRM",
         {"eqrm_burnin_iters": 7, "eqrm_lr": 1e-4},
@@ -180,7 +195,7 @@ PEERS = {
     "sd": Peer("SD", prepare=return_the_objective("sd_reg")),
     "cad": Peer("CAD", loss="total_loss"),
     "condcad": Peer("CondCAD", loss="total_loss"),
-    # Its projection is not in its optimizer; its pairs are drawn otherwise.
+    # DomainBed's projection is not in the optimizer; its pairs are drawn differently.
     "selfreg": Peer(
         "SelfReg",
         overrides=("algorithm.train_projection=false",),
@@ -193,7 +208,7 @@ PEERS = {
     ),
     "causirl_mmd": Peer("CausIRL_MMD", prepare=return_the_objective("mmd_gamma")),
     "causirl_coral": Peer("CausIRL_CORAL", prepare=return_the_objective("mmd_gamma")),
-    "dann": Peer(  # its loss is in turns the discriminator's and the model's
+    "dann": Peer(  # the returned loss is alternately the discriminator's and the model's
         "DANN",
         {"d_steps_per_g_step": 2, "grad_penalty": 0.3, "mlp_dropout": 0.1, "weight_decay_d": 0.01, "lambda": 0.7},
         (*GAME, "algorithm.adversary_weight=0.7"),
@@ -217,14 +232,14 @@ PEERS = {
     "mixup": Peer("Mixup"),
     "fishr": Peer("Fishr", {"penalty_anneal_iters": 7}, ("algorithm.anneal_steps=7",), prepare=reach_the_features),
     "mtl": Peer("MTL", {"mtl_ema": 0.5}, ("algorithm.ema=0.5",), prepare=read_the_means),
-    # The context network is not in its optimizer.
+    # In DomainBed the context network is not in the optimizer.
     "arm": Peer(
         "ARM",
         overrides=(f"trainer.batch_size={IMAGES}",),
         modules=PLAIN | {"model.context": "context_net"},
         prepare=train_the_context,
     ),
-    "fish": Peer(  # its loss is the last domain's
+    "fish": Peer(  # the returned loss is that of the last domain only
         "Fish",
         {"meta_lr": 0.1},
         ("algorithm.meta_lr=0.1",),
@@ -241,21 +256,21 @@ PEERS = {
 
 
 def theirs(peer: Peer, folder: Path) -> Any:
-    """DomainBed's object, with the default hyper-parameters of its small data sets and `peer.hparams`."""
+    """DomainBed's object, with its default hyper-parameters for small images and `peer.hparams`."""
     sys.path.insert(0, str(folder))
     from domainbed import algorithms, hparams_registry
 
     hparams = hparams_registry.default_hparams(peer.name, "RotatedMNIST")
     hparams |= {"lr": LR, "lr_g": LR, "lr_d": LR, "batch_size": IMAGES} | peer.hparams
-    made = algorithms.get_algorithm_class(peer.name)((1, 28, 28), CLASSES, DOMAINS, hparams)
-    peer.prepare(made)
-    return made
+    algorithm = algorithms.get_algorithm_class(peer.name)((1, 28, 28), CLASSES, DOMAINS, hparams)
+    peer.prepare(algorithm)
+    return algorithm
 
 
 def ours(name: str, peer: Peer, other: Any) -> Algorithm:
-    """Our object around copies of its modules, with its weights."""
+    """Our algorithm on the same kind of network, with the weights of DomainBed's object `other`."""
     with hydra.initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
-        config = resolved(hydra.compose("config", [f"algorithm={name}", f"optimizer.lr={LR}", *peer.overrides]))
+        config = resolve_config(hydra.compose("config", [f"algorithm={name}", f"optimizer.lr={LR}", *peer.overrides]))
     algorithm = build(config["algorithm"])
     algorithm.setup(classifier(), [f"domain {d}" for d in range(DOMAINS)])
     with torch.no_grad():
@@ -265,7 +280,7 @@ def ours(name: str, peer: Peer, other: Any) -> Algorithm:
 
 
 def classifier() -> Classifier:
-    """Our model around DomainBed's network for digits."""
+    """Our model with DomainBed's network for digits."""
     from domainbed import networks
 
     net = networks.MNIST_CNN((1, 28, 28))
@@ -275,15 +290,16 @@ def classifier() -> Classifier:
 
 
 def pairs(peer: Peer, algorithm: Algorithm, other: nn.Module) -> list[tuple[Tensor, Tensor]]:
-    """Our parameters and DomainBed's that correspond to them."""
-    found = []
-    for mine, their in peer.modules.items():
-        own, foreign = algorithm.get_submodule(mine).parameters(), other.get_submodule(their).parameters()
-        found += list(zip(own, foreign, strict=True))
-    return found
+    """(our parameter, DomainBed's parameter) for all corresponding parameters."""
+    parameters = []
+    for our_name, their_name in peer.modules.items():
+        ours, theirs = algorithm.get_submodule(our_name).parameters(), other.get_submodule(their_name).parameters()
+        parameters += list(zip(ours, theirs, strict=True))
+    return parameters
 
 
 def minibatches(step: int) -> list[Batch]:
+    """One random batch per domain; the same for the same step."""
     generator = torch.Generator().manual_seed(step)
     images = torch.rand(DOMAINS, IMAGES, 1, 28, 28, generator=generator)
     labels = torch.randint(CLASSES, (DOMAINS, IMAGES), generator=generator)
@@ -295,25 +311,26 @@ def seed(step: int) -> None:
 
 
 def compare(name: str, folder: Path, steps: int = STEPS) -> tuple[float, float]:
-    """The largest difference of the losses (NaN where DomainBed does not return ours) and of the weights."""
+    """The largest differences of the losses (NaN if DomainBed does not return our loss) and of the weights."""
     torch.set_default_dtype(torch.float64)
     seed(0)
     peer = PEERS[name]
     other = theirs(peer, folder)
     algorithm = ours(name, peer, other)
     optimizer = torch.optim.Adam(algorithm.parameter_groups(), lr=LR)
-    apart = 0.0
+    loss_difference = 0.0 if peer.loss else float("nan")
     for step in range(steps):
         batches = minibatches(step)
         seed(step)
-        their = other.update([(batch.images.clone(), batch.labels) for batch in batches])
+        their_metrics = other.update([(batch.images.clone(), batch.labels) for batch in batches])
         seed(step)
         optimizer.zero_grad(set_to_none=True)
-        mine = algorithm.backward(deepcopy(batches))
-        algorithm.step(optimizer)
-        apart = max(apart, abs(their[peer.loss] - mine["loss"].item())) if peer.loss else float("nan")
-    weights = max((mine - their).abs().max().item() for mine, their in pairs(peer, algorithm, other))
-    return apart, weights
+        our_metrics = algorithm.backward(deepcopy(batches))
+        our_metrics |= algorithm.step(optimizer)
+        if peer.loss:
+            loss_difference = max(loss_difference, abs(their_metrics[peer.loss] - our_metrics["loss"].item()))
+    weight_difference = max((mine - their).abs().max().item() for mine, their in pairs(peer, algorithm, other))
+    return loss_difference, weight_difference
 
 
 def main() -> None:

@@ -1,10 +1,11 @@
-"""Is the harness right? The same ERM as `experiment=pacs_cpu` in one plain loop that uses nothing of it.
+"""A check of gsdg: the same ERM as `experiment=pacs_cpu`, as one plain training loop that does not use gsdg.
 
     OMP_NUM_THREADS=1 python benchmarks/plain_erm.py DATA_DIR/PACS sketch
 
-timm's network, torchvision's transforms on images first reduced to 128 px, an own split, Adam 3e-4, frozen BatchNorm,
-32 images a source, accuracy on all of the target. Only the names of the packaged weights come from gsdg. Target
-accuracies belong within a few points of `benchmarks/results/pacs_cpu_202611.md`; one seed moves them by as much.
+timm's network, torchvision's transforms on images that were first reduced to 128 px, a split of its own, Adam 3e-4,
+frozen BatchNorm, 32 images per source domain, accuracy on all images of the target. Only the loader of the packaged
+weights comes from gsdg. The target's accuracy should be within a few points of
+`benchmarks/results/pacs_cpu_202611.md`; another seed changes it by as much.
 """
 
 from __future__ import annotations
@@ -29,17 +30,20 @@ PLAIN = T.Compose([T.Resize((SIZE, SIZE)), *FINISH])
 
 
 def batch(items: list, transform: T.Compose) -> tuple[torch.Tensor, torch.Tensor]:
+    """(image, label) pairs -> images [B, 3, SIZE, SIZE] and labels [B]."""
     images = torch.stack([transform(image) for image, _ in items]).to(memory_format=LAST)
     return images, torch.tensor([label for _, label in items])
 
 
 @torch.no_grad()
 def accuracy(net: torch.nn.Module, items: list) -> float:
+    """In %, on (image, label) pairs."""
     batches = (batch(items[i : i + 64], PLAIN) for i in range(0, len(items), 64))
     return 100 * torch.cat([net(x).argmax(1) == y for x, y in batches]).float().mean().item()
 
 
 def main(root: Path, target: str, seed: int = 0) -> None:
+    # Data: {domain: (image, label) pairs}; the first fifth of a random order is held out.
     torch.manual_seed(seed)
     random = np.random.RandomState(seed)
     classes = sorted(path.name for path in (root / target).iterdir())
@@ -51,11 +55,14 @@ def main(root: Path, target: str, seed: int = 0) -> None:
     order = {domain: random.permutation(len(items)) for domain, items in data.items()}
     cut = {domain: int(0.2 * len(items)) for domain, items in data.items()}
 
+    # Model and optimizer.
     net = timm.create_model("tf_efficientnet_lite0")
     net.load_state_dict(packaged_lite0())
     net.reset_classifier(len(classes))
-    net.to(memory_format=LAST).eval()  # dropout is 0: eval mode only freezes BatchNorm
+    net.to(memory_format=LAST).eval()  # dropout is 0, so eval mode only freezes BatchNorm
     optimizer = torch.optim.Adam(net.parameters(), lr=3e-4)
+
+    # Training: 32 images of each source domain per step.
     for step in range(STEPS):
         drawn = [data[d][i] for d in sources for i in random.choice(order[d][cut[d] :], 32)]
         images, labels = batch(drawn, TRAIN)

@@ -1,11 +1,12 @@
-"""Do our selections choose what DomainBed's own code chooses? Needs a checkout of DomainBed (pip install tqdm: its).
+"""Compares our model selection with DomainBed's own code. Needs a checkout of DomainBed, and tqdm, which it imports.
 
     python benchmarks/same_as_domainbed.py FOLDER [--sweeps 140]
 
-Made-up sweeps of PACS in DomainBed's format, one seed each: two algorithms, up to three trials and twelve draws, one
-and two targets, accuracies of few different values (many ties), runs that are missing or stopped early. Then the 40
-real runs of VLCS that DomainBed ships (domainbed/misc/test_sweep_data). Every accuracy that its three selection methods
-report must be ours, to the bit, and where it reports none, we must not either.
+First synthetic sweeps of PACS in DomainBed's format, one per seed: two algorithms, up to three trial seeds and twelve
+draws, one and two targets, few distinct accuracy values (so that there are many ties), and runs that are missing or
+stopped early. Then the 40 real VLCS runs that DomainBed ships (domainbed/misc/test_sweep_data). Every accuracy that
+DomainBed's three selection methods report must be equal to ours bit for bit, and where they report none, we must
+report none.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from itertools import combinations
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from analysis.frames import read_runs  # noqa: E402
-from analysis.peers import DATASETS  # noqa: E402
-from analysis.selection import leave_one_domain_out, oracle, training_domain  # noqa: E402
+from gsdg.analysis.read.domainbed_runs import DATASETS  # noqa: E402
+from gsdg.analysis.read.frames import read_runs  # noqa: E402
+from gsdg.analysis.selection import leave_one_domain_out, oracle, training_domain  # noqa: E402
 
 TARGETS = [[i] for i in range(4)] + [list(pair) for pair in combinations(range(4), 2)]
 STEPS = [0, 300, 600, 900]
 
 
 def make(root: Path, rng: random.Random) -> None:
-    """A sweep of PACS."""
+    """Write a synthetic sweep of PACS to `root`."""
     values = [rng.random() for _ in range(rng.choice([2, 3, 5, 50]))]
     gaps = rng.choice([0, 0, 0.05, 0.2])
     for algorithm in ("ERM", "CORAL"):
@@ -43,6 +44,7 @@ def make(root: Path, rng: random.Random) -> None:
 
 
 def write(folder: Path, args: dict, steps: list[int], values: list[float], rng: random.Random) -> None:
+    """Write one run, with accuracies drawn from `values`."""
     folder.mkdir()
     keys = [f"env{i}_{part}_acc" for i in range(4) for part in ("in", "out")]
     lines = [{"step": step, "args": args, "hparams": {}, **{key: rng.choice(values) for key in keys}} for step in steps]
@@ -51,14 +53,14 @@ def write(folder: Path, args: dict, steps: list[int], values: list[float], rng: 
 
 
 def differences(folder: Path) -> tuple[int, int, list[str]]:
-    """(cells, cells that both leave empty, what differs)."""
+    """(number of equal cells, number of cells that are empty in both, descriptions of different cells)."""
     from domainbed import model_selection as theirs
     from domainbed.lib import reporting
 
     groups = reporting.get_grouped_records(reporting.load_records(str(folder)))
     records = read_runs(folder).finished()
-    same = empty = 0
-    wrong = []
+    equal = empty = 0
+    different = []
     for method, ours in {
         theirs.IIDAccuracySelectionMethod: training_domain,
         theirs.LeaveOneOutSelectionMethod: leave_one_domain_out,
@@ -68,10 +70,14 @@ def differences(folder: Path) -> tuple[int, int, list[str]]:
         for group in groups:
             target = DATASETS[group["dataset"]][1][group["test_env"]]
             cell = f"{group['algorithm']} (DomainBed)", target, group["trial_seed"]
-            expected, found = method.sweep_acc(group["records"]), chosen.get(cell)
-            same, empty = same + (expected == found is not None), empty + (expected is found is None)
-            wrong += [f"{folder} {method.name} {cell}: {expected}, ours {found}"] * (expected != found)
-    return same, empty, wrong
+            expected, accuracy = method.sweep_acc(group["records"]), chosen.get(cell)
+            if expected != accuracy:
+                different.append(f"{folder} {method.name} {cell}: {expected}, ours {accuracy}")
+            elif accuracy is None:
+                empty += 1
+            else:
+                equal += 1
+    return equal, empty, different
 
 
 def main() -> None:
@@ -80,17 +86,17 @@ def main() -> None:
     parser.add_argument("--sweeps", type=int, default=140)
     options = parser.parse_args()
     sys.path.append(str(options.domainbed))
-    found = []
+    synthetic = []
     for seed in range(options.sweeps):
         with tempfile.TemporaryDirectory() as root:
             make(Path(root), random.Random(seed))
-            found.append(differences(Path(root)))
+            synthetic.append(differences(Path(root)))
     example = options.domainbed / "domainbed" / "misc" / "test_sweep_data"
-    for name, results in {"made up": found, "DomainBed's example": [differences(example)]}.items():
-        same, empty = (sum(result[column] for result in results) for column in (0, 1))
-        wrong = [line for result in results for line in result[2]]
-        print(f"{name}: {len(results)} sweeps, {same} cells equal, {empty} empty in both, {len(wrong)} different")
-        print("\n".join(wrong[:20]), end="\n" if wrong else "")
+    for name, results in {"synthetic": synthetic, "DomainBed's example": [differences(example)]}.items():
+        equal, empty = (sum(result[column] for result in results) for column in (0, 1))
+        different = [line for result in results for line in result[2]]
+        print(f"{name}: {len(results)} sweeps, {equal} cells equal, {empty} empty in both, {len(different)} different")
+        print("\n".join(different[:20]), end="\n" if different else "")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
-"""What does a whole training step cost with GradSurgery, against ERM on the same batches?
+"""Cost of a whole training step with GradSurgery, relative to ERM on the same batches.
 
     python benchmarks/step.py --output benchmarks/results/step_cpu.csv
 
-ResNet-18 (random weights, frozen BatchNorm, linear head), D x 32 images of 112 px that are already in memory. A step is
-gradients, surgery, Adam. Contenders take turns in one process; medians over the rounds.
+ResNet-18 (random weights, frozen BatchNorm, linear head) and D x 32 images of 112 px in memory. A step computes the
+gradients, the surgery and Adam's update. The contenders take turns in one process; the result is the median over the
+rounds.
 
-- erm: the domains' images in one batch;
-- gradients only: the micro-batch engine with a plain sum; what is left of the ratio is the surgery;
-- grad_surgery: chunk(10) x corgrad, alpha 0.6; with the joint engine; with diagnostics in every step;
-- released form of the step: a clone of every domain's gradient, then the loops of `surgery.py`.
+- erm: the images of all domains in one batch;
+- gradients only: the micro-batch engine with a plain sum; its difference from grad_surgery is the cost of the surgery;
+- grad_surgery: chunk(10) x corgrad, alpha 0.6; also with the joint engine, and with diagnostics at every step;
+- released form of the step: clones every domain's gradient, then runs the loops of `surgery.py`.
 
 Target: GradSurgery <= 1.15 x ERM on 2 cores of a quiet machine.
 """
@@ -24,13 +25,13 @@ from surgery import released_form
 from timing import medians, options, parsed, provenance, report
 
 from gsdg.algorithms import ERM, Algorithm, GradSurgery
-from gsdg.batch import Batch
 from gsdg.models import Classifier, resnet18
 from gsdg.surgery import Chunk, CorGrad
+from gsdg.types import Batch
 
 
 class MicroBatches(ERM):
-    """ERM's gradient, one domain after the other."""
+    """ERM's gradient, computed one domain after the other."""
 
     def backward(self, batches):
         for batch in batches:
@@ -40,7 +41,7 @@ class MicroBatches(ERM):
 
 
 class Released(ERM):
-    """One forward, one backward and one copy of the gradients a domain, then the rule as loops."""
+    """Per domain one forward, one backward and one copy of the gradients; then the rule as Python loops."""
 
     def backward(self, batches):
         params = [p for p in self.model.parameters() if p.requires_grad]
@@ -56,6 +57,7 @@ class Released(ERM):
 
 
 def algorithms() -> dict[str, Algorithm]:
+    """The contenders by name."""
     method = partial(GradSurgery, partition=Chunk(10), rule=CorGrad(), alpha=0.6)
     return {
         "erm": ERM(),
@@ -68,7 +70,7 @@ def algorithms() -> dict[str, Algorithm]:
 
 
 def network() -> Classifier:
-    """The ResNet-18 of this benchmark, always the same."""
+    """The ResNet-18 of this benchmark, with the same weights at every call."""
     torch.manual_seed(0)
     return Classifier(
         backbone=resnet18,
@@ -84,16 +86,16 @@ def network() -> Classifier:
 
 
 def random_batches(n_domains: int, device: str, layout: torch.memory_format = torch.contiguous_format) -> list[Batch]:
-    """32 images of 112 px a domain, with labels that mean nothing."""
-    drawn = [(torch.randn(32, 3, 112, 112), torch.randint(7, (32,))) for _ in range(n_domains)]
+    """32 random images of 112 px per domain, with random labels."""
+    pairs = [(torch.randn(32, 3, 112, 112), torch.randint(7, (32,))) for _ in range(n_domains)]
     return [
         Batch(images.to(device, memory_format=layout), labels.to(device), f"domain {d}")
-        for d, (images, labels) in enumerate(drawn)
+        for d, (images, labels) in enumerate(pairs)
     ]
 
 
 def step_of(algorithm: Algorithm, batches: list[Batch], device: str, layout: torch.memory_format) -> Callable[[], None]:
-    """One training step of this algorithm on its own copy of the network."""
+    """A training step of this algorithm on a network of its own."""
     model = network().to(device=device, memory_format=layout)
     algorithm.setup(model, [batch.domain for batch in batches])
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-5)
@@ -102,7 +104,7 @@ def step_of(algorithm: Algorithm, batches: list[Batch], device: str, layout: tor
         optimizer.zero_grad(set_to_none=True)
         algorithm.backward(batches)
         optimizer.step()
-        algorithm.diagnose()
+        algorithm.diagnostics()
 
     return step
 

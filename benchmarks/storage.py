@@ -1,15 +1,15 @@
-"""What does keeping the gradients in bfloat16 do to the update?
+"""How much does the update change when the gradients are kept in bfloat16?
 
     python benchmarks/storage.py --output benchmarks/results/storage.csv
 
-ResNet-18 (random weights, frozen BatchNorm, linear head), 3 x 32 random images of 112 px, one backward a domain. Each
-rule then makes its update of the same G twice, as it is and rounded to bfloat16. Columns:
+ResNet-18 (random weights, frozen BatchNorm, linear head), 3 x 32 random images of 112 px, one backward per domain. Each
+rule computes its update from the same gradients G twice: from G in float32 and from G rounded to bfloat16. Columns:
 
-- trained: steps of ERM (Adam) on those images before; hardly any gradients conflict in an untrained network;
-- relative_error ||u_bf16 - u|| / ||u||, and cosine of the two;
-- conflict_rate, conflict_rate_bf16: as the rule counts them;
-- flipped: (part, pair) that conflict in one G only, as a share of those that conflict in the full one;
-- G_bytes, G_bytes_bf16: the memory that G takes.
+- trained: steps of ERM (Adam) on these images before; in an untrained network hardly any gradients conflict;
+- relative_error: ||u_bf16 - u|| / ||u||; cosine: of u_bf16 and u;
+- conflict_rate, conflict_rate_bf16: as the rule counts conflicts;
+- flipped: number of (part, pair) that conflict in only one of the two G, as a share of those that conflict in float32;
+- G_bytes, G_bytes_bf16: the memory of G.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from timing import Row, options, parsed, provenance, report
 from torch import Tensor, nn
 
 from gsdg.algorithms import ERM
-from gsdg.batch import Batch
 from gsdg.surgery import Chunk, CorGrad, NormOutliers, Partition, PerTensor, Surgery, WholeModel
-from gsdg.surgery.grams import part_grams
+from gsdg.surgery.kernels.torch_kernels import part_grams
 from gsdg.surgery.rules import MGDA, PCGrad, Rule
 from gsdg.surgery.rules.precision import GRAM_EPS
+from gsdg.types import Batch
 
 TRAINED = 8  # steps
 CONTENDERS = {
@@ -36,6 +36,7 @@ CONTENDERS = {
 
 
 def train(model: nn.Module, batches: list[Batch], steps: int) -> None:
+    """Train `model` in place with ERM and a new Adam."""
     algorithm, optimizer = ERM(), torch.optim.Adam(model.parameters(), lr=3e-4)
     algorithm.setup(model, [batch.domain for batch in batches])
     for _ in range(steps):
@@ -45,7 +46,7 @@ def train(model: nn.Module, batches: list[Batch], steps: int) -> None:
 
 
 def gradients(model: nn.Module, batches: list[Batch]) -> Tensor:
-    """G [3, P], by one backward a domain."""
+    """G [3, P], by one backward per domain."""
     surgery = Surgery(model.parameters(), Chunk(10), CorGrad())
     surgery.backward(F.cross_entropy(model(batch.images), batch.labels) for batch in batches)
     return surgery.gradients
@@ -53,10 +54,11 @@ def gradients(model: nn.Module, batches: list[Batch]) -> Tensor:
 
 @torch.no_grad()
 def compared(model: nn.Module, G: Tensor, partition: Partition, rule: Rule, alpha: float) -> Row:
+    """The columns that compare the rule's update from G with its update from G in bfloat16."""
     surgery = Surgery(model.parameters(), partition, rule, outliers=NormOutliers(alpha))
     low = G.bfloat16()
-    (u, rate), (u_low, rate_low) = (updated(surgery, kept) for kept in (G, low))
-    conflict, conflict_low = (conflicts(part_grams(kept, surgery.table), GRAM_EPS[kept.dtype]) for kept in (G, low))
+    (u, rate), (u_low, rate_low) = (updated(surgery, g) for g in (G, low))
+    conflict, conflict_low = (conflicts(part_grams(g, surgery.combiner.layout), GRAM_EPS[g.dtype]) for g in (G, low))
     flipped = (conflict != conflict_low).sum() / conflict.sum().clamp_min(1)
     return {
         "relative_error": round(float((u_low - u).norm() / u.norm()), 6),
@@ -70,13 +72,13 @@ def compared(model: nn.Module, G: Tensor, partition: Partition, rule: Rule, alph
 
 
 def updated(surgery: Surgery, G: Tensor) -> tuple[Tensor, float]:
-    """The update, float64, and the conflict rate; the same random order of pairs every time."""
+    """The update in float64 and the conflict rate; every call draws the same random order of pairs."""
     torch.manual_seed(0)
     return surgery.combine(G).double(), float(surgery.metrics["conflict_rate"])
 
 
 def conflicts(grams: Tensor, eps: float) -> Tensor:
-    """grams [K, D, D] -> whether a pair has a cosine below -eps."""
+    """grams [K, D, D] -> bool [K, D, D]: whether the cosine of each pair of domains is below -eps."""
     lengths = grams.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt()
     return grams < -eps * lengths.unsqueeze(2) * lengths.unsqueeze(1)
 

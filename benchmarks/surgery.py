@@ -1,32 +1,34 @@
-"""How long does the surgery take, against reading memory, the released form, textbook loops and TorchJD?
+"""Time of the surgery alone, compared with reading memory, the released form, textbook loops and TorchJD.
 
     python benchmarks/surgery.py --output benchmarks/results/surgery_cpu.csv
     python benchmarks/surgery.py --device cuda --output benchmarks/results/surgery_cuda.csv
 
-Parameter tensors of ResNet-18, ResNet-50 and ViT-B/16 (torchvision), random gradients of D = 3 and 5 domains. For each,
-contenders take turns in one process on the same gradients G; medians over the rounds (at least 3 for the slow ones).
-A contender is called `rule @ partition`; rule(0.6) has the norm-outlier stage on, with that alpha.
+Parameter tensors of ResNet-18, ResNet-50 and ViT-B/16 (torchvision), with random gradients of D = 3 and 5 domains. For
+each, the contenders take turns in one process on the same gradients G; the result is the median over the rounds (at
+least 3 rounds for slow contenders). A contender is named `rule @ partition`; rule(0.6) has the norm-outlier stage on,
+with this alpha.
 
-- floor: the fastest plain-torch way found to read G twice and write the update once;
-- corgrad(0.6) at every partition; on a G kept in bfloat16; its three stages: slot_grams, sums and rule, combine;
-- every Gram rule at chunk(10), every element-wise rule at element, TorchJD's four at model;
-- released form: corgrad(0.6) @ chunk(10) as loops over tensors, chunks and pairs with host-side ifs;
-- textbook pcgrad: the same kind of loops, one part a tensor;
-- torchjd: its aggregators on the whole [D, P] matrix, as its users call them;
-- diagnostics: what Diagnostics() costs on a step whose gradients are kept.
+- floor: lower bound of the time, the fastest plain-torch way we know to read G twice and write the update once;
+- corgrad(0.6) at every partition; on a G kept in bfloat16; and its three stages: slot_grams, sums and rule, combine;
+- every Gram rule at chunk(10), every element-wise rule at element, TorchJD's four aggregators at model;
+- released form: corgrad(0.6) @ chunk(10) as loops over tensors, chunks and pairs, with `if`s on the host;
+- textbook pcgrad: the same kind of loops, one part per tensor;
+- torchjd: TorchJD's aggregators on the whole [D, P] matrix, as its users call them;
+- diagnostics: one call of Diagnostics() on kept gradients.
 
-On CUDA a time runs from an idle device to an idle device, launches included, which a training step hides behind its
-backward; the lines after each table give the device's own time (torch.profiler), its launches and its bandwidth.
+On CUDA a time includes the kernel launches, which a training step hides behind its backward pass. The lines after each
+table give the time on the device (torch.profiler), the number of launches and the bandwidth.
 
-Targets, 2 CPU cores of a quiet machine:
+Targets, on 2 CPU cores of an idle machine:
 - corgrad(0.6) @ chunk(10): >= 10 x faster than the released form, <= 2.5 x the floor;
-- no Gram rule above 1.3 x mean @ chunk(10) for D = 3 (nash, cagrad: 2 x);
-- the fastest TorchJD aggregator not faster than our rules @ model.
+- no Gram rule takes more than 1.3 x mean @ chunk(10) for D = 3 (nash, cagrad: 2 x);
+- the fastest TorchJD aggregator is not faster than our rules @ model.
 """
 
 from __future__ import annotations
 
 import gc
+import math
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -54,7 +56,7 @@ from gsdg.surgery import (
     rules,
 )
 from gsdg.surgery.buffers import ALIGN
-from gsdg.surgery.grams import kernels
+from gsdg.surgery.kernels.torch_kernels import kernels
 from gsdg.surgery.rules import CorGrad, Rule
 
 Calls = dict[str, Callable[[], object]]
@@ -88,11 +90,11 @@ RELEASED, METHOD, MEAN = "released form @ chunk(10)", "corgrad(0.6) @ chunk(10)"
 
 
 class Case(NamedTuple):
-    """The gradients of one model and number of domains."""
+    """Random gradients for one model and number of domains."""
 
     names: list[str]
     params: list[Tensor]
-    G: Tensor  # [D, P], its rows padded as the engine pads them
+    G: Tensor  # [D, P], rows padded to ALIGN elements as in the engine
 
     def surgery(self, partition: Partition, rule: Rule, outliers: NormOutliers = OFF) -> Surgery:
         return Surgery(self.params, partition, rule, outliers=outliers, names=self.names)
@@ -114,12 +116,13 @@ def case_of(model: str, n_domains: int, device: str) -> Case:
 
 
 def split(G: Tensor, params: list[Tensor]) -> list[list[Tensor]]:
+    """G [D, P] -> gradients[domain][tensor], views of G."""
     rows = [row.split([p.numel() for p in params]) for row in G]
     return [[g.view(p.shape) for g, p in zip(row, params, strict=True)] for row in rows]
 
 
 def released_form(gradients: list[list[Tensor]], n_parts: int, alpha: float) -> list[Tensor]:
-    """The rule of the release as loops: gradients[domain][tensor], changed in place -> one gradient a tensor."""
+    """The release's rule as loops: gradients[domain][tensor], changed in place -> one gradient per tensor."""
     update = []
     removed = []
     for tensors in zip(*gradients, strict=True):
@@ -143,13 +146,13 @@ def released_form(gradients: list[list[Tensor]], n_parts: int, alpha: float) -> 
 
 
 def timed_released_form(case: Case) -> float:
-    """Seconds of one call; it changes its gradients, and gets its copy of them outside the clock."""
+    """Seconds of one call. It changes its gradients in place, so it gets a copy, made before the clock starts."""
     gradients = split(case.G.clone(), case.params)
     return timed(lambda: released_form(gradients, 10, 0.6), case.G.device.type)
 
 
 def textbook_pcgrad(gradients: list[list[Tensor]]) -> list[Tensor]:
-    """PCGrad (arXiv 2001.06782) tensor by tensor: gradients[domain][tensor] -> one gradient a tensor."""
+    """PCGrad (arXiv 2001.06782) tensor by tensor: gradients[domain][tensor] -> one gradient per tensor."""
     update = []
     for tensors in zip(*gradients, strict=True):
         modified = [g.clone() for g in tensors]
@@ -163,41 +166,45 @@ def textbook_pcgrad(gradients: list[list[Tensor]]) -> list[Tensor]:
 
 
 def floor(G: Tensor, update: Tensor) -> None:
+    """Read G twice and write the update once: a lower bound of the surgery's time."""
     torch.sum(G, 0, out=update)
     G.sum()
 
 
-def lent(surgery: Surgery, G: Tensor, rule: Rule, outliers: NormOutliers = OFF) -> Callable[[], object]:
-    """A step of `rule` on a surgery that several rules share: one table, one buffer for the update."""
+def step_with_rule(surgery: Surgery, G: Tensor, rule: Rule, outliers: NormOutliers = OFF) -> Callable[[], object]:
+    """A step of `rule` on a surgery that several rules share, with one table and one update buffer."""
 
     def call() -> None:
-        surgery.rule, surgery.outliers = rule, outliers
+        surgery.combiner.rule, surgery.combiner.outliers = rule, outliers
         surgery.combine(G)
 
     return call
 
 
 class Stages:
-    """The three stages of a step, each alone. The middle one is the real step with its two passes over G left out."""
+    """The three stages of a step, each timed alone.
+
+    The middle stage is the whole step, with its two passes over G replaced by functions that return at once.
+    """
 
     def __init__(self, surgery: Surgery, G: Tensor) -> None:
         self.surgery, self.G, self.passes = surgery, G, kernels(G)
-        self.slots = self.passes.slot_grams(G, surgery.table)
+        self.slots = self.passes.slot_grams(G, surgery.combiner.layout)
         self.update = surgery.combine(G)
-        self.middle()
+        self.middle()  # sets self.weights
 
     def calls(self) -> Calls:
         return {"slot_grams": self.first, "sums and rule": self.middle, "combine": self.last}
 
     def first(self) -> None:
-        self.passes.slot_grams(self.G, self.surgery.table)
+        self.passes.slot_grams(self.G, self.surgery.combiner.layout)
 
     def middle(self) -> float:
-        with mock.patch("gsdg.surgery.surgery.kernels", self._no_passes):
+        with mock.patch("gsdg.surgery.partwise.kernels", self._no_passes):
             return timed(lambda: self.surgery.combine(self.G), self.G.device.type)
 
     def last(self) -> None:
-        self.passes.combine(self.G, self.weights, self.surgery.table, self.update)
+        self.passes.combine(self.G, self.weights, self.surgery.combiner.layout, self.update)
 
     def _no_passes(self, *_: object) -> SimpleNamespace:
         return SimpleNamespace(slot_grams=lambda *_: self.slots, combine=self._keep_weights)
@@ -207,25 +214,27 @@ class Stages:
 
 
 def our_contenders(case: Case) -> Calls:
+    """This project's contenders: name -> one call."""
     G, calls = case.G, {}
     surgeries = {name: case.surgery(partition(), CorGrad()) for name, partition in PARTITIONS.items()}
     for name, surgery in surgeries.items():
-        calls[f"corgrad(0.6) @ {name}"] = lent(surgery, G, CorGrad(), ALPHA)
+        calls[f"corgrad(0.6) @ {name}"] = step_with_rule(surgery, G, CorGrad(), ALPHA)
     calls["corgrad(0.6) @ element"] = partial(case.surgery(PerElement(), CorGrad(), ALPHA).combine, G)
-    calls[f"{METHOD} bf16"] = lent(surgeries["chunk(10)"], G.bfloat16(), CorGrad(), ALPHA)
+    calls[f"{METHOD} bf16"] = step_with_rule(surgeries["chunk(10)"], G.bfloat16(), CorGrad(), ALPHA)
     calls |= Stages(case.surgery(Chunk(), CorGrad(), ALPHA), G).calls()
     for name, rule in GRAM_RULES.items():
-        calls[f"{name} @ chunk(10)"] = lent(surgeries["chunk(10)"], G, rule())
+        calls[f"{name} @ chunk(10)"] = step_with_rule(surgeries["chunk(10)"], G, rule())
     for name in (aggregator.lower() for aggregator in TORCHJD):
-        calls[f"{name} @ model"] = lent(surgeries["model"], G, GRAM_RULES[name]())
+        calls[f"{name} @ model"] = step_with_rule(surgeries["model"], G, GRAM_RULES[name]())
     for name, rule in ELEMENT_RULES.items():
         calls[f"{name} @ element"] = partial(case.surgery(PerElement(), rule()).combine, G)
-    # what Diagnostics reads of a surgery, without a second copy of G
+    # has the attributes of a surgery that Diagnostics reads, without a second copy of G
     kept = SimpleNamespace(gradients=G, names=case.names, shapes=[p.shape for p in case.params])
     return calls | {"diagnostics": partial(Diagnostics(), kept)}
 
 
 def torchjd_contenders(G: Tensor) -> Calls:
+    """TorchJD's aggregators: name -> one call; prints which are skipped because a package is missing."""
     try:
         from torchjd import aggregation
     except ImportError as error:
@@ -241,7 +250,7 @@ def torchjd_contenders(G: Tensor) -> Calls:
 
 
 def contenders(case: Case) -> Calls:
-    """Name -> one call."""
+    """All contenders: name -> one call."""
     return {
         "floor": partial(floor, case.G, torch.zeros_like(case.G[0])),
         **our_contenders(case),
@@ -252,7 +261,7 @@ def contenders(case: Case) -> Calls:
 
 
 def profiled(call: Callable[[], object]) -> tuple[int, float]:
-    """(kernels, copies and fills that one call launches on the GPU, their milliseconds there)."""
+    """(number of kernels, copies and fills that one call launches on the GPU, their time there in milliseconds)."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
         call()
@@ -262,22 +271,22 @@ def profiled(call: Callable[[], object]) -> tuple[int, float]:
 
 
 def print_bandwidth(G: Tensor, calls: Calls, times: dict[str, Time]) -> None:
-    """A line each for the floor, the two passes and the method; on a GPU by its own clock, and with its launches."""
+    """Print a line each for the floor, the two passes and the method; on a GPU with device times and launches."""
     n_bytes, D = G[0].numel() * G.element_size(), len(G)
     traffic = {"floor": (2 * D + 1) * n_bytes, "slot_grams": D * n_bytes, "combine": (D + 1) * n_bytes, METHOD: 0}
     for name in (name for name in traffic if name in calls):
-        ms, words = times[name].ms, [f"{name}: {times[name].ms:.3f} ms"]
+        ms, columns = times[name].ms, [f"{name}: {times[name].ms:.3f} ms"]
         if G.is_cuda:
             launches, device_ms = profiled(calls[name])
-            words.append(f"{launches} launches, {device_ms:.3f} ms on the device")
+            columns.append(f"{launches} launches, {device_ms:.3f} ms on the device")
             ms = device_ms or ms  # 0 where the machine forbids profiling
         if traffic[name]:
-            words.append(f"{traffic[name] / ms / 1e6:.1f} GB/s")
-        print(", ".join(words))
+            columns.append(f"{traffic[name] / ms / 1e6:.1f} GB/s")
+        print(", ".join(columns))
 
 
 def measured(model: str, n_domains: int, only: list[str], rounds: int, device: str) -> list[Row]:
-    """The table's rows of one model and number of domains."""
+    """The rows for one model and number of domains."""
     print(f"{model}, {n_domains} domains", file=sys.stderr, flush=True)
     case = case_of(model, n_domains, device)
     calls = {name: call for name, call in contenders(case).items() if any(part in name for part in only)}
@@ -288,14 +297,14 @@ def measured(model: str, n_domains: int, only: list[str], rounds: int, device: s
 
 
 def row_of(name: str, times: dict[str, Time]) -> Row:
-    """Ratios are empty where --only left their other half out."""
-    ms, none = times[name].ms, Time(float("nan"), 0)
+    """The columns of one contender. A ratio is empty if --only left out the contender that it compares with."""
+    ms, missing = times[name].ms, Time(float("nan"), 0)
     ratios = {
-        "ratio_to_floor": ms / times.get("floor", none).ms,
-        "ratio_to_mean": ms / times.get(MEAN, none).ms,
-        "faster_than_released": times.get(RELEASED, none).ms / ms,
+        "ratio_to_floor": ms / times.get("floor", missing).ms,
+        "ratio_to_mean": ms / times.get(MEAN, missing).ms,
+        "faster_than_released": times.get(RELEASED, missing).ms / ms,
     }
-    ratios = {key: "" if value != value else round(value, 2) for key, value in ratios.items()}
+    ratios = {key: "" if math.isnan(value) else round(value, 2) for key, value in ratios.items()}
     return {"what": name, "median_ms": round(ms, 3), "rounds": times[name].rounds, **ratios}
 
 
@@ -303,16 +312,16 @@ def main() -> None:
     parser = options(__doc__, "surgery.csv")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--domains", nargs="+", type=int, default=[3, 5])
-    parser.add_argument("--only", nargs="+", default=[""], help="contenders whose names contain one of these")
+    parser.add_argument("--only", nargs="+", default=[""], help="only contenders whose names contain one of these")
     args = parsed(parser)
     torch.set_grad_enabled(False)
     rows = []
     for model in args.models:
         for n_domains in args.domains:
-            found = measured(model, n_domains, args.only, args.rounds, args.device)
+            model_rows = measured(model, n_domains, args.only, args.rounds, args.device)
             gc.collect()
-            show(found)
-            rows += found
+            show(model_rows)
+            rows += model_rows
             save(rows, args.output)
 
 

@@ -1,4 +1,4 @@
-"""What every benchmark does: read its options, run contenders in turn, take medians, print a table, write it as CSV."""
+"""Shared by all benchmarks: read options, run contenders in turn, take medians, print a table, write it as CSV."""
 
 from __future__ import annotations
 
@@ -16,20 +16,26 @@ from typing import NamedTuple
 
 import torch
 
-BUDGET = 15.0  # seconds; a contender that has spent them in timed rounds sits out the rest
+BUDGET = 15.0  # seconds; a contender whose timed rounds have taken longer is left out of the remaining rounds
 
 Row = dict[str, object]
 
 
 class Time(NamedTuple):
-    """A median, and of how many rounds."""
+    """The median time of a contender."""
 
     ms: float
-    rounds: int
+    rounds: int  # number of timed rounds
 
 
 def options(description: str, output: str, *, rounds: int | None = 11) -> argparse.ArgumentParser:
-    """A parser of the options that all benchmarks share; rounds: the default, None for a benchmark without a clock."""
+    """A parser with the options that all benchmarks share.
+
+    Args:
+        description: the benchmark's docstring.
+        output: name of the CSV file in benchmarks/results.
+        rounds: default of --rounds; None for a benchmark that measures no times in rounds.
+    """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results") / output)
     parser.add_argument("--threads", type=int, default=2)
@@ -40,7 +46,7 @@ def options(description: str, output: str, *, rounds: int | None = 11) -> argpar
 
 
 def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The options; sets the threads and the seed."""
+    """Parse the command line, and set torch's number of threads and seed."""
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     torch.manual_seed(0)
@@ -48,10 +54,11 @@ def parsed(parser: argparse.ArgumentParser) -> argparse.Namespace:
 
 
 def medians(contenders: dict[str, Callable[[], object]], rounds: int, device: str = "cpu") -> dict[str, Time]:
-    """Each contender's median; every round runs every one once, the first round warms up. Progress goes to stderr.
+    """The median time of each contender. Prints progress to stderr.
 
-    A contender that returns a float has timed itself, in seconds (by `timed`): it has work to do outside the clock. A
-    slow one takes part in the first rounds only, see BUDGET: `Time.rounds` says in how many.
+    Every round runs every contender once, and one more round at the beginning warms up. A contender that returns a
+    float has measured itself, in seconds (with `timed`), because it has work to do outside the clock. A slow contender
+    takes part in the first rounds only, see BUDGET.
     """
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds + 1):
@@ -65,16 +72,16 @@ def medians(contenders: dict[str, Callable[[], object]], rounds: int, device: st
 
 
 def timed(call: Callable[[], object], device: str) -> float:
-    """Seconds of one call, to the end of its work on the device; the call's own figure if it returns one."""
+    """Seconds of one call until its work on the device ends; if the call returns a float, this float."""
     _synchronize(device)
     start = time.perf_counter()
-    own = call()
+    result = call()
     _synchronize(device)
-    return own if isinstance(own, float) else time.perf_counter() - start
+    return result if isinstance(result, float) else time.perf_counter() - start
 
 
 def provenance(device: str) -> Row:
-    """Where and when: the columns that every results file ends with."""
+    """Machine, versions, date and commit: the last columns of every results file."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "gsdg"]).returncode != 0
     return {
@@ -105,6 +112,7 @@ def save(rows: list[Row], output: Path) -> None:
 
 
 def report(rows: list[Row], output: Path) -> None:
+    """Print the rows and write them to `output`."""
     show(rows)
     save(rows, output)
 

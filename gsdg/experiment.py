@@ -1,7 +1,7 @@
-"""Resolved config -> objects -> run: the only place that instantiates.
+"""Config -> checked plan -> objects -> run. The objects of a run are instantiated only here.
 
-Everything that can be wrong without looking at an image is refused in `prepare`, before any data is read; after it
-the run has an id and a folder, and whatever happens is in the folder's status and log.
+`prepare` refuses everything that can be wrong without reading an image, before any data is read. `run` then has a run
+id and a folder, and whatever happens is written to the folder's status and log.
 """
 
 from __future__ import annotations
@@ -9,60 +9,69 @@ from __future__ import annotations
 import copy
 import json
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
-from hydra.utils import get_object
-from omegaconf import DictConfig, OmegaConf
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import get_original_cwd
+from omegaconf import DictConfig
 
-from gsdg import reuse
 from gsdg.algorithms import Algorithm
-from gsdg.config_checks import check_frozen_statistics, check_keys, check_labels, check_preset
-from gsdg.data.augment import Exact
-from gsdg.data.batched import Batched
-from gsdg.data.cache import as_arrays, in_memory
-from gsdg.data.domains import DomainDataset
+from gsdg.algorithms.base import RENAMED
+from gsdg.config.checks import check_frozen_statistics, check_groups, check_keys, check_labels, check_preset
+from gsdg.config.hparam_search import apply, describe_draw, merge_ranges
+from gsdg.config.identity import hash_identity, identity
+from gsdg.config.places import with_absolute_places
+from gsdg.config.schema import as_dict, build, check, coerce, import_target
+from gsdg.data import DataSource
+from gsdg.data.cache.memory_map import as_arrays, in_memory
+from gsdg.data.dataset import DomainDataset
 from gsdg.data.loader import TrainBatches
+from gsdg.data.source import check_recorded_domains, data_source, pop_recorded_domains
 from gsdg.data.split import Split
-from gsdg.devices import choose_device, device_facts, named_device
-from gsdg.environment import environment, usable_cores
-from gsdg.errors import UserError, listing
+from gsdg.data.transforms_batched import Batched
+from gsdg.data.transforms_exact import Exact
+from gsdg.data.workers import fitting_workers
 from gsdg.evaluate import Evaluator
-from gsdg.identity import hashed, identity
 from gsdg.models.weights import check_weights_file, weights_source
-from gsdg.outcome import logged_to, outcome_recorded
-from gsdg.runs import RunFolder
-from gsdg.schema import build, check, coerce
-from gsdg.search import apply, told, with_own
-from gsdg.seeding import seed_everything, seed_hash
-from gsdg.signals import Signals, Stopped, end
+from gsdg.runs import reuse
+from gsdg.runs.folder import RunFolder
+from gsdg.runs.provenance import environment
+from gsdg.runs.run_log import logged_to, outcome_recorded
+from gsdg.runtime import choose_device, device_metadata, named_device
 from gsdg.trainer import Trainer
+from gsdg.utils.errors import UserError, listing, refuse_renamed
+from gsdg.utils.machine import usable_cores
+from gsdg.utils.seeding import seed_everything, seed_hash
+from gsdg.utils.stop_signals import Signals, Stopped, end
 
 log = logging.getLogger(__name__)
 
-TRANSFORMS = {"exact": Exact, "batched": Batched}  # of trainer.transform
-# What the program adds to each group's own arguments, and where it takes it from.
+TRANSFORMS = {"exact": Exact, "batched": Batched}  # values of trainer.transform
+# {group: {argument that the program passes to its constructor: where the value comes from}}.
 SUPPLIED: dict[str, dict[str, str]] = {
-    "trainer": {},  # first: others refer to its values
+    "trainer": {},  # first: other groups refer to its values
     "dataset": {"data_dir": "taken from data_dir, a key of its own beside dataset"},
     "split": {},
     "model": {"classes": "taken from the data set", "precision": "taken from trainer.precision"},
     "algorithm": {},
     "optimizer": {"params": "taken from the algorithm"},
 }
-# Settings of torch's optimizers that could only fail, or do nothing.
+# Settings of torch's optimizers that have no effect here or make every run fail, and what they are for.
 NO_USE = {"capturable": "CUDA graphs, and no run makes one", "differentiable": "gradients of the step itself"}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that has been checked: its config, and the objects that need no data."""
+    """A run that has been checked: its resolved config, and the objects that can be built without data."""
 
     config: dict
-    source: object  # reads the data set; knows its domains' names
+    source: DataSource
     split: Split
     algorithm: Algorithm
     trainer: Trainer
@@ -73,47 +82,53 @@ class Plan:
 
     @property
     def run_id(self) -> str:
-        return hashed(self.identity)
+        return hash_identity(self.identity)
 
     @property
     def seed(self) -> int:
-        """Of initialisation, batches, augmentation and dropout: another trial is another draw of all of them."""
+        """Seeds initialization, batches, augmentation and dropout, all of which differ between trials."""
         return seed_hash(self.config["seed"], self.config["split"]["trial_seed"])
 
 
 def run(plan: Plan, *, signals: Signals | None = None, submission: str | None = None, patience: float = 0.0) -> None:
-    """Run, resume, or find done, the experiment that was planned.
+    """Run the planned experiment: from scratch, from its last checkpoint, or not at all if it is done already.
 
-    Stopped if one of `signals` asked for it; without them those of gsdg.signals.STOP are heard, and end the program.
-    submission: names the submission of a sweep: of `force`, only its first start is afresh, a requeued one resumes.
-    patience: seconds to wait for another host's process to be found dead. Busy if it is not, LockLost if this one is
-    thought to be.
+    Args:
+        signals: asks to save or to stop. None: those of stop_signals.STOP ask to stop, and then end the program.
+        submission: of the sweep that this run belongs to. With `force`, only the first start of a submission begins
+            from scratch; a task that SLURM requeues resumes.
+        patience: seconds to wait until the heartbeat of a process on another host, which may have died, is stale.
+
+    Raises:
+        Stopped: one of `signals` asked to stop.
+        Busy: another live process works on this run.
+        LockLost: another process has taken the run over, because this one seemed dead.
     """
-    heard = signals or Signals()
+    active = signals or Signals()
     try:
-        with heard:
-            _run(plan, heard, submission, patience)
+        with active:
+            _run(plan, active, submission, patience)
     except Stopped as stopped:
         if signals is None:
             end(stopped.signal)
         raise
-    if signals is None and heard.stop:
-        end(heard.stop)  # it came when there was nothing left to do
+    if signals is None and active.stop:
+        end(active.stop)  # the signal came after the last step
 
 
 def _run(plan: Plan, signals: Signals, submission: str | None, patience: float) -> None:
     device = choose_device(plan.config["device"])
     folder = RunFolder(Path(plan.config["runs_dir"]) / plan.run_id)
-    start = environment(plan.config) | device_facts(device)
-    afresh = plan.config["force"] and (submission is None or folder.status.get("submission") != submission)
-    afresh = afresh or reuse.code_change(folder, start, plan.config["on_code_change"])
-    if done_already(plan, folder, afresh):
+    start = environment(plan.config) | device_metadata(device)
+    from_scratch = plan.config["force"] and (submission is None or folder.status.get("submission") != submission)
+    from_scratch = from_scratch or reuse.code_change(folder, start, plan.config["on_code_change"])
+    if done_already(plan, folder, from_scratch):
         return
-    with folder.hold(afresh=afresh, patience=patience, steps=plan.trainer.steps, submission=submission):
-        if done_already(plan, folder):  # by the process that we have waited for
+    with folder.acquire(from_scratch=from_scratch, patience=patience, steps=plan.trainer.steps, submission=submission):
+        if done_already(plan, folder, locked=True):  # the process that held the lock before has finished the run
             return
         with logged_to(folder), outcome_recorded(folder, signals):
-            reuse.note_other_machine(folder, start)
+            reuse.warn_of_other_machine(folder, start)
             folder.write("config.json", reuse.with_search(folder, plan.config))
             folder.append("environment.jsonl", start)
             log.info("run %s: %s", folder.path, summary(plan, device))
@@ -121,24 +136,27 @@ def _run(plan: Plan, signals: Signals, submission: str | None, patience: float) 
             log.info("done: %s", folder.path)
 
 
-def done_already(plan: Plan, folder: RunFolder, afresh: bool = False) -> bool:
-    """Whether the run is done, with the data and weights that are here now. UserError if they are others."""
-    done = folder.status.get("state") == "done" and not afresh
+def done_already(plan: Plan, folder: RunFolder, from_scratch: bool = False, *, locked: bool = False) -> bool:
+    """Whether the run is done. UserError if it was made with other data or weights than there are now.
+
+    locked: this process has the lock of the run.
+    """
+    done = folder.status.get("state") == "done" and not from_scratch
     if done:
         reuse.check_inputs(folder, inputs_here(plan.config))
-        reuse.note_search(folder, plan.config)
+        reuse.note_search(folder, plan.config, locked=locked)
         log.info("done already: %s (force=true to run it again)", folder.path)
     return done
 
 
 def inputs_here(config: dict) -> dict:
-    """{"data", "weights"}: the digests of what a run of this config would read now; of what is not here, none."""
-    found: dict = {"data": {}, "weights": {}}
+    """{"data", "weights"}: the digests of what a run of this config would read now; {} for what this machine lacks."""
+    digests: dict = {"data": {}, "weights": {}}
     with suppress(UserError):
-        found["data"] = reuse.data_digests(build(config["dataset"], data_dir=config["data_dir"]).read())
+        digests["data"] = reuse.data_digests(data_source(config).read())
     with suppress(UserError):
-        found["weights"] = weights_here(config["model"])
-    return found
+        digests["weights"] = weights_here(config["model"])
+    return digests
 
 
 def weights_here(model: dict) -> dict:
@@ -146,25 +164,42 @@ def weights_here(model: dict) -> dict:
     return reuse.weights_digests(model.get("weights"), source and source.file())
 
 
-def prepare(raw: DictConfig | dict) -> Plan:
-    """Check the whole config and build what needs no data. UserError for every mistake that can be found here.
+def prepare(raw: DictConfig | dict, build: Callable[..., Any] = build) -> Plan:
+    """Check the whole config and build what needs no data.
 
-    A Plan's config gives the same plan again: a sweep freezes it, and its jobs prepare it where they run.
+    `prepare(plan.config)` gives an equal plan: a sweep freezes that config, and its tasks prepare it again where they
+    run.
+
+    Args:
+        raw: Hydra's composed config, or the config of a Plan.
+        build: instantiates a node. `schema.BuiltOnce` for plans whose objects are not used for a run.
+
+    Raises:
+        UserError: for every mistake that can be found without data.
     """
     check_preset(raw)
-    config = resolved(raw)
+    config = resolve_config(raw)
     check_keys(config)
+    config = with_absolute_places(config, get_original_cwd() if HydraConfig.initialized() else None)
+
+    # Values on their own: each group against the signature of its constructor, then what no signature says.
     refuse_surgery(config["algorithm"])
+    noted_domains = pop_recorded_domains(config["dataset"])
     for group, supplied in SUPPLIED.items():
         config[group] = check(config[group], group, supplied)
     coerce(config["on_code_change"], reuse.OnCodeChange, "on_code_change")
     check_weights_file(config["model"])
     check_labels(config)
     check_frozen_statistics(config["model"])
-    source = build(config["dataset"], data_dir=config["data_dir"])
+
+    # The domains, by their names in the config from now on: the run id needs them.
+    source = data_source(config, build)
+    check_recorded_domains(config["dataset"], noted_domains, source)
     split = build(config["split"])
     split.check(source.domains)
-    config["dataset"]["domains"], config["split"]["target"] = list(source.domains), split.targets
+    config["dataset"]["domains"], config["split"]["target"] = list(source.domains), list(split.targets)
+
+    # Values that have to fit one another.
     check_channels(config["model"], source)
     check_stored_size(config)
     try_optimizer(json.dumps(config["optimizer"]))
@@ -175,46 +210,49 @@ def prepare(raw: DictConfig | dict) -> Plan:
     return Plan(config, source, split, algorithm, trainer)
 
 
-def check_channels(model: dict, source: object) -> None:
-    """UserError where the model would not see the colour that the data set is about; to see more is harmless."""
-    looks_at = len(model["mean"])
-    if looks_at >= source.channels:
+def check_channels(model: dict, source: DataSource) -> None:
+    """UserError if the model has fewer input channels than the data set's images need; more channels are harmless."""
+    channels = len(model["mean"])
+    if channels >= source.channels:
         return
     kinds = {1: "grey images", 2: "red and green digits", 3: "colour photos"}
     fitting = {2: "convnet_2ch", 3: "resnet18, resnet50, efficientnet_lite0"}
     raise UserError(
-        f"model={model['name']} looks at {looks_at} of 3 colour channels, dataset={source.name} has "
+        f"model={model['name']} looks at {channels} of 3 colour channels, dataset={source.name} has "
         f"{kinds[source.channels]}.\nChoose a model that takes them: model={fitting[source.channels]}."
     )
 
 
 def refuse_surgery(algorithm: dict) -> None:
-    """UserError where surgery is asked for, but the algorithm's loss is not one a domain; or asked for wrongly."""
-    surgery, kind = algorithm.get("surgery"), get_object(algorithm["_target_"])
-    if surgery is not None and kind.no_surgery:
-        raise UserError(f"algorithm={algorithm['name']} takes no algorithm/surgery: {kind.no_surgery}.")
-    if isinstance(surgery, str):
-        raise UserError(f"algorithm.surgery={surgery}: it is a choice among files. Write algorithm/surgery={surgery}.")
+    """UserError if `algorithm/surgery` is chosen for an algorithm that has no separate loss per domain."""
+    surgery, algorithm_class = algorithm.get("surgery"), import_target(algorithm.get("_target_"), "algorithm")
+    if not hasattr(algorithm_class, "no_surgery"):
+        raise UserError(f"algorithm._target_={algorithm['_target_']} is not a subclass of gsdg.algorithms.Algorithm.")
+    if surgery is not None and algorithm_class.no_surgery:
+        raise UserError(f"algorithm={algorithm['name']} takes no algorithm/surgery: {algorithm_class.no_surgery}.")
 
 
 def check_sources(name: str, algorithm: Algorithm, sources: list[str]) -> None:
-    if len(sources) < algorithm.needs_domains:
+    """UserError if there are fewer source domains than the algorithm needs."""
+    refuse_renamed(type(algorithm), vars(algorithm), RENAMED)
+    if len(sources) < algorithm.min_domains:
         raise UserError(
-            f"algorithm={name} needs {algorithm.needs_domains} source domains or more, found {listing(sources)}.\n"
+            f"algorithm={name} needs {algorithm.min_domains} source domains or more, found {listing(sources)}.\n"
             "Choose fewer targets (split.target), more domains (dataset.domains), or another algorithm."
         )
 
 
 def check_held_out(trainer: Trainer, split: Split) -> None:
+    """UserError if the averaging needs the sources' held-out loss, but nothing is held out."""
     if trainer.averaging and trainer.averaging.needs_losses and not split.holdout_fraction:
         raise UserError(
-            f"trainer/averaging={trainer.averaging.name} looks at the sources' held-out loss: "
+            f"trainer/averaging={trainer.averaging.name} needs the sources' held-out loss, but "
             "split.holdout_fraction=0.0 holds nothing out.\nSet it higher (DomainBed's is 0.2)."
         )
 
 
 def check_stored_size(config: dict) -> None:
-    """UserError where the cache would keep less of an image than the model looks at."""
+    """UserError if the cache would store images that are smaller than the model's input."""
     short_side, size = config["dataset"].get("short_side"), config["model"]["image_size"]
     if config["trainer"]["transform"] == "batched" and short_side is not None and short_side < size:
         raise UserError(
@@ -223,57 +261,75 @@ def check_stored_size(config: dict) -> None:
         )
 
 
-def resolved(raw: DictConfig | dict) -> dict:
-    """The config as plain values, without what has done its work by now: preset, short names."""
+def resolve_config(raw: DictConfig | dict) -> dict:
+    """The config as plain values: interpolated, with the values of its search's draw, without composition-only keys."""
     if isinstance(raw, DictConfig):
-        config = OmegaConf.to_container(searched(raw), resolve=True, throw_on_missing=True)
+        config = as_dict(apply_search(raw), resolve=True, throw_on_missing=True)
     else:
         config = copy.deepcopy(raw)
     for key in ("experiment", "resubmit"):
         config.pop(key, None)
+    check_groups(config)
     if "n_parts" in config["algorithm"] and "n_parts" not in config["algorithm"].get("partition", {}):
         raise UserError("unknown key algorithm.n_parts: only algorithm/partition=chunk has parts to count.")
-    for key in ("n_parts", "ranges"):  # the partition's took its value, or was given another; a search took them
+    # algorithm.n_parts is interpolated into the partition already, algorithm.ranges is merged into the search.
+    for key in ("n_parts", "ranges"):
         config["algorithm"].pop(key, None)
     if config["algorithm"].get("surgery", "none") is None:
         del config["algorithm"]["surgery"]
+    config["algorithm"].get("surgery", {}).pop("ranges", None)
     if "search" in config:
-        apply(config["search"], config)  # changes a composed config no more, but refuses keys that are gone by now
+        apply(config["search"], config)  # changes no value any more; refuses ranges for the keys removed above
     return config
 
 
-def searched(raw: DictConfig) -> DictConfig:
-    """The config with its search's draw in place of its own values, so that whatever refers to them follows."""
+def apply_search(raw: DictConfig) -> DictConfig:
+    """The config with the values that its search draws, before interpolation, so that references get them too."""
     if "search" not in raw:
         return raw
     config, search = copy.deepcopy(raw), raw.search
-    if OmegaConf.is_config(search):
-        search = OmegaConf.to_container(search, resolve=True, throw_on_missing=True)
-        own = OmegaConf.to_container(config.algorithm.get("ranges", OmegaConf.create()), resolve=True)
-        config.search = search = with_own(search, own)
+    if isinstance(search, DictConfig):
+        search = merge_ranges(as_dict(search, resolve=True, throw_on_missing=True), ranges_of(config.algorithm))
+        config.search = search
     apply(search, config)
     return config
+
+
+def ranges_of(algorithm: DictConfig) -> dict:
+    """The search ranges of an algorithm and of the gradient surgery on its losses: {name: range}."""
+    of_algorithm, of_surgery = (
+        as_dict(node.ranges, resolve=True) if node and "ranges" in node else {}
+        for node in (algorithm, algorithm.get("surgery"))
+    )
+    for range_ in of_surgery.values():  # a surgery preset's keys are those of `algorithm=NAME`
+        range_["key"] = range_["key"].replace("algorithm.", "algorithm.surgery.", 1)
+    return of_algorithm | of_surgery
 
 
 def train(plan: Plan, folder: RunFolder, device: torch.device, signals: Signals) -> None:
     """Read the data, build the model, fit."""
     trainer, algorithm = plan.trainer, plan.algorithm
     seed_everything(plan.seed, deterministic=plan.config["deterministic"])
+
+    # Model and data first: an earlier start of this run must have used the same weights and images.
     dataset = plan.source.read()
     model = build(plan.config["model"], classes=len(dataset.classes), precision=trainer.precision)
     inputs = {"data": reuse.data_digests(dataset), "weights": weights_here(plan.config["model"])}
     reuse.check_inputs(folder, inputs)
     reuse.note_inputs(folder, plan.identity, inputs)
+
+    # The optimizer after setup: an algorithm may add parameters of its own.
     sources = plan.split.sources(plan.source.domains)
     algorithm.setup(model.to(device=device, memory_format=trainer.memory_format), sources)
     optimizer = build(plan.config["optimizer"], params=algorithm.parameter_groups())
 
-    parts = plan.split.parts(dataset)  # {domain: {"in": indices, "out": indices}}
+    # Batches: only training images are always augmented; `sources` augments the sources' evaluation too.
+    parts = plan.split.indices(dataset)  # {domain: {"in": indices, "out": indices}}
     transform = TRANSFORMS[trainer.transform]
     augmented, plain = transform(model.spec, plan.source.augment), transform(model.spec, "none")
     if transform is Batched:
         dataset = as_arrays(dataset, plan.source.cache)
-    workers = needed_workers(trainer, dataset)
+    workers = choose_workers(trainer, dataset)
     batches = TrainBatches(
         dataset,
         {domain: parts[domain]["in"] for domain in sources},
@@ -283,9 +339,10 @@ def train(plan: Plan, folder: RunFolder, device: torch.device, signals: Signals)
         steps=trainer.steps,
         class_balanced=trainer.class_balanced,
     )
+    workers = limit_workers(workers, trainer, batches)
     evaluator = Evaluator(
         dataset,
-        {domain: evaluated(trainer, parts[domain], domain in sources) for domain in parts},
+        {domain: evaluated_parts(trainer, parts[domain], domain in sources) for domain in parts},
         {domain: augmented if trainer.augment == "sources" and domain in sources else plain for domain in parts},
         batch_size=trainer.eval_batch_size,
         workers=workers,
@@ -293,34 +350,48 @@ def train(plan: Plan, folder: RunFolder, device: torch.device, signals: Signals)
         device=device,
         memory_format=trainer.memory_format,
     )
-    trainer.fit(algorithm, optimizer, batches, evaluator, folder, workers, signals)
+    try:
+        trainer.fit(algorithm, optimizer, batches, evaluator, folder, workers, signals)
+    finally:
+        evaluator.close()
 
 
-def needed_workers(trainer: Trainer, dataset: DomainDataset) -> int:
-    """Processes beside this one: what the user says, else none where no image has to be decoded."""
+def choose_workers(trainer: Trainer, dataset: DomainDataset) -> int:
+    """Processes that load images: trainer.workers; if that is null, none where all images are in memory already."""
     if trainer.workers is not None:
         return trainer.workers
     return 0 if in_memory(dataset) else usable_cores()
 
 
+def limit_workers(workers: int, trainer: Trainer, batches: TrainBatches) -> int:
+    """As many of the workers as shared memory has room for. UserError if the user has chosen more than that."""
+    if not workers:
+        return 0
+    sizes = batches.bytes_per_image().values()
+    batch_bytes = trainer.batch_size * sum(sizes) + trainer.eval_batch_size * max(sizes)
+    return fitting_workers(workers, chosen=trainer.workers is not None, batch_bytes=batch_bytes)
+
+
 def summary(plan: Plan, device: torch.device) -> str:
-    """`grad_surgery on pacs (resnet18, cpu), target sketch, trial 0`, and what a search drew."""
+    """`grad_surgery on pacs (resnet18, cpu), target sketch, trial 0`, and the values of a search's draw."""
     names = {group: plan.config[group]["name"] for group in ("algorithm", "dataset", "model")}
     where = f"{names['model']}, {device}"
     targets, trial = listing(plan.split.targets), plan.config["split"]["trial_seed"]
-    drawn = f", {told(plan.config['search'], plan.config)}" if "search" in plan.config else ""
+    drawn = f", {describe_draw(plan.config['search'], plan.config)}" if "search" in plan.config else ""
     return f"{names['algorithm']} on {names['dataset']} ({where}), target {targets}, trial {trial}{drawn}"
 
 
-def evaluated(trainer: Trainer, parts: dict, is_source: bool) -> dict:
-    """The parts of a domain that are evaluated: `fast` leaves out what was trained on."""
+def evaluated_parts(trainer: Trainer, parts: dict, is_source: bool) -> dict:
+    """The parts of a domain that are evaluated: `fast` leaves out the parts that are trained on."""
     return {part: parts[part] for part in parts if not (trainer.evaluate == "fast" and is_source and part == "in")}
 
 
 @cache
 def try_optimizer(text: str) -> None:
-    """Build the optimizer (its node as JSON) and make one step of one number with it, so that torch's refusals come
-    before data loads: the step refuses an optimizer that needs a closure."""
+    """UserError if the optimizer (`text`: its node as JSON) cannot be built, or cannot make a step of one number.
+
+    Trying a step finds optimizers that need a closure, before any data is loaded.
+    """
     node = json.loads(text)
     for key, purpose in NO_USE.items():
         if node.get(key):

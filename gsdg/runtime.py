@@ -1,14 +1,18 @@
-"""The training device by its name: a typing error is refused anywhere, an absent device only where it is needed."""
+"""The training device by its name, and what the exact result of a step depends on.
+
+A name that is not valid is refused on every machine; a valid device that is absent only where the run starts, because a
+sweep is checked on a login node without GPUs.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from gsdg.errors import UserError
+from gsdg.utils.errors import UserError
 
 
 def named_device(name: str) -> torch.device | None:
-    """The device of that name, whether it is here or not; None for `auto`."""
+    """The device of that name, whether this machine has it or not; None for `auto`. UserError for an invalid name."""
     try:
         return None if name == "auto" else torch.device(name)
     except (RuntimeError, TypeError) as error:
@@ -16,7 +20,7 @@ def named_device(name: str) -> torch.device | None:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of that name, or the best there is. UserError where it is not here."""
+    """The device of that name; for `auto` a GPU if there is one. UserError if this machine does not have the device."""
     device = named_device(name)
     if device is None:
         mps = torch.backends.mps.is_available()
@@ -34,19 +38,21 @@ def unusable(name: str, error: Exception) -> UserError:
 
 
 def device_name(device: torch.device) -> str:
+    """`NVIDIA H200`, or `cpu, 8 threads`."""
     return (
         torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
     )
 
 
-def device_facts(device: torch.device) -> dict:
-    """What the bits of a step depend on beside code and versions: a line's worth of environment.jsonl.
+def device_metadata(device: torch.device) -> dict:
+    """What the exact result of a step depends on, apart from code and versions. It goes into environment.jsonl.
 
-    tf32: whether convolutions and matrix products in float32 are computed with TF32's ten bits of mantissa, which torch
-    allows convolutions by default. cuda, cudnn and tf32 only for a CUDA device.
+    Returns:
+        {"device", "threads", "gpus"}, for a CUDA device also {"cuda", "cudnn", "tf32"}. tf32 says whether float32
+        convolutions and matrix products may use TF32 (10 bits of mantissa); torch's default allows it for convolutions.
     """
-    facts = {"device": device_name(device), "threads": torch.get_num_threads(), "gpus": torch.cuda.device_count()}
+    metadata = {"device": device_name(device), "threads": torch.get_num_threads(), "gpus": torch.cuda.device_count()}
     if device.type != "cuda":
-        return facts
+        return metadata
     tf32 = {"convolutions": torch.backends.cudnn.allow_tf32, "products": torch.backends.cuda.matmul.allow_tf32}
-    return {**facts, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "tf32": tf32}
+    return {**metadata, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "tf32": tf32}

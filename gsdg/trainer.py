@@ -1,14 +1,15 @@
-"""The only training loop: batches -> gradients -> optimizer -> records, resumable at any step, bit for bit.
+"""The only training loop: batches -> gradients -> optimizer -> records. It can resume after any step, bit for bit.
 
-Steps are counted as DomainBed counts them: the record of step s is made after s + 1 updates, and `steps: 5001`
-with `eval_every: 300` evaluates after updates 1, 301, ..., 4801 (and 5001 with `evaluate_last`).
+Records count steps as DomainBed does: the record of step s is made after s + 1 updates, and `steps: 5001` with
+`eval_every: 300` evaluates after updates 1, 301, ..., 4801 (and after 5001 with `evaluate_last`). Log lines and the
+progress bar count updates instead: `step 301/5001`.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -17,38 +18,47 @@ import torch
 from torch import Tensor
 
 from gsdg.algorithms import Algorithm
+from gsdg.algorithms.base import explain_batchnorm_error
 from gsdg.averaging import Averaging
-from gsdg.checkpoint import Saver, random_states, restore_random_states, save_atomically
 from gsdg.data.loader import TrainBatches, train_loader
-from gsdg.errors import UserError, listing
-from gsdg.evaluate import Evaluator, Table, correct, cross_entropy
-from gsdg.runs import RunFolder
-from gsdg.signals import Signals
+from gsdg.evaluate import DomainMeans, Evaluator, correct, cross_entropy
+from gsdg.runs.checkpoint import random_states, restore_random_states
+from gsdg.runs.folder import RunFolder
+from gsdg.runs.saver import Saver
+from gsdg.types import Batch
+from gsdg.utils.errors import UserError, listing
+from gsdg.utils.progress import clock_time, tracked
+from gsdg.utils.stop_signals import Signals
 
 log = logging.getLogger(__name__)
+COLUMNS = 80  # width of the log lines with accuracies
+ACCURACIES = "accuracies in %: domain in/out; * target; mean: of the sources' out, by which a step is selected"
 
 
 class NonFinite(RuntimeError):
-    """The loss or a gradient is NaN or infinite: training on would only hide it."""
+    """The loss or a gradient is NaN or infinite, so the run fails instead of training on."""
 
 
-class Window:
-    """Sums of the metrics since the last record; they stay on the device until the record is made."""
+class MetricMeans:
+    """The mean of each metric since the last record. The sums stay on the device until a record needs the means."""
 
     def __init__(self) -> None:
         self.clear()
 
     def clear(self) -> None:
+        """Start the next mean: forget all steps so far."""
         self.steps = 0
         self.sums: dict[str, Tensor] = {}
 
     def add(self, metrics: dict[str, Tensor]) -> None:
+        """Add the metrics of one step, 0-dim tensors."""
         self.steps += 1
         for name, value in metrics.items():
-            wide = torch.float32 if value.device.type == "mps" else torch.float64  # MPS has no float64
-            self.sums[name] = self.sums.get(name, 0.0) + value.to(wide)
+            dtype = torch.float32 if value.device.type == "mps" else torch.float64  # MPS has no float64
+            self.sums[name] = self.sums.get(name, 0.0) + value.to(dtype)
 
-    def means(self) -> dict[str, float]:
+    def compute(self) -> dict[str, float]:
+        """{metric: mean over the steps}. Synchronizes with the device."""
         return {name: (total / self.steps).item() for name, total in self.sums.items()}
 
     def state_dict(self) -> dict:
@@ -58,17 +68,83 @@ class Window:
         self.steps, self.sums = state["steps"], dict(state["sums"])
 
 
+class Throughput:
+    """Seconds per step and the time left. The time that evaluations take is not counted."""
+
+    def __init__(self, steps: int) -> None:
+        self.steps, self.pace = steps, 0.0  # pace: seconds per step
+        self.start(0)
+
+    def start(self, done: int) -> None:
+        """Start to measure now, when `done` steps have been made."""
+        self.began, self.first, self.done = time.perf_counter(), done, done
+
+    def tick(self, done: int) -> None:
+        self.done = done
+
+    def exclude(self, seconds: float) -> None:
+        """Leave out `seconds` that have passed since the start, such as those of an evaluation."""
+        self.began += seconds
+
+    def seconds_per_step(self) -> float:
+        """The mean since the start; before the first step after a resume, the value that the checkpoint holds."""
+        if self.done > self.first:
+            self.pace = (time.perf_counter() - self.began) / (self.done - self.first)
+        return self.pace
+
+    def line(self, loss: float) -> str:
+        """The log line of a step."""
+        return f"step {self.done}/{self.steps}  loss {loss:.4f}  {self.pace_and_time_left()}"
+
+    def pace_and_time_left(self) -> str:
+        """`6.56 steps/s  00:00:12 left`."""
+        pace = self.seconds_per_step()
+        return f"{1 / pace:.2f} steps/s  {clock_time(pace * (self.steps - self.done))} left"
+
+    def state_dict(self) -> dict:
+        return {"pace": self.pace}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.pace = state["pace"]
+
+
+@dataclass(frozen=True)
+class _Session:
+    """What recording and finishing need from one call of `Trainer.fit`."""
+
+    algorithm: Algorithm
+    evaluator: Evaluator
+    folder: RunFolder
+    saver: Saver
+    means: MetricMeans
+    throughput: Throughput
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """How long, how often, how large. `evaluate` and `augment` are where the DomainBed lineages differ.
+    """The training loop and its settings. `evaluate` and `augment` are where DomainBed's versions and forks differ.
 
-    evaluate: `all` domains' in and out parts, or `fast`: all but the sources' in.
-    augment: `training` augments the training batches only; `sources` the sources' evaluation too (DomainBed).
-    transform: `exact`, torchvision on Pillow's images, decoded at every draw; or `batched`, the same draws and
-    arithmetic on the training device, from images that were decoded once (dataset.cache).
-    batch_size: images per source domain and step. precision: of the forward pass.
-    checkpoint_every, log_every, workers (processes that load images) and keep_weights change no result.
-    averaging: of the weights, evaluated beside them; it changes no result of theirs.
+    Args:
+        steps: optimizer updates, 1 or more.
+        eval_every: evaluate after update 1 and then after every `eval_every` updates.
+        evaluate_last: evaluate after the last update too, where `eval_every` does not fall on it.
+        evaluate: `all` evaluates the in and out parts of all domains; `fast` leaves out the sources' in parts.
+        augment: `training` augments the training batches only; `sources` also the images on which the source domains
+            are evaluated, as DomainBed does.
+        transform: `exact` decodes an image whenever it is drawn and uses torchvision's transforms on Pillow's images;
+            `batched` does the same random draws and arithmetic on the training device, from images that were decoded
+            once (dataset.cache).
+        batch_size: training images per source domain and step.
+        eval_batch_size: images per batch of an evaluation.
+        class_balanced: draw every class of a source domain equally often.
+        precision: of the forward pass, `float32` or `bf16` (autocast).
+        channels_last: keep images and weights in the channels_last memory format.
+        checkpoint_every: save a checkpoint after every so many updates, and after the last one. Changes no result.
+        log_every: write a log line for every so many updates. Changes no result.
+        workers: processes that load images; 0: none; None: one per core, at most 8, or none where the images are
+            decoded already. Changes no result.
+        keep_weights: save `model.pt` (and `model_averaged.pt`) at the end. Changes no result.
+        averaging: an average of the weights, evaluated in addition to the weights. Does not change the training.
     """
 
     steps: int
@@ -116,55 +192,83 @@ class Trainer:
         workers: int,
         signals: Signals | None = None,
     ) -> None:
-        """Train from the last checkpoint, or from the start, to `steps`; leave records and `model.pt` in `folder`.
+        """Train from the last checkpoint, or from step 0, to `steps`; write records and `model.pt` to `folder`.
 
-        Stopped, with a checkpoint, after the step or in the evaluation in which `signals` noted one that asks for it.
+        Args:
+            algorithm: set up, on the training device.
+            optimizer: built on `algorithm.parameter_groups()`.
+            workers: processes that load images.
+            signals: asks to save or to stop; None: nothing does.
+
+        Raises:
+            Stopped: after a checkpoint, when a signal asked to stop during a step or an evaluation.
+            NonFinite: the loss or a gradient is NaN or infinite.
         """
-        window, clock = Window(), Clock(self.steps)
-        parts = {"algorithm": algorithm, "optimizer": optimizer, "window": window, "clock": clock}
+        # Everything that a step changes goes into the checkpoint; its names stay, so that older checkpoints still load.
+        means, throughput = MetricMeans(), Throughput(self.steps)
+        parts = {"algorithm": algorithm, "optimizer": optimizer, "window": means, "clock": throughput}
         if self.averaging:
             self.averaging.setup(algorithm, self.evaluations)
             parts["averaging"] = self.averaging
         saver = Saver(parts, folder, signals or Signals(), self.steps)
+        session = _Session(algorithm, evaluator, folder, saver, means, throughput)
+
+        # Resume. If the checkpoint was saved in the middle of an evaluation, that evaluation is made again first.
         start, unrecorded = saver.resume()
         parameters = [p for p in algorithm.parameters() if p.requires_grad]
-        device = parameters[0].device
         algorithm.train()
-        clock.start(start)
+        throughput.start(start)
         saver.begin()
+        log.info(ACCURACIES)
         if unrecorded:
-            self._record(start - 1, window, clock, evaluator, algorithm, folder, saver)
+            self._record(start - 1, session)
 
-        loading = {"workers": workers, "device": device, "memory_format": self.memory_format}
-        for step, drawn in enumerate(train_loader(batches, start, **loading), start):
-            optimizer.zero_grad(set_to_none=True)
-            metrics = algorithm.backward(drawn)
-            metrics["grad_norm"] = gradient_norm(parameters)
-            looks = device.type == "cpu" or self._reports(step)  # elsewhere, reading a number makes the host wait
-            if looks:
-                refuse_nonfinite(metrics, step, algorithm)
-            known = set(metrics)
-            algorithm.step(optimizer)
-            if looks and (later := set(metrics) - known):  # losses of the rest of a step: what they spoil is not saved
-                refuse_nonfinite(metrics, step, algorithm, later)
+        loading = {"workers": workers, "device": parameters[0].device, "memory_format": self.memory_format}
+        bar = {"done": start, "note": throughput.pace_and_time_left}
+        # Train: one update, then whatever is due after it. No local variable may hold the loader: the traceback of an
+        # error would keep it, and so its worker processes, alive until they are killed, which torch then reports.
+        for step, minibatches in enumerate(
+            tracked(train_loader(batches, start, **loading), "training", self.steps, "steps", **bar), start
+        ):
+            metrics = self._train_step(step, minibatches, algorithm, optimizer, parameters)
             if self.averaging:
                 self.averaging.after_step(step)
-            window.add(metrics)
-            clock.tick(step + 1)
+            means.add(metrics)
+            throughput.tick(step + 1)
             folder.progress(step + 1)
-
             if self._logs(step):
-                log.info(clock.line(window.means()["loss"]))
-                if diagnosis := algorithm.diagnose():
-                    folder.append_diagnosis({"step": step, **diagnosis})
+                self._log(step, session)
             if self._evaluates(step):
-                self._record(step, window, clock, evaluator, algorithm, folder, saver)
-            saver.after_step(step + 1, self._saves(step), partial(refuse_nonfinite, metrics, step, algorithm))
+                self._record(step, session)
+            saver.after_step(step + 1, self._saves(step), partial(check_finite, metrics, step, algorithm))
+        self._finish(session)
 
-        if self.keep_weights:
-            self._keep(algorithm, folder)
-        folder.set_status(state="done", step=self.steps)
-        saver.checkpoints.remove()  # only now: until the run is marked done, it is resumed from them
+    def _train_step(
+        self,
+        step: int,
+        minibatches: Sequence[Batch],
+        algorithm: Algorithm,
+        optimizer: torch.optim.Optimizer,
+        parameters: Sequence[Tensor],
+    ) -> dict[str, Tensor]:
+        """Make one update from one minibatch per source domain. Returns its metrics, 0-dim tensors on the device."""
+        optimizer.zero_grad(set_to_none=True)
+        with explain_batchnorm_error():
+            metrics = algorithm.backward(minibatches)
+        metrics["grad_norm"] = gradient_norm(parameters)
+
+        # Check before the update, so that NaN never reaches weights that are saved. `.item()` synchronizes with an
+        # accelerator, so there only the steps that read numbers anyway are checked.
+        check_now = parameters[0].device.type == "cpu" or self._reports(step)
+        if check_now:
+            check_finite(metrics, step, algorithm)
+        with explain_batchnorm_error():  # some algorithms forward once more
+            step_metrics = algorithm.step(optimizer) or {}  # a user's step may return nothing
+        later = step_metrics.keys() - metrics.keys()  # losses of a further forward pass
+        metrics |= step_metrics
+        if check_now and later:
+            check_finite(metrics, step, algorithm, later)
+        return metrics
 
     def _evaluates(self, step: int) -> bool:
         return step % self.eval_every == 0 or (self.evaluate_last and step == self.steps - 1)
@@ -178,109 +282,113 @@ class Trainer:
     def _reports(self, step: int) -> bool:
         return self._logs(step) or self._evaluates(step) or self._saves(step)
 
-    def _keep(self, algorithm: Algorithm, folder: RunFolder) -> None:
-        kept = {"model.pt": algorithm}
-        if self.averaging and (mean := self.averaging.mean(self.evaluations[-1])):
-            kept["model_averaged.pt"] = self.averaging.averaged(mean)
-        for name, own in kept.items():
-            save_atomically(folder.path / name, own.model.state_dict(), fence=folder.writing)
+    def _log(self, step: int, session: _Session) -> None:
+        log.info(session.throughput.line(session.means.compute()["loss"]))
+        if diagnosis := session.algorithm.diagnostics():
+            session.folder.append_diagnosis({"step": step, **diagnosis})
 
-    def _record(self, step, window, clock, evaluator, algorithm, folder, saver) -> None:
+    def _record(self, step: int, session: _Session) -> None:
+        """Evaluate the weights, and their average if there is one, and append a record of each."""
         began = time.perf_counter()
-        metrics, seconds_per_step = window.means(), clock.seconds_per_step()
-        between = saver.in_evaluation(step + 1)
+        metrics, seconds_per_step = session.means.compute(), session.throughput.seconds_per_step()
+        hook = session.saver.evaluation_hook(step + 1)
         measures = [correct, cross_entropy] if self.averaging and self.averaging.needs_losses else [correct]
-        accuracy, *losses = evaluator.measure(algorithm, step, measures, between)
+        accuracy, *losses = session.evaluator.measure(session.algorithm, step, measures, hook)
         evaluation = time.perf_counter() - began
-        clock.exclude(evaluation)
+        session.throughput.exclude(evaluation)
         seconds = {"step": seconds_per_step, "evaluation": evaluation}
-        folder.append_record({"step": step, "accuracy": accuracy, "metrics": metrics, "seconds": seconds})
-        log.info("step %d  %s", step, format_accuracy(accuracy))
+        session.folder.append_record({"step": step, "accuracy": accuracy, "metrics": metrics, "seconds": seconds})
+        sources = session.algorithm.domains
+        log.info(self._accuracy_lines(step, accuracy, sources))
         if self.averaging:
-            loss = held_out_loss(*losses, algorithm.domains) if losses else float("nan")
-            self._record_average(step, loss, clock, evaluator, folder, between)
-        window.clear()  # not before: an evaluation that is cut short is recorded again from its start
+            self.averaging.after_evaluation(step, held_out_loss(*losses, sources) if losses else float("nan"))
+            self._record_average(self.averaging, step, session, hook)
+        session.means.clear()  # last: an evaluation that was interrupted is recorded again, with the same means
 
-    def _record_average(self, step, loss, clock, evaluator, folder, between) -> None:
-        """As without it the plain weights are trained on: the pass draws random numbers, and gives them back."""
-        self.averaging.after_evaluation(step, loss)
-        mean = self.averaging.mean(step)
+    def _record_average(self, averaging: Averaging, step: int, session: _Session, hook: Callable[[], None]) -> None:
+        """Evaluate the averaged weights. The RNG state is saved and restored: training goes on as without averaging."""
+        mean = averaging.mean(step)
         if mean is None:
             return
-        began, random, facts = time.perf_counter(), random_states(), self.averaging.facts(mean)
-        accuracy = evaluator(self.averaging.averaged(mean), step, between)
+        began, random, facts = time.perf_counter(), random_states(), averaging.metadata(mean)
+        accuracy = session.evaluator(averaging.averaged(mean), step, hook)
         restore_random_states(random)
         evaluation = time.perf_counter() - began
-        clock.exclude(evaluation)
-        folder.append_averaged({"step": step, "accuracy": accuracy, **facts, "seconds": {"evaluation": evaluation}})
-        log.info("step %d, averaged (%s)  %s", step, self.averaging.name, format_accuracy(accuracy))
+        session.throughput.exclude(evaluation)
+        row = {"step": step, "accuracy": accuracy, **facts, "seconds": {"evaluation": evaluation}}
+        session.folder.append_averaged(row)
+        title = f"averaged ({averaging.name})"
+        log.info(self._accuracy_lines(step, accuracy, session.algorithm.domains, title))
+
+    def _accuracy_lines(self, step: int, accuracy: DomainMeans, sources: Sequence[str], *title: str) -> str:
+        return format_accuracy(accuracy, sources, [f"step {step + 1}/{self.steps}", *title])
+
+    def _finish(self, session: _Session) -> None:
+        """Save the weights and mark the run as done; only then remove the checkpoints, from which it could resume."""
+        if self.keep_weights:
+            self._save_weights(session)
+        session.folder.set_status(state="done", step=self.steps)
+        session.saver.checkpoints.remove()
+
+    def _save_weights(self, session: _Session) -> None:
+        algorithms = {"model.pt": session.algorithm}
+        if self.averaging and (mean := self.averaging.mean(self.evaluations[-1])):
+            algorithms["model_averaged.pt"] = self.averaging.averaged(mean)
+        for name, algorithm in algorithms.items():
+            session.saver.checkpoints.write(session.folder.path / name, algorithm.model.state_dict())
 
 
-def gradient_norm(parameters: list[Tensor]) -> Tensor:
+def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
     """The 2-norm of all gradients together, a 0-dim tensor on their device."""
     return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
-def refuse_nonfinite(
+def check_finite(
     metrics: dict[str, Tensor], step: int, algorithm: Algorithm, names: Container[str] = ("loss", "grad_norm")
 ) -> None:
-    blame = algorithm.blame()
-    if blame:
-        raise NonFinite(f"noticed at step {step}: {blame}")
+    """NonFinite if one of the metrics with these names, or a gradient of a domain, is NaN or infinite.
+
+    Synchronizes with the device.
+    """
+    if report := algorithm.nonfinite_report():
+        raise NonFinite(f"noticed at step {step + 1}: {report}")
     for name in [name for name in metrics if name in names]:
         value = metrics[name].item()
         if value - value != 0:  # NaN and both infinities
-            raise NonFinite(f"{name} is {value} at step {step}.")
+            raise NonFinite(f"{name} is {value} at step {step + 1}.")
 
 
-def held_out_loss(losses: Table, sources: Sequence[str]) -> float:
-    """The mean over the sources of their loss on images that are held out. UserError where one has none."""
-    lacking = [domain for domain in sources if "out" not in losses[domain]]
-    if lacking:
+def held_out_loss(losses: DomainMeans, sources: Sequence[str]) -> float:
+    """The mean over the source domains of the loss on their out part. UserError where an out part is empty."""
+    without_out = [domain for domain in sources if "out" not in losses[domain]]
+    if without_out:
         raise UserError(
-            f"this averaging looks at the sources' held-out loss, but no image of {listing(lacking)} is held out.\n"
+            f"this averaging needs the sources' held-out loss, but no image of {listing(without_out)} is held out.\n"
             "Set split.holdout_fraction higher (DomainBed's is 0.2)."
         )
     return sum(losses[domain]["out"] for domain in sources) / len(sources)
 
 
-def format_accuracy(accuracy: dict[str, dict[str, float]]) -> str:
-    """`sketch in 70.1 out 69.8 | photo out 95.0`, in percent."""
-    return " | ".join(
-        domain + "".join(f" {part} {100 * value:.1f}" for part, value in parts.items())
-        for domain, parts in accuracy.items()
-    )
+def format_accuracy(accuracy: DomainMeans, sources: Sequence[str], first: Sequence[str] = ()) -> str:
+    """`step 101/201  mean 95.0  photo 97.1/95.0  sketch* 70.1/69.8`, in lines of 80 characters; see ACCURACIES.
+
+    Args:
+        accuracy: fractions, {domain: {part: accuracy}}.
+        sources: the source domains; every other domain is marked with `*`.
+        first: the words at the start of the line.
+    """
+    held_out = [accuracy[domain]["out"] for domain in sources if "out" in accuracy.get(domain, {})]
+    mean = [f"mean {100 * sum(held_out) / len(held_out):.1f}"] if held_out and len(held_out) == len(sources) else []
+    words = [f"{name}{'' if name in sources else '*'} {_parts(parts)}" for name, parts in accuracy.items()]
+    lines = [""]
+    for word in (*first, *mean, *words):
+        if lines[-1] and len(lines[-1]) + 2 + len(word) > COLUMNS:
+            lines.append(" ")
+        lines[-1] += f"  {word}" if lines[-1] else word
+    return "\n".join(lines)
 
 
-class Clock:
-    """Steps per second and the time left, evaluation not counted."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps, self.pace = steps, 0.0
-        self.start(0)
-
-    def start(self, done: int) -> None:
-        self.began, self.first, self.done = time.perf_counter(), done, done
-
-    def tick(self, done: int) -> None:
-        self.done = done
-
-    def exclude(self, seconds: float) -> None:
-        self.began += seconds
-
-    def seconds_per_step(self) -> float:
-        """Since the start; before another step is done, what it was when the run was saved."""
-        if self.done > self.first:
-            self.pace = (time.perf_counter() - self.began) / (self.done - self.first)
-        return self.pace
-
-    def line(self, loss: float) -> str:
-        pace = self.seconds_per_step()
-        left = time.strftime("%H:%M:%S", time.gmtime(pace * (self.steps - self.done)))
-        return f"step {self.done}/{self.steps}  loss {loss:.4f}  {1 / pace:.2f} steps/s  {left} left"
-
-    def state_dict(self) -> dict:
-        return {"pace": self.pace}
-
-    def load_state_dict(self, state: dict) -> None:
-        self.pace = state["pace"]
+def _parts(parts: Mapping[str, float]) -> str:
+    """`70.1/69.8`: in and out in percent, `-` for a part that is not evaluated; after them further parts."""
+    names = dict.fromkeys(["in", "out", *parts])
+    return "/".join(f"{100 * parts[name]:.1f}" if name in parts else "-" for name in names)

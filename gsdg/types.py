@@ -1,4 +1,4 @@
-"""The small things that data, models and algorithms agree on: what a minibatch is, and what a model is fed."""
+"""The types that data, models and algorithms share: a minibatch of one domain, and the images that a model expects."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from torch import Tensor
 
 
 class ImageSpec(NamedTuple):
-    """What a model wants: square images of `size` pixels, normalised by mean and std, a number a channel.
+    """The images that a model expects.
 
-    channels: 1 is grey, 2 the red and the green of a colour image (ColoredMNIST), 3 all of it.
+    size: height and width in pixels.
+    channels: 1: grey; 2: red and green only (ColoredMNIST); 3: RGB.
+    mean, std: per channel, for images in [0, 1]; the transform normalizes with them.
     """
 
     size: int
@@ -22,9 +24,11 @@ class ImageSpec(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """One domain's minibatch: images, labels [B] int64, and the domain's name.
+    """A minibatch of one domain.
 
-    A model gets images [B, C, H, W] float32; on their way to the device they are what the transform prepared.
+    images: [B, C, H, W] float32 on the device; before that, whatever the host half of the transform returns.
+    labels: [B] int64.
+    domain: its name.
     """
 
     images: Any
@@ -32,28 +36,30 @@ class Batch(NamedTuple):
     domain: str
 
     def to(self, device: torch.device) -> Batch:
+        """The batch on `device`; the copy is asynchronous where the memory is pinned."""
         images = self.images.to(device, non_blocking=True)
         return Batch(images, self.labels.to(device, non_blocking=True), self.domain)
 
 
 class Joint(NamedTuple):
-    """The minibatches of D domains as one, in domain order, as DomainBed's networks get them; N images in all."""
+    """The minibatches of D domains concatenated in domain order, as DomainBed feeds them to its networks; N images."""
 
     images: Tensor  # [N, C, H, W]
     labels: Tensor  # [N]
-    sizes: tuple[int, ...]  # images of each domain
+    sizes: tuple[int, ...]  # number of images per domain
 
     def split(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """rows [N, ...] -> each domain's own."""
+        """rows [N, ...] -> one tensor per domain."""
         return rows.split(self.sizes)
 
     @property
     def domains(self) -> Tensor:
-        """[N] int64: which of the D domains an image is of, for losses that classify or compare domains."""
+        """[N] int64: the index of each image's domain, for losses that classify or compare domains."""
         device = self.labels.device
         return torch.cat([torch.full((size,), d, device=device) for d, size in enumerate(self.sizes)])
 
 
 def join(batches: Sequence[Batch]) -> Joint:
+    """Concatenate the minibatches of several domains."""
     images, labels = torch.cat([batch.images for batch in batches]), torch.cat([batch.labels for batch in batches])
     return Joint(images, labels, tuple(len(batch.labels) for batch in batches))

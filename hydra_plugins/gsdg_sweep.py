@@ -1,7 +1,7 @@
-"""What GSDG plugs into Hydra. Hydra imports this file at every start, to see what is in it: it must import fast.
+"""GSDG's sweeper for Hydra, and the resolver `absolute_path`. Hydra imports this file at every start: keep it fast.
 
-`hydra_plugins` is a namespace that all of Hydra's plugins share: it has no __init__.py. No dataclass here may have
-`from __future__ import annotations` above it: Hydra runs this file before Python knows it as a module.
+`hydra_plugins` is a namespace package that all plugins of Hydra share, so it has no __init__.py. A dataclass here must
+not be used with `from __future__ import annotations`: Hydra executes this file before it is in sys.modules.
 """
 
 from collections.abc import Sequence
@@ -9,28 +9,69 @@ from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 
+def absolute_path(text: Any) -> str:
+    """The resolver `${absolute_path:...}` in conf/config.yaml, for folders that Hydra makes before GSDG's code runs."""
+    from gsdg.config.places import absolute_path
+
+    return absolute_path(str(text))
+
+
+OmegaConf.register_new_resolver("absolute_path", absolute_path, replace=True, use_cache=True)
+
+
+def register_generated() -> None:
+    """The choices that are made of other choices, beside those that are files in conf/."""
+    from gsdg.config.choices import generated
+
+    for group, nodes in generated().items():
+        for path, node in nodes.items():
+            folder, _, name = f"{group}/{path}".rpartition("/")
+            package = "_global_" if group == "experiment" else None
+            ConfigStore.instance().store(group=folder, name=name, node=node, package=package, provider="gsdg")
+
+
+register_generated()
+
+
 class GridSweeper(BasicSweeper):
-    """Hydra's basic sweeper, which checks thousands of configs in seconds."""
+    """Hydra's basic sweeper, with checks of the command and a fast check of thousands of configs."""
 
     def sweep(self, arguments: list[str]) -> Any:
-        from gsdg.sweep.folder import writable
-        from gsdg.sweep.grid import refuse_swept_presets
+        from gsdg.sweep.compose import refuse_empty_sweeps, refuse_swept
+        from gsdg.sweep.folder import explain_write_errors
+        from gsdg.utils.errors import UserError
 
-        refuse_swept_presets(arguments)
+        assert self.config is not None  # Hydra has called `setup`
+        assert self.hydra_context is not None
+        texts = [*self._parse_config(), *arguments]
+        refuse_swept(texts)
+        refuse_empty_sweeps(texts, self.hydra_context.config_loader)
+        if (subdir := self.config.hydra.sweep.subdir) != ".":
+            raise UserError(
+                f"hydra.sweep.subdir={subdir}: a run's folder is <runs_dir>/<run id>, in every sweep.\n"
+                "Leave hydra.sweep.subdir out, and choose runs_dir=..."
+            )
         folder = Path(self.config.hydra.sweep.dir)
-        with writable(folder):  # Hydra writes there too, before any launcher is asked
+        with explain_write_errors(folder):  # here, because Hydra writes there before it calls the launcher
             folder.mkdir(parents=True, exist_ok=True)
             OmegaConf.save(self.config, folder / "multirun.yaml")
         return super().sweep(arguments)
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
-        """Raise Hydra's error for the first job that cannot be composed; a launcher that `composes` sees to it."""
+        """Raise Hydra's error for the first job that cannot be composed, unless the launcher `composes` all jobs."""
+        from gsdg.sweep.callback import SweepCallback
+
+        assert self.config is not None
+        assert self.hydra_context is not None
+        assert self.overrides is not None
+        SweepCallback.size = sum(map(len, self.overrides))
         if getattr(self.launcher, "composes", False):
             return
-        from gsdg.sweep.grid import Composer
+        from gsdg.sweep.compose import Composer
 
         composer = Composer(self.hydra_context.config_loader, self.config)
         for overrides in batch:

@@ -1,21 +1,20 @@
-"""Every choice that conf/ offers, as overrides, and what some cannot be composed without."""
+"""Every choice of conf/ as an override, and the other overrides that some choices need."""
 
 from __future__ import annotations
 
 from helpers import REPOSITORY
 
+from gsdg.config.choices import choices, groups
 from gsdg.experiment import SUPPLIED
 
 CONF = REPOSITORY / "conf"
 CHOICES = [
-    f"{path.parent.relative_to(CONF)}={path.stem}"
-    for group in SUPPLIED
-    for path in sorted((CONF / group).rglob("*.yaml"))
-    if path.stem != "base"  # what others of its folder are made of
+    f"{group}={name}"
+    for group in groups()
+    if group.split("/")[0] in SUPPLIED
+    for name in sorted(choices(group) - {"base"})  # what others of its folder are made of
 ]
-PRESETS = sorted(
-    str(path.relative_to(CONF / "experiment").with_suffix("")) for path in (CONF / "experiment").rglob("*.yaml")
-)
+PRESETS = sorted(choices("experiment"))
 NEEDED = {
     "dataset=image_folder": ["dataset.root=x"],
     "algorithm/partition=groups": ["algorithm.partition.patterns=['*.bias']"],

@@ -1,26 +1,31 @@
-"""Shared by all tests: where the real PACS images are, configs composed in the process, runs through launch.py."""
+"""Fixtures for all tests: the folder of real PACS images, a small disk, configs composed in-process, launch.py."""
 
 from __future__ import annotations
 
+import copy
+import logging
 import os
 import subprocess
 import sys
+from functools import lru_cache
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: small networks only lose time to more
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: with more threads small networks are slower
 
 import pytest
-from helpers import REPOSITORY, Launcher
 from omegaconf import DictConfig
+
+pytest.register_assert_rewrite("helpers")  # before it is imported: its assertions then show their values
+from helpers import REPOSITORY, SMALL, Launcher  # noqa: E402
 
 
 def pytest_configure(config) -> None:
-    config.addinivalue_line("markers", "slow: more than a few seconds; left out of `make check`")
+    config.addinivalue_line("markers", "slow: takes more than a few seconds; left out of `make check`")
 
 
 @pytest.fixture(scope="session")
 def pacs_root() -> Path:
-    """The folder that holds PACS/: $GSDG_TEST_PACS's parent, or ../shared/data beside the checkout."""
+    """The folder that contains PACS/: the parent of $GSDG_TEST_PACS, or ../shared/data beside the checkout."""
     root = Path(os.environ.get("GSDG_TEST_PACS", REPOSITORY.parent / "shared" / "data" / "PACS"))
     if not root.is_dir():
         pytest.skip(f"real PACS images are not at {root} (set GSDG_TEST_PACS)")
@@ -29,36 +34,108 @@ def pacs_root() -> Path:
 
 @pytest.fixture
 def disk(tmp_path):
-    """A real file system of 4 MiB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)], capture_output=True).returncode:
+    """The mount point of a real file system of 4 MiB."""
+    mount_point = tmp_path / "disk"
+    mount_point.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(mount_point)]
+    if subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("cannot mount a small file system here (needs root)")
-    yield place
-    subprocess.run(["umount", "--recursive", str(place)], check=True)
+    yield mount_point
+    subprocess.run(["umount", "--recursive", str(mount_point)], check=True)
 
 
 @pytest.fixture(autouse=True)
-def nothing_global_is_left_behind():
-    """A run in this process switches torch's determinism on: for itself, not for the tests after it."""
+def restore_global_state():
+    """Switch torch's determinism off after each test: a run in the test process switches it on."""
     yield
     torch = sys.modules.get("torch")
     if torch:
         torch.use_deterministic_algorithms(False)
 
 
-@pytest.fixture
-def compose(tmp_path):
-    """The config of `python launch.py <overrides>`, with its runs in a temporary folder."""
+@lru_cache(maxsize=512)
+def _composed(*overrides: str) -> DictConfig:
     import hydra
 
+    with hydra.initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
+        return hydra.compose("config", list(overrides))
+
+
+@pytest.fixture
+def compose(tmp_path):
+    """A function that composes the config of `python launch.py <overrides>`, with a temporary `runs_dir`."""
+
     def compose(*overrides: str) -> DictConfig:
-        with hydra.initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
-            return hydra.compose("config", [f"runs_dir={tmp_path / 'runs'}", *overrides])
+        config = copy.deepcopy(_composed(*overrides))  # composing takes a hundred times as long
+        if not any(override.startswith("runs_dir=") for override in overrides):
+            config.runs_dir = str(tmp_path / "runs")
+        return config
 
     return compose
 
 
 @pytest.fixture
+def train(compose, tmp_path):
+    """A function that makes the run of SMALL and more overrides in this process, and returns its folder."""
+    from gsdg.experiment import prepare, run
+
+    def train(*overrides: str) -> Path:
+        plan = prepare(compose(*SMALL, *overrides))
+        run(plan)
+        return tmp_path / "runs" / plan.run_id
+
+    return train
+
+
+@pytest.fixture
 def launch(tmp_path) -> Launcher:
+    """Runs launch.py, with the run folders in a temporary folder."""
     return Launcher(tmp_path / "runs")
+
+
+@pytest.fixture
+def launch_here(tmp_path, monkeypatch, capfd):
+    """Runs `python launch.py <words>` in this process and in tmp_path, without the seconds of importing torch.
+
+    The global state of Hydra and of logging is reset afterwards.
+    """
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.core.hydra_config import HydraConfig
+
+    from gsdg import cli
+    from gsdg.sweep.callback import SweepCallback
+
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    monkeypatch.chdir(tmp_path)
+
+    def launch_here(*words: str) -> subprocess.CompletedProcess:
+        monkeypatch.setattr(sys, "argv", ["launch.py", *words])
+        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        capfd.readouterr()
+        code = None
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = ended.code
+        finally:
+            GlobalHydra.instance().clear()
+            HydraConfig.instance().cfg = None
+            SweepCallback.folder = SweepCallback.size = None
+        output, errors = capfd.readouterr()
+        if isinstance(code, str):  # as Python does when the program ends
+            errors, code = f"{errors}{code}\n", 1
+        return subprocess.CompletedProcess(words, code or 0, output, errors)
+
+    yield launch_here
+    root.handlers[:], root.level = handlers, level
+
+
+@pytest.fixture
+def desk(tmp_path):
+    """A runs_dir with hand-made sweeps and runs, see tests/desk.py."""
+    from desk import Desk
+
+    desk = Desk(tmp_path / "runs")
+    yield desk
+    desk.clear()

@@ -1,20 +1,42 @@
-"""What several tests use: configs and launches of small runs, and what a run folder holds."""
+"""Helpers for several tests: overrides and launches of small runs, readers of run folders, small image folders."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 REPOSITORY = Path(__file__).parents[1]
-# Overrides that make a run on the embedded digits take a second or two.
+# Overrides with which a run on the embedded digits takes one to two seconds.
 SMALL = ("split.target=15", "trainer.workers=0", "trainer.batch_size=4", "trainer.eval_every=8", "device=cpu")
 
 
+@contextmanager
+def in_case(*case: object, **values: object) -> Iterator[None]:
+    """In a loop over cases: a failure inside prints its case. No `add_note`, which Python 3.10 lacks."""
+    try:
+        yield
+    except BaseException:
+        print("in the case", *case, *(f"{name}={value!r}" for name, value in values.items()))
+        raise
+
+
+def copy_checkout(place: Path) -> Path:
+    """A checkout of its own at `place`: the code, the configs and what `pip install .` needs."""
+    for name in ("gsdg", "conf", "hydra_plugins", "analysis"):
+        shutil.copytree(REPOSITORY / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("launch.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(REPOSITORY / name, place)
+    return place
+
+
 class Launcher:
-    """`python launch.py <overrides>` in a process of its own, with its runs in a folder of the test's."""
+    """Runs `python launch.py <overrides>` in a process of its own; the runs go to a folder of the test."""
 
     def __init__(self, runs_dir: Path) -> None:
         self.runs_dir = runs_dir
@@ -22,43 +44,77 @@ class Launcher:
         self.environment.pop("HYDRA_FULL_ERROR", None)
 
     def start(self, *overrides: str) -> subprocess.Popen:
+        """Start the command and do not wait for it."""
         return self.start_as_given(*overrides, f"runs_dir={self.runs_dir}")
 
     def start_as_given(self, *arguments: str) -> subprocess.Popen:
+        """The same without a `runs_dir`."""
         command = [sys.executable, str(REPOSITORY / "launch.py"), *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         return subprocess.Popen(command, cwd=self.runs_dir.parent, env=self.environment, **pipes)
 
     def __call__(self, *overrides: str) -> subprocess.CompletedProcess:
-        return self._answer(self.start(*overrides))
+        """Run the command to its end."""
+        return self._completed(self.start(*overrides))
 
     def run_as_given(self, *arguments: str) -> subprocess.CompletedProcess:
-        """Without a runs_dir: that is for a preset to say."""
-        return self._answer(self.start_as_given(*arguments))
+        """The same without a `runs_dir`, which then comes from a preset."""
+        return self._completed(self.start_as_given(*arguments))
 
-    def _answer(self, process: subprocess.Popen) -> subprocess.CompletedProcess:
+    def _completed(self, process: subprocess.Popen) -> subprocess.CompletedProcess:
         output, errors = process.communicate(timeout=600)
         return subprocess.CompletedProcess(process.args, process.returncode, output, errors)
 
 
+def fill(disk: Path) -> None:
+    """Fill a disk to the last byte, with the file `filler`."""
+    with (disk / "filler").open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(b"x" * 4096):
+            pass
+
+
 def only_run(runs_dir: Path) -> Path:
-    """The folder of the one run in `runs_dir`."""
+    """The folder of the only run in `runs_dir`."""
     (config,) = Path(runs_dir).glob("*/config.json")
     return config.parent
 
 
 def records_without_time(folder: Path) -> list[dict]:
-    """A run's records but for what the wall clock wrote."""
+    """A run's records without the measured times."""
     lines = (folder / "records.jsonl").read_text().splitlines()
     return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
 
 
 def status(folder: Path) -> dict:
+    """A run's status.json."""
     return json.loads((folder / "status.json").read_text())
 
 
+def assert_same(first: Path, second: Path) -> None:
+    """Two runs are done, with the same id, records, diagnoses and weights: bit for bit, without the measured times."""
+    import torch
+
+    from gsdg.utils.json_files import read_lines
+
+    assert first.name == second.name
+    assert status(first)["state"] == status(second)["state"] == "done"
+    assert status(first)["step"] == status(second)["step"]
+    assert records_without_time(first) == records_without_time(second)
+    assert read_lines(first / "diagnostics.jsonl") == read_lines(second / "diagnostics.jsonl")
+    averaged = [[row | {"seconds": 0} for row in read_lines(run / "averaged.jsonl")] for run in (first, second)]
+    assert averaged[0] == averaged[1]
+    for path in first.glob("model*.pt"):
+        weights, again = (torch.load(run / path.name, weights_only=True) for run in (first, second))
+        assert weights.keys() == again.keys()
+        assert all(torch.equal(weights[name], again[name]) for name in weights)
+    assert not (second / "checkpoints").exists()
+
+
 def photos(root: Path, *, domains: str = "abc", classes: str = "xy", each: int = 6, size: int = 48) -> Path:
-    """A folder tree of small colour images, no two alike."""
+    """Write the folder tree <domain>/<class>/<file> with small colour images, each different. Returns `root`.
+
+    domains, classes: one letter per name. each: images per domain and class. size: pixels.
+    """
     import numpy as np
     from PIL import Image
 

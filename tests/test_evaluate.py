@@ -1,4 +1,4 @@
-"""Accuracies against ones counted by hand, and the same pixels at the same step."""
+"""Accuracies are compared with counts by hand; the same step sees the same pixels."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import torch
 import torch.nn.functional as F
 
 from gsdg.algorithms import Algorithm
-from gsdg.batch import ImageSpec
-from gsdg.data.augment import Exact
 from gsdg.data.digits import RotatedDigits
+from gsdg.data.transforms_exact import Exact
 from gsdg.evaluate import Evaluator, correct, cross_entropy
+from gsdg.types import ImageSpec
 
 SPEC = ImageSpec(28, 1, (0.0,), (1.0,))
 DATASET = RotatedDigits(name="rotated_digits", domains=["0", "90"]).read()
 
 
 class AlwaysThree(Algorithm):
-    """Says 3, and remembers what it was shown."""
+    """Predicts 3 for every image, and stores the images."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,10 +52,10 @@ def evaluator(parts: dict, transform=None, seed: int = 0, dataset=DATASET, worke
 
 
 class Together(AlwaysThree):
-    sees_together = True
+    batch_dependent = True
 
 
-def test_what_is_predicted_together_is_shuffled_and_counted_all_the_same():
+def test_batch_dependent_prediction_gets_shuffled_images_and_the_same_counts():
     parts = {"in": np.arange(40), "out": np.arange(40, 60)}
     apart, together = AlwaysThree(), Together()
     found = [evaluator({"90": parts})(algorithm, step) for algorithm in (apart, together) for step in (0, 1)]
@@ -67,7 +67,7 @@ def test_what_is_predicted_together_is_shuffled_and_counted_all_the_same():
     assert sorted(image.sum().item() for image in shown[0]) == sorted(image.sum().item() for image in shuffled[0])
 
 
-def test_each_part_is_counted_on_its_own_images():
+def test_the_accuracy_of_each_part_is_of_its_own_images():
     labels = DATASET.domains["90"].labels
     threes, others = np.flatnonzero(labels == 3), np.flatnonzero(labels != 3)
     parts = {"in": np.concatenate([threes[:4], others[:12]]), "out": others[:5], "none": others[:0]}
@@ -93,7 +93,7 @@ def test_evaluation_leaves_the_training_mode_as_it_was():
     assert algorithm.training
 
 
-def test_between_two_batches_a_pass_can_be_ended():
+def test_a_pass_can_be_ended_after_any_batch():
     calls = []
 
     def between():
@@ -102,7 +102,7 @@ def test_between_two_batches_a_pass_can_be_ended():
             raise KeyboardInterrupt
 
     algorithm = AlwaysThree().train()
-    evaluator({"0": {"in": np.arange(21)}})(algorithm, 0, between=lambda: calls.append(len(algorithm.seen)))
+    evaluator({"0": {"in": np.arange(21)}})(algorithm, 0, after_batch=lambda: calls.append(len(algorithm.seen)))
     assert calls == [1, 2, 3]  # batches of 7
     calls.clear()
     algorithm.seen.clear()
@@ -123,7 +123,7 @@ def test_augmented_evaluation_sees_the_same_pixels_at_the_same_step_of_the_same_
     assert torch.equal(*shown) == same
 
 
-def test_a_pass_reads_each_image_once_in_the_order_of_the_disk_whatever_the_parts():
+def test_a_pass_reads_each_image_once_in_file_order_whatever_the_parts():
     read = []
 
     def load(domain, i):
@@ -141,7 +141,7 @@ def test_a_pass_reads_each_image_once_in_the_order_of_the_disk_whatever_the_part
     assert {name: list(own) for name, own in found.items()} == {"90": ["in", "out", "uda"], "0": ["out"]}
 
 
-def test_no_process_is_left_when_a_pass_is_over():
+def test_no_worker_process_is_left_after_a_pass():
     before = set(multiprocessing.active_children())
     found = evaluator({"0": {"in": np.arange(20)}}, workers=2)(AlwaysThree(), 0)
     assert found["0"]["in"] == evaluator({"0": {"in": np.arange(20)}})(AlwaysThree(), 0)["0"]["in"]

@@ -1,4 +1,4 @@
-"""The drawing of the house holds: imports point toward floor 0, and composing a config never imports torch."""
+"""Imports point toward the base, and what composes a config or reads results never imports torch."""
 
 from __future__ import annotations
 
@@ -10,78 +10,87 @@ from pathlib import Path
 import pytest
 
 REPOSITORY = Path(__file__).parents[1]
-FLOORS = [
-    {
-        "gsdg",
-        "gsdg.errors",
-        "gsdg.seeding",
-        "gsdg.environment",
-        "gsdg.own_code",
-        "gsdg.identity",
-        "gsdg.signals",
-        "gsdg.owner",
-        "gsdg.runs",
-        "gsdg.batch",
-        "gsdg.config_checks",
-        "gsdg.schema",
-        "gsdg.search",
-    },
-    {"gsdg.data", "gsdg.models", "gsdg.surgery"},
+LAYERS = [  # from the base upward: a module imports only from its own layer and from those above it in this list
+    {"gsdg", "gsdg.utils"},
+    {"gsdg.types"},
+    {"gsdg.config"},
+    {"gsdg.data", "gsdg.models", "gsdg.surgery", "gsdg.runs"},
     {"gsdg.algorithms"},
-    {
-        "gsdg.averaging",
-        "gsdg.checkpoint",
-        "gsdg.devices",
-        "gsdg.evaluate",
-        "gsdg.experiment",
-        "gsdg.outcome",
-        "gsdg.reuse",
-        "gsdg.trainer",
-    },
-    {"gsdg.sweep"},
+    {"gsdg.averaging"},
+    {"gsdg.evaluate", "gsdg.runtime", "gsdg.trainer"},
+    {"gsdg.experiment"},
+    {"gsdg.sweep", "gsdg.analysis"},
+    {"gsdg.cli"},
 ]
-NEIGHBOURS = FLOORS[1]  # they never import one another
-SIDE_HOUSE = {"gsdg.errors", "gsdg.identity", "gsdg.runs"}  # all that analysis may import of gsdg
-MODULES = sorted(path for folder in ("gsdg", "analysis") for path in (REPOSITORY / folder).rglob("*.py"))
+SEPARATE = [LAYERS[3], LAYERS[8]]  # packages of one layer that never import one another
+ANALYSIS_USES = {"gsdg.utils", "gsdg.runs", "gsdg.config.identity"}
+MODULES = sorted((REPOSITORY / "gsdg").rglob("*.py"))
 
 
-def room(module: str) -> str:
-    """`gsdg.data.split` -> `gsdg.data`: the unit the drawing speaks of."""
-    return ".".join(module.split(".")[:2])
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+
+
+def package_of(module: str) -> str:
+    """`gsdg.data.split` -> `gsdg.data`: the unit that LAYERS lists."""
+    return ".".join(module.split(".")[:2]).removesuffix(".__version__")
 
 
 def imported(path: Path) -> set[str]:
-    """Every module of ours that a file imports, anywhere in it."""
-    found = set()
+    """Every module that a file imports, anywhere in it; of `from package import module`, the module."""
+    names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            whole = node.module in ("gsdg", "analysis")
-            found |= {f"{node.module}.{alias.name}" for alias in node.names} if whole else {node.module}
-    return found
+            parts = {f"{node.module}.{alias.name}" for alias in node.names}
+            submodules = {part for part in parts if part in map(name_of, MODULES) or part == "gsdg.__version__"}
+            names |= submodules | ({node.module} if parts - submodules else set())
+    return names
 
 
-def floor(name: str) -> int:
-    name = "gsdg" if name == "gsdg.__version__" else name
-    floors = [number for number, rooms in enumerate(FLOORS) if name in rooms]
-    assert floors, f"{name} is on no floor: add it to FLOORS and to the README's drawing"
-    return floors[0]
+def test_imports_point_toward_the_base():
+    assert [fault for path in MODULES for fault in faults(path)] == []
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(REPOSITORY)))
-def test_imports_point_toward_floor_0(path):
-    own = room(".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__"))
-    others = {room(name) for name in imported(path) if name.split(".")[0] == "gsdg"} - {own}
-    if own.startswith("analysis"):
-        assert others <= SIDE_HOUSE
-        assert not any(name.split(".")[0] in ("torch", "torchvision") for name in imported(path))
-        return
-    for other in others:
-        assert floor(other) <= floor(own), f"{own} imports {other}, which is above it"
-        assert not {own, other} <= NEIGHBOURS, f"{own} and {other} are neighbours: neither may import the other"
-    assert not any(name.split(".")[0] == "analysis" for name in imported(path))
+def faults(path: Path) -> list[str]:
+    """What a file imports from a higher layer, or from a separate package of its own layer."""
+    package = package_of(name_of(path))
+    others = {package_of(name) for name in imported(path) if name.split(".")[0] == "gsdg"} - {package}
+    above = [other for other in others if layer(other) > layer(package)]
+    beside = [other for other in others if any({other, package} <= packages for packages in SEPARATE)]
+    return [f"{name_of(path)} imports {other}" for other in above + beside]
+
+
+def layer(package: str) -> int:
+    numbers = [number for number, packages in enumerate(LAYERS) if package in packages]
+    assert numbers, f"{package} is in no layer: add it to LAYERS and to the README's drawing"
+    return numbers[0]
+
+
+def test_analysis_reads_runs_and_uses_nothing_that_makes_them():
+    paths = [path for path in MODULES if "analysis" in path.parts]
+    names = {name for path in paths for name in imported(path) if name.startswith("gsdg.")}
+    others = {name for name in names if package_of(name) != "gsdg.analysis"}
+    assert {name for name in others if not {name, package_of(name)} & ANALYSIS_USES} == set()
+
+
+@pytest.mark.parametrize("module", ["gsdg.analysis.__main__", "gsdg.runs.__main__", "gsdg.sweep.__main__"])
+def test_what_reads_runs_does_not_import_torch(module):
+    code = f"import sys, {module}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, capture_output=True)
+
+
+def test_the_base_imports_the_standard_library_only():
+    for path in (REPOSITORY / "gsdg" / "utils").glob("*.py"):
+        top = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
+        names = {
+            name.split(".")[0]
+            for node in top
+            for name in ([node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names])
+        }
+        assert names <= {*sys.stdlib_module_names, "gsdg"}, path
 
 
 @pytest.mark.parametrize("option", [["--cfg", "job"], ["--help"]])
@@ -98,17 +107,17 @@ finally:
 
 
 def test_looking_at_data_on_disk_does_not_import_torch():
-    code = "import sys, gsdg.data.__main__ as data; data.options(['verify', 'pacs']); assert 'torch' not in sys.modules"
+    code = "import sys, gsdg.data.__main__ as data; data.parse(['verify', 'pacs']); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, check=True, capture_output=True)
 
 
-def test_each_file_of_analysis_knows_only_those_before_it():
+def test_each_file_of_analysis_imports_only_those_before_it():
     """In the order of the package's docstring."""
-    rows = ast.get_docstring(ast.parse((REPOSITORY / "analysis" / "__init__.py").read_text())).splitlines()[2:]
+    folder = REPOSITORY / "gsdg" / "analysis"
+    rows = ast.get_docstring(ast.parse((folder / "__init__.py").read_text())).splitlines()[2:]
     order = [name for row in rows for name in row.split("  ")[0].split(", ")] + ["__main__"]
-    assert {path.stem for path in MODULES if path.parent.name == "analysis"} == {*order, "__init__"}
+    files = {name_of(path).removeprefix("gsdg.analysis."): path for path in folder.rglob("*.py")}
+    assert set(order) == {name for name, path in files.items() if path.name != "__init__.py"}
     for place, name in enumerate(order):
-        found = {
-            other.split(".")[1] for other in imported(REPOSITORY / "analysis" / f"{name}.py") if "analysis." in other
-        }
-        assert found <= set(order[:place]), f"analysis.{name} imports {found - set(order[:place])}"
+        others = {other.removeprefix("gsdg.analysis.") for other in imported(files[name]) if "gsdg.analysis." in other}
+        assert others <= set(order[:place]), f"{name} imports {others - set(order[:place])}"

@@ -1,73 +1,134 @@
-"""What an algorithm is: hyper-parameters first, a model later, and one verb, `backward`.
+"""The base class of all algorithms.
 
-An algorithm owns no optimizer and no loop. It is built from its hyper-parameters alone, so that a bad value is
-refused before any data is read; `setup` gives it the model and the names of the source domains.
+An algorithm has a model, hyper-parameters and one central method, `backward`, which fills `.grad`. The optimizer and
+the training loop belong to the trainer. An algorithm is constructed from its hyper-parameters alone, so that an invalid
+value is reported before any data is read; `setup` passes the model and the names of the source domains later.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gsdg.batch import Batch
+from gsdg.models.classifier import Classifier
+from gsdg.types import Batch
+from gsdg.utils.errors import UserError, refuse_renamed
+
+
+@contextmanager
+def explain_batchnorm_error() -> Generator[None]:
+    """Turn torch's ValueError about BatchNorm with one value per channel into a UserError that says what to change.
+
+    In train mode BatchNorm computes a variance, which needs more than one value per channel. Whether there are enough
+    depends on the network, the image size, and on how many images an algorithm puts through the network in one forward
+    pass, so the problem cannot be detected before the first step.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):
+            raise
+        raise UserError(
+            "A BatchNorm layer in training needs at least 2 values per channel, found 1: the forward pass had one "
+            "image, and the layer's feature map is 1 x 1.\n"
+            "Raise trainer.batch_size or model.image_size, or let BatchNorm use the running statistics of the "
+            "pretrained weights: model.freeze_bn=true."
+        ) from error
+
+
+RENAMED = {
+    "needs_domains": "min_domains",
+    "sees_together": "batch_dependent",
+    "diagnose": "diagnostics",
+    "blame": "nonfinite_report",
+}
 
 
 class Algorithm(nn.Module, ABC):
-    """Subclasses take keyword-only hyper-parameters and check them at once.
+    """A method of domain generalization: how the minibatches of the source domains become gradients.
 
-    needs_domains: source domains without which it means nothing. needs: what it asks of the model, in words.
-    sees_together: whether what it predicts for an image depends on those beside it.
-    no_surgery: why `algorithm/surgery=...` is refused; "" where `DomainLosses` gives it one loss per domain.
+    Subclasses take keyword-only hyper-parameters and check their values in `__init__`.
+
+    Attributes:
+        min_domains: minimum number of source domains; an instance attribute where hyper-parameters decide it.
+        needs: what the algorithm requires of the model or the batch, as text for the table of algorithms.
+        batch_dependent: True if the prediction for an image depends on the other images of its batch.
+        no_surgery: why `algorithm/surgery=...` is refused, as text for the error message; "" for subclasses of
+            `DomainLosses`, which support it.
+        model: the model to train, after `setup`.
+        domains: names of the source domains, in the order of the batches, after `setup`.
     """
 
-    needs_domains: int = 1  # an object's own, where its hyper-parameters decide
+    min_domains: int = 1
     needs: ClassVar[str] = ""
-    sees_together: ClassVar[bool] = False
+    batch_dependent: ClassVar[bool] = False
     no_surgery: ClassVar[str] = ""
 
-    model: nn.Module
+    model: Classifier
     domains: tuple[str, ...]
 
-    def setup(self, model: nn.Module, domains: Sequence[str]) -> None:
-        """Take the model to train and the source domains' names, in the order of the batches.
+    def __init_subclass__(cls, **options: object) -> None:
+        super().__init_subclass__(**options)
+        refuse_renamed(cls, vars(cls), RENAMED)
 
-        The model's parameters are final: on their device, in their memory format. Modules that a subclass adds here
-        are trained too, and saved; they must go to the model's device.
+    def setup(self, model: Classifier, domains: Sequence[str]) -> None:
+        """Store the model and the names of the source domains.
+
+        Overrides may add modules, which are then trained and saved with the algorithm. They must move these modules to
+        the model's device.
+
+        Args:
+            model: the model to train. Its parameters are final: already on their device and in their memory format.
+            domains: names of the source domains, in the order of the batches.
         """
         self.model, self.domains = model, tuple(domains)
 
     @abstractmethod
     def backward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        """Fill `.grad` of the parameters to be updated from one minibatch per source domain, in domain order.
+        """Fill `.grad` of all parameters to be updated.
 
-        The caller has cleared the gradients; a parameter whose `.grad` stays None is not updated.
-        Returns 0-dim tensors to record, `loss` among them, on the device: reading them here would make the host wait.
+        The caller has set all gradients to None. A parameter whose `.grad` is still None afterwards is not updated.
+
+        Args:
+            batches: one minibatch per source domain, in domain order.
+
+        Returns:
+            Metrics to record: 0-dim tensors, `loss` among them, left on the device because reading them here would
+            synchronize with it.
         """
 
-    def step(self, optimizer: Optimizer) -> None:
-        """Make the update from `.grad`, after it was found finite. Overridden where one step of it is not all: the
-        optimizer's later steps then go through `FiniteSteps`, which checks their gradients.
+    def step(self, optimizer: Optimizer) -> dict[str, Tensor]:
+        """Update the parameters from `.grad`, which the trainer has checked to be finite.
 
-        What it adds to the dict that `backward` returned is recorded too.
+        Algorithms that make several optimizer steps per training step override this, and make every step after the
+        first one through `FiniteSteps`, which checks that the gradients are finite.
+
+        Returns:
+            Further metrics to record, as 0-dim tensors; they replace metrics of the same name from `backward`.
         """
         optimizer.step()
+        return {}
 
     def parameter_groups(self) -> list[dict]:
-        """What the optimizer is built on: its groups, with what differs from the optimizer's own settings."""
+        """The parameter groups to build the optimizer from, with the settings that differ from the optimizer's own."""
         return [{"params": [p for p in self.parameters() if p.requires_grad]}]
 
     def predict(self, images: Tensor) -> Tensor:
         """Logits [B, classes] of images [B, C, H, W]."""
         return self.model(images)
 
-    def diagnose(self) -> dict:
-        """Numbers about the last `backward` that are too many for the metrics, by name; {} for none. May wait."""
+    def diagnostics(self) -> dict:
+        """Statistics of the last `backward` that are too large for the metrics, by name; {} if there are none.
+
+        May synchronize with the device.
+        """
         return {}
 
-    def blame(self) -> str:
-        """Where the first non-finite gradient since the start came from, if the algorithm kept it from the weights."""
+    def nonfinite_report(self) -> str:
+        """Which non-finite gradient was the first to be replaced by zeros since the start; "" if none was."""
         return ""

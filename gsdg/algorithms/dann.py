@@ -2,39 +2,51 @@
 
     V = 1/N sum_i CE(h(f(x_i)), y_i) - w U,   U = 1/N sum_i CE(D(f(x_i)), d_i) + v 1/N sum_i |d CE_i / d f(x_i)|^2
 
-The model f, h minimises V, the discriminator D minimises U. They take turns, `d_steps_per_g_step` steps of D for one of
-the model; with 0 one step updates both: D's gradient arrives at the features multiplied by -w.
+The model (featurizer f, head h) minimises V, the discriminator D minimises U. The updates alternate, with
+`d_steps_per_g_step` updates of D per update of the model. With `d_steps_per_g_step: 0` every step updates both, and the
+gradient of U is multiplied by -w where it enters the featurizer (the paper's gradient reversal).
 
-Deviations: none from DomainBed; here a step of D does not differentiate the model, and U's second term, its gradient
-penalty, is not computed where v is 0. DomainBed before August 2022 (issue 105), and SWAD's copy still, penalise another
-slope, which is 0 where all domains have equally many images. The authors reverse the gradient, under SGD; their w rises
-from 0 to 1 while the learning rate falls; their two domains are images with labels, and images of the target.
+Deviations from DomainBed: none in the update. Here a discriminator step does not backpropagate through the model, and
+the gradient penalty (second term of U) is not computed if v = 0. DomainBed before August 2022 (issue 105), and still
+the copy in SWAD, penalise another gradient, which is 0 if all domains have equally many images.
+Deviations from the authors: they use gradient reversal and SGD, increase w from 0 to 1 while the learning rate
+decreases, and their two domains are labelled source images and images of the target.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from gsdg.algorithms.adversary import Turns, perceptron, reverse, squared_slope
 from gsdg.algorithms.base import Algorithm
-from gsdg.batch import Batch, Joint, join
-from gsdg.errors import check_range
+from gsdg.algorithms.common.adversarial import Turns, gradient_penalty, perceptron, reverse_gradient
+from gsdg.models.classifier import Classifier
+from gsdg.types import Batch, Joint, join
+from gsdg.utils.errors import check_range
 
 
 class DANN(Algorithm):
-    """adversary_weight: w. grad_penalty: v. d_steps_per_g_step: of the discriminator for one of the model, or 0.
+    """ERM plus a discriminator that predicts the domain from the features, which the featurizer learns to prevent.
 
-    beta1: of Adam's first moments, model's and discriminator's; with it the second's is 0.9. null: the optimizer's own,
-    as is a discriminator_lr or discriminator_weight_decay of null. mlp_depth counts the discriminator's linear layers.
+    Args:
+        adversary_weight: w, weight of the discriminator's loss in the model's loss, >= 0.
+        d_steps_per_g_step: discriminator steps per model step, >= 0; 0 updates both in every step.
+        grad_penalty: v, weight of the discriminator's gradient penalty, >= 0.
+        beta1: Adam's beta1 for model and discriminator, in [0, 1), with beta2 = 0.9; None: the optimizer's own betas.
+        discriminator_lr: learning rate of the discriminator, >= 0; None: the optimizer's.
+        discriminator_weight_decay: weight decay of the discriminator, >= 0; None: the optimizer's.
+        mlp_width: units per hidden layer of the discriminator, >= 1.
+        mlp_depth: linear layers of the discriminator, >= 2.
+        mlp_dropout: dropout probability in the discriminator, in [0, 1).
     """
 
-    needs_domains = 2
-    no_surgery = "its loss is a game between the model and a discriminator"
+    min_domains = 2
+    no_surgery = "its model and its discriminator minimise opposing losses"
 
     def __init__(
         self,
@@ -58,51 +70,64 @@ class DANN(Algorithm):
         check_range("algorithm", "[0, 1)", beta1=beta1, mlp_dropout=mlp_dropout)
         self.adversary_weight, self.grad_penalty, self.turns = adversary_weight, grad_penalty, Turns(d_steps_per_g_step)
         self.betas = {} if beta1 is None else {"betas": (beta1, 0.9)}
-        own = {"lr": discriminator_lr, "weight_decay": discriminator_weight_decay}
-        self.own_settings = {key: value for key, value in own.items() if value is not None}
-        self.mlp = {"width": mlp_width, "depth": mlp_depth, "dropout": mlp_dropout}
+        settings = {"lr": discriminator_lr, "weight_decay": discriminator_weight_decay}
+        self.discriminator_settings = {key: value for key, value in settings.items() if value is not None}
+        self.perceptron = partial(perceptron, width=mlp_width, depth=mlp_depth, dropout=mlp_dropout)
 
-    def setup(self, model: nn.Module, domains: Sequence[str]) -> None:
+    def setup(self, model: Classifier, domains: Sequence[str]) -> None:
         super().setup(model, domains)
-        self.discriminator = perceptron(model.features, len(domains), **self.mlp).to(next(model.parameters()))
+        self.discriminator = self.perceptron(model.features, len(domains)).to(next(model.parameters()))
 
     def backward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        joint, (model, adversary) = join(batches), self.players()
-        with torch.set_grad_enabled(self.turns.model):
+        joint = join(batches)
+        of_model, of_discriminator = self.split_parameters()
+        if self.turns.model:
+            # Minimise V in f and h; with d_steps_per_g_step = 0 the same backward pass also minimises U in D.
             features = self.model.featurize(joint.images)
             nll = F.cross_entropy(self.model.head(features), joint.labels)
-        disc_loss = self.disc_loss(reverse(features, self.adversary_weight), joint)
-        trained = (model if self.turns.model else []) + (adversary if self.turns.discriminator else [])
-        (nll + disc_loss).backward(inputs=trained)
+            disc_loss = self.disc_loss(reverse_gradient(features, self.adversary_weight), joint)
+            updated = of_model + (of_discriminator if self.turns.discriminator else [])
+            (nll + disc_loss).backward(inputs=updated)
+        else:
+            # Minimise U in D; the features are constants, and nll is only recorded.
+            with torch.no_grad():
+                features = self.model.featurize(joint.images)
+                nll = F.cross_entropy(self.model.head(features), joint.labels)
+            disc_loss = self.disc_loss(features, joint)
+            disc_loss.backward(inputs=of_discriminator)
         nll, disc_loss = nll.detach(), disc_loss.detach()
         return {"loss": nll - self.adversary_weight * disc_loss, "nll": nll, "disc_loss": disc_loss}
 
     def disc_loss(self, features: Tensor, joint: Joint) -> Tensor:
-        """features [N, F] -> U, 0-dim."""
+        """U, 0-dim, of features [N, F]."""
         inputs, domains = self.disc_inputs(features, joint.labels), joint.domains
         if self.grad_penalty and not inputs.requires_grad:
             inputs = inputs.detach().requires_grad_()
         logits = self.discriminator(inputs)
         loss = self.domain_loss(logits, domains, joint.labels)
-        return loss + self.grad_penalty * squared_slope(logits, domains, inputs) if self.grad_penalty else loss
+        return loss + self.grad_penalty * gradient_penalty(logits, domains, inputs) if self.grad_penalty else loss
 
     def disc_inputs(self, features: Tensor, labels: Tensor) -> Tensor:
-        """features [N, F], labels [N] -> what the discriminator sees, [N, F]."""
+        """The discriminator's input [N, F], from features [N, F] and labels [N]."""
         return features
 
     def domain_loss(self, logits: Tensor, domains: Tensor, labels: Tensor) -> Tensor:
-        """logits [N, D], domains and labels [N] -> U without its penalty, 0-dim."""
+        """U without the gradient penalty, 0-dim, from logits [N, D], domain indices [N] and labels [N]."""
         return F.cross_entropy(logits, domains)
 
-    def step(self, optimizer: Optimizer) -> None:
+    def step(self, optimizer: Optimizer) -> dict[str, Tensor]:
         self.turns.step(optimizer)
+        return {}
 
     def parameter_groups(self) -> list[dict]:
-        """A kind of optimizer without betas ignores them."""
-        model, adversary = self.players()
-        return [{"params": model, **self.betas}, {"params": adversary, **self.betas, **self.own_settings}]
+        """One group for the model and one for the discriminator. An optimizer without betas ignores `betas`."""
+        of_model, of_discriminator = self.split_parameters()
+        return [
+            {"params": of_model, **self.betas},
+            {"params": of_discriminator, **self.betas, **self.discriminator_settings},
+        ]
 
-    def players(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-        """The parameters that are trained: the model's, and all others."""
+    def split_parameters(self) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+        """The trainable parameters of the model, and all other trainable parameters of this algorithm."""
         named = [(name.startswith("model."), p) for name, p in self.named_parameters() if p.requires_grad]
-        return [p for of_model, p in named if of_model], [p for of_model, p in named if not of_model]
+        return [p for in_model, p in named if in_model], [p for in_model, p in named if not in_model]

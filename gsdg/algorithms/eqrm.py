@@ -2,22 +2,23 @@
 
     min_theta  F^-1(alpha),   F(x) = 1/D sum_d Phi((x - R_d) / h),   h = 1.06 s D^(-1/5)
 
-R_d is the mean cross-entropy of domain d, Phi the normal CDF, s the risks' standard deviation (divided by D - 1): the
-alpha-quantile of the risks under a Gaussian kernel density. Before `anneal_steps` steps the loss is the mean risk; then
-the optimizer forgets its moments and its learning rate becomes `final_lr`.
+R_d is the mean cross-entropy of domain d, Phi the normal CDF, s the standard deviation of the risks (divided by D - 1):
+the loss is the alpha-quantile of the risks under a Gaussian kernel density estimate. During the first `anneal_steps`
+steps the loss is the mean risk; then the optimizer state is reset and the learning rate becomes `final_lr`.
 
-Stretching or shifting the risks does the same to the quantile x, so that x = sum_d c_d R_d with c_d = dx/dR_d: as one
-loss a domain, L_d = D c_d R_d with c held constant. Implicit differentiation of F(x) = alpha gives
+Scaling or shifting the risks scales or shifts the quantile x in the same way, so x = sum_d c_d R_d with c_d = dx/dR_d.
+Written as one loss per domain: L_d = D c_d R_d with c_d held constant. Implicit differentiation of F(x) = alpha gives
 
     c_d = p_d + dh/dR_d sum_e p_e (x - R_e) / h,   p = softmax over domains of -((x - R) / h)^2 / 2
 
-Deviations: DomainBed, like the authors' code, differentiates through its bisection, whose comparisons have no gradient:
-to it x is a fixed point between the ends of the bracket, which follow the lowest and the highest risk. The domains
-between, with three domains or more, get no weight but through h (`gradient: bracket`). It waits for the device at every
-bisection, and forwards the domains one by one, which differs where BatchNorm takes statistics. Its search draws
-burn-ins that are no integers: it then never forgets the moments nor takes `eqrm_lr`; ours are cut to integers. The
-authors' CMNIST code rescales the gradient after the burn-in. An alpha beyond what a float can hold, which both take as
-log(1 - alpha), is left out.
+Deviations from DomainBed and the authors' code: they differentiate through their bisection, whose comparisons have no
+gradient. To autograd x is then a fixed point between the ends of the bracket, which depend on the lowest and the
+highest risk only, so that with three or more domains those in between have no weight except through h (`gradient:
+bracket`). DomainBed synchronizes with the device at every bisection step, and makes one forward pass per domain, which
+is different if BatchNorm is in train mode. The burn-in periods that its search draws are no integers: it then never
+resets the optimizer state and never uses `eqrm_lr`; here they are rounded down. The authors' code for CMNIST rescales
+the gradient after the burn-in. Values of alpha closer to 1 than a float can represent, which both pass as log(1 -
+alpha), are not supported.
 """
 
 from __future__ import annotations
@@ -31,21 +32,29 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from gsdg.algorithms.annealing import Annealing
-from gsdg.algorithms.domain_losses import DomainLosses
+from gsdg.algorithms.common.annealing import Annealing
+from gsdg.algorithms.common.domain_losses import DomainLosses
+from gsdg.algorithms.common.domain_risks import domain_risks
 from gsdg.algorithms.grad_surgery import GradSurgery
-from gsdg.algorithms.risks import domain_risks
-from gsdg.batch import Batch
-from gsdg.errors import check_literal, check_range
+from gsdg.types import Batch
+from gsdg.utils.errors import check_literal, check_range
 
 Gradient = Literal["exact", "bracket"]
-ROUNDS, CUTS = 4, 256  # each round keeps one of the bracket's 256 parts: 2^-32 of it is left, as after 32 bisections
+ROUNDS, CUTS = 4, 256  # each round divides the bracket by 256: 2^-32 of it is left, as after 32 bisections
 
 
 class EQRM(DomainLosses):
-    """quantile: alpha. gradient: `exact`, or `bracket`, DomainBed's. The rest is in the module's text."""
+    """A quantile of the domain risks is minimised instead of their mean.
 
-    needs_domains = 2
+    Args:
+        quantile: alpha, in (0, 1).
+        anneal_steps: number of training steps at the start in which the mean risk is minimised, >= 0.
+        final_lr: learning rate after these steps, >= 0.
+        gradient: `exact`, the derivative of the quantile; `bracket`, DomainBed's, see the module's docstring.
+        surgery: gradient surgery on the domains' losses, or None.
+    """
+
+    min_domains = 2
 
     def __init__(
         self,
@@ -69,37 +78,39 @@ class EQRM(DomainLosses):
         return list(weights * risks), {"nll": risks.mean()}
 
     def weights(self, risks: Tensor) -> Tensor:
-        """risks [D] -> c [D]: sum 1, and with the risks the quantile. 1/D where all risks are equal."""
+        """The weights c [D] of the risks [D]: they sum to 1, and c . R is the quantile. 1/D if all risks are equal."""
         spread = risks.std()
         points = (risks - risks.mean()) / spread
-        found = quantile_weights(points, self.quantile, exact=self.gradient == "exact")
-        return torch.where(spread > 0, found, 1 / len(risks))
+        weights = quantile_weights(points, self.quantile, exact=self.gradient == "exact")
+        return torch.where(spread > 0, weights, 1 / len(risks))
 
-    def step(self, optimizer: Optimizer) -> None:
+    def step(self, optimizer: Optimizer) -> dict[str, Tensor]:
         if self.annealing.done == self.annealing.steps:
-            for group in optimizer.param_groups:  # saved by the optimizer
+            for group in optimizer.param_groups:  # which are part of the optimizer's checkpoint
                 group["lr"] = self.final_lr
         self.annealing.step(optimizer)
+        return {}
 
 
 def quantile_weights(points: Tensor, alpha: float, *, exact: bool) -> Tensor:
-    """points [D] of mean 0 and standard deviation 1 -> [D]: the derivatives of their alpha-quantile in them."""
+    """Derivatives [D] of the alpha-quantile with respect to points [D] of mean 0 and standard deviation 1."""
+    # The quantile lies in the bracket from low to high, at this share of its length.
     width = 1.06 * len(points) ** -0.2
     tail = width * NormalDist().inv_cdf(alpha)
     low, high = points.min() + tail, points.max() + tail
-    share = bracketed(points / width, low / width, high / width, alpha)
-    slope = points / (len(points) - 1)  # of the standard deviation in each point
+    share = search_bracket(points / width, low / width, high / width, alpha)
+    std_slope = points / (len(points) - 1)  # derivative of the standard deviation with respect to each point
     if not exact:
-        place = torch.arange(len(points), device=points.device)
-        ends = torch.where(place == points.argmin(), 1 - share, 0) + torch.where(place == points.argmax(), share, 0)
-        return ends + tail * slope
+        index = torch.arange(len(points), device=points.device)
+        ends = torch.where(index == points.argmin(), 1 - share, 0) + torch.where(index == points.argmax(), share, 0)
+        return ends + tail * std_slope
     offsets = torch.lerp(low, high, share) - points
-    pull = (-(offsets / width).square() / 2).softmax(0)
-    return pull + slope * (pull * offsets).sum()
+    p = (-(offsets / width).square() / 2).softmax(0)
+    return p + std_slope * (p * offsets).sum()
 
 
-def bracketed(centres: Tensor, low: Tensor, high: Tensor, alpha: float) -> Tensor:
-    """Where between low (0) and high (1) the mean CDF of the unit normals at centres [D] reaches alpha, 0-dim."""
+def search_bracket(centres: Tensor, low: Tensor, high: Tensor, alpha: float) -> Tensor:
+    """Where between low (0) and high (1) the mean CDF of unit normals at `centres` [D] reaches alpha, 0-dim."""
     share, step = torch.zeros_like(low), 1.0
     cuts = torch.arange(1, CUTS, dtype=low.dtype, device=low.device)
     for _ in range(ROUNDS):

@@ -1,8 +1,8 @@
-"""Empirical risk minimisation (Vapnik, 1998): the mean cross-entropy over all sources' images.
+"""Empirical risk minimisation (Vapnik, 1998): the mean cross-entropy over all images of the source domains.
 
     min_theta  1 / (D B)  sum_d sum_b  CE(f_theta(x_db), y_db)
 
-As in DomainBed, the D minibatches go through the network as one, concatenated in domain order.
+As in DomainBed, the D minibatches go through the network in one joint batch, concatenated in domain order.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gsdg.algorithms.base import Algorithm
-from gsdg.batch import Batch, join
+from gsdg.types import Batch, join
 
 
 class ERM(Algorithm):
-    """No hyper-parameters."""
+    """Cross-entropy on all source domains together. No hyper-parameters."""
 
-    no_surgery = "ERM with surgery is algorithm=grad_surgery, pcgrad, ...: choose that, and algorithm/rule"
+    no_surgery = "for ERM with surgery choose algorithm=grad_surgery, pcgrad, ..., and algorithm/rule"
 
     def backward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         joint = join(batches)

@@ -3,14 +3,16 @@
     theta_0 = theta;   theta_d = step(theta_(d-1), grad L_d(theta_(d-1)))   d = 1 ... D
     theta  <- theta + meta_lr (theta_D - theta)
 
-The steps are the run's optimizer's, whose state (Adam's moments) goes on from one update to the next. In expectation
-over the order of the domains the update rewards gradients with large inner products.
+The inner steps are made by the run's optimizer, whose state (Adam's moments) is kept from one training step to the
+next. In expectation over the order of the domains the update increases the inner products of the domain gradients.
 
-Deviations from DomainBed: no network is copied, the weights themselves make the steps and come back. BatchNorm's
-statistics are interpolated like the weights, but `num_batches_tracked` counts on, where it is cut to an integer there.
-`loss` is the mean of the D losses, not the last. A gradient that is not finite does not reach the weights.
-The authors' code draws the domains of an update and their order (`shuffle` draws the order; in DomainBed it is fixed),
-divides meta_lr by D, and on some data sets starts from weights trained by ERM, or forgets the optimizer's state.
+Deviations from DomainBed: the network is not copied; the weights themselves make the inner steps and are interpolated
+afterwards. BatchNorm's running statistics are interpolated like the weights, but `num_batches_tracked` keeps counting,
+where DomainBed truncates its interpolation to an integer. `loss` is the mean of the D losses, not the last one.
+Non-finite gradients never reach the weights.
+Deviations from the authors' code: it draws the domains of an update and their order (`shuffle` draws the order; in
+DomainBed it is fixed), divides meta_lr by D, and on some datasets starts from weights trained with ERM or resets the
+optimizer state.
 """
 
 from __future__ import annotations
@@ -19,67 +21,76 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from gsdg.algorithms.base import Algorithm
-from gsdg.algorithms.finite_steps import FiniteSteps
-from gsdg.batch import Batch
-from gsdg.errors import check_range
+from gsdg.algorithms.common.finite_steps import FiniteSteps
+from gsdg.models.classifier import Classifier
+from gsdg.types import Batch
+from gsdg.utils.errors import check_range
 
 
 class Fish(Algorithm):
-    """meta_lr: how far to go to where the domains' steps lead. shuffle: the domains' order is drawn at every update."""
+    """One optimizer step per domain, then interpolation between the weights before and after these steps.
 
-    needs_domains = 2
-    no_surgery = "it makes a step after each domain's gradient, so that no two are of the same weights"
+    Args:
+        meta_lr: interpolation factor, > 0; 1 keeps the weights after the inner steps.
+        shuffle: whether the order of the domains is drawn at every training step.
+    """
+
+    min_domains = 2
+    no_surgery = "it makes an optimizer step after each domain's gradient, so no two gradients are of the same weights"
 
     def __init__(self, *, meta_lr: float, shuffle: bool = False) -> None:
         super().__init__()
         check_range("algorithm", "(0, inf)", meta_lr=meta_lr)
         self.meta_lr, self.shuffle = meta_lr, shuffle
 
-    def setup(self, model: nn.Module, domains: Sequence[str]) -> None:
+    def setup(self, model: Classifier, domains: Sequence[str]) -> None:
         super().setup(model, domains)
-        self.later_steps = FiniteSteps([source_of(domain) for domain in domains], next(model.parameters()).device)
+        sources = [gradient_description(domain) for domain in domains]
+        self.later_steps = FiniteSteps(sources, next(model.parameters()).device)
 
     def backward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
-        """The first domain's gradient; the others' are taken in `step`, which also completes `loss`."""
+        """Fill `.grad` with the first domain's gradient. `step` computes the other domains' and the mean loss."""
         order = torch.randperm(len(batches)).tolist() if self.shuffle else range(len(batches))
-        first, *self._others = [batches[d] for d in order]
+        first, *self._other_batches = [batches[d] for d in order]
         self._start = [tensor.detach().clone() for tensor in self._interpolated()]
-        self._metrics = {"loss": self._descend(first)}
-        return self._metrics
+        self._first_loss = self._domain_backward(first)
+        return {"loss": self._first_loss}
 
-    def step(self, optimizer: Optimizer) -> None:
+    def step(self, optimizer: Optimizer) -> dict[str, Tensor]:
+        # Inner steps, one per domain; `backward` has computed the first domain's gradient.
         optimizer.step()
-        losses = [self._metrics["loss"]]
-        for batch in self._others:
+        losses = [self._first_loss]
+        for batch in self._other_batches:
             optimizer.zero_grad(set_to_none=True)
-            losses.append(self._descend(batch))
-            self.later_steps.step(optimizer, self.model, source_of(batch.domain), undo=self._go_back)
+            losses.append(self._domain_backward(batch))
+            self.later_steps.step(optimizer, self.model, gradient_description(batch.domain), undo=self._restore_start)
+        # Meta step: theta + meta_lr (theta_D - theta), written as an interpolation that starts at theta_D.
         with torch.no_grad():
             torch._foreach_lerp_(self._interpolated(), self._start, 1 - self.meta_lr)
-        self._metrics["loss"] = torch.stack(losses).mean()
-        self._others, self._start = [], []
+        self._other_batches, self._start = [], []
+        return {"loss": torch.stack(losses).mean()}
 
-    def _descend(self, batch: Batch) -> Tensor:
+    def _domain_backward(self, batch: Batch) -> Tensor:
         loss = F.cross_entropy(self.model(batch.images), batch.labels)
         loss.backward()
         return loss.detach()
 
     def _interpolated(self) -> list[Tensor]:
-        """The trained parameters, and what BatchNorm averages; not its counters."""
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        return trained + [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
+        """The trainable parameters and the floating-point buffers: BatchNorm's statistics, but not its counters."""
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        return parameters + [buffer for buffer in self.model.buffers() if buffer.is_floating_point()]
 
     @torch.no_grad()
-    def _go_back(self) -> None:
+    def _restore_start(self) -> None:
         torch._foreach_copy_(self._interpolated(), self._start)
 
-    def blame(self) -> str:
-        return self.later_steps.blame()
+    def nonfinite_report(self) -> str:
+        return self.later_steps.nonfinite_report()
 
 
-def source_of(domain: str) -> str:
-    return f"the gradient of domain {domain!r}, after the steps of those before it,"
+def gradient_description(domain: str) -> str:
+    return f"the gradient of domain {domain!r}, after the optimizer steps of the domains before it,"

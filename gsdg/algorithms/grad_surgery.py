@@ -1,16 +1,20 @@
-"""Gradient surgery: one gradient per source domain, a partition that says what is compared, a rule that says what is
-made of it. With the partition `chunk` and the rule `corgrad` it is GradSurgery (ECAI 2024, "Rethinking Domain
-Generalization from Perspective of Gradient Granularity"); the baselines are presets of the same class.
+"""Gradient surgery as an algorithm: one gradient per source domain, a partition that splits the parameters into parts,
+and a rule that combines the D domain gradients of each part. With the partition `chunk` and the rule `corgrad` it is
+GradSurgery (ECAI 2024, "Rethinking Domain Generalization from Perspective of Gradient Granularity"); the baselines are
+configs of the same class.
 
-The rules are `gsdg/surgery/rules/`, the engine is `gsdg/surgery/surgery.py`; this file joins them to a model.
+The rules are in `gsdg/surgery/rules/`, the computation is in `gsdg/surgery/surgery.py`; this file applies it to a
+model.
 
-Deviations: the defaults do what the released commands execute (all layers, constant alpha), not what their
-`--use_alpha` flag is called; `layers: weights` sums the other tensors where the release keeps the last domain's.
+Deviations from the released code: the defaults do what the released commands execute (all layers, constant alpha), not
+what their flag `--use_alpha` suggests. `layers: weights` sums the domain gradients of the other tensors, where the
+release keeps those of the last domain.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -18,21 +22,69 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gsdg.algorithms.base import Algorithm
-from gsdg.batch import Batch
+from gsdg.models.classifier import Classifier
 from gsdg.surgery import Diagnostics, NormOutliers, Partition, Surgery
 from gsdg.surgery.rules.base import Rule
+from gsdg.types import Batch
 
 
-class GradSurgery(Algorithm):
-    """partition, rule: see `gsdg.surgery`. alpha: weight of a norm-outlier domain's own gradient (1: no correction).
+@dataclass(kw_only=True)
+class SurgeryFactory:
+    """The settings of a gradient surgery; calling it with a module builds the `Surgery` of that module's parameters."""
 
-    alpha_schedule: `log` needs total_steps. engine: `micro_batch`, a forward and backward a domain, or `joint`, one
-    forward of all domains and a backward each: slower, but BatchNorm in train mode sees them together.
-    storage: `bf16` halves the memory of the kept gradients. diagnostics: of every logged step, conflicts by module and
-    granularity.
+    partition: Partition
+    rule: Rule
+    outliers: NormOutliers
+    storage: Literal["full", "bf16"]
+    diagnostics: Diagnostics | None  # None: off
+
+    def __call__(self, module: nn.Module) -> Surgery:
+        """Build the surgery on all trainable parameters of a model or of an algorithm.
+
+        The parameters of an algorithm's model are named as in the model, without the prefix `model.`, so that name
+        patterns and diagnostics are the same in both cases.
+        """
+        prefix = "model." if isinstance(module, Algorithm) else ""
+        named = [(name.removeprefix(prefix), p) for name, p in module.named_parameters() if p.requires_grad]
+        return Surgery(named, self.partition, self.rule, outliers=self.outliers, storage=self.storage)
+
+
+class HoldsSurgery:
+    """What a module with a `surgery` reports of it and saves in its `state_dict`. statistics: None if they are off."""
+
+    surgery: Surgery
+    statistics: Diagnostics | None
+
+    def diagnostics(self) -> dict:
+        return self.statistics(self.surgery) if self.statistics else {}
+
+    def nonfinite_report(self) -> str:
+        return self.surgery.first_nonfinite() or ""
+
+    def get_extra_state(self) -> dict:
+        return self.surgery.state_dict()
+
+    def set_extra_state(self, state: dict) -> None:
+        self.surgery.load_state_dict(state)
+
+
+class GradSurgery(HoldsSurgery, Algorithm):
+    """Gradient surgery on the cross-entropy losses of the source domains.
+
+    Args:
+        partition: splits the parameters into parts, see `gsdg.surgery.partition`.
+        rule: combines the D domain gradients of each part, see `gsdg.surgery.rules`.
+        alpha: weight of the own gradient of a domain whose gradient norm is an outlier, in [0, 1]; 1: no correction.
+        alpha_schedule: `constant`, or `log`: 1 - ln(t + 1) / ln(total_steps) instead of alpha, with t = 0 at the first
+            step.
+        total_steps: length of the training in steps; required by the schedule `log`.
+        engine: `micro_batch`, one forward and backward pass per domain; or `joint`, one forward pass of all domains and
+            one backward pass per domain: slower, but BatchNorm in train mode sees all domains together.
+        storage: `full`, or `bf16`, which stores the domain gradients in half the memory.
+        diagnostics: whether conflict statistics per module and granularity are computed at every logged step.
     """
 
-    no_surgery = "it is one already: choose algorithm/partition and algorithm/rule"
+    no_surgery = "it is gradient surgery itself: choose algorithm/partition and algorithm/rule"
 
     def __init__(
         self,
@@ -47,23 +99,16 @@ class GradSurgery(Algorithm):
         diagnostics: bool = False,
     ) -> None:
         super().__init__()
-        self.partition, self.rule, self.engine, self.storage = partition, rule, engine, storage
-        self.outliers = NormOutliers(alpha, schedule=alpha_schedule, total_steps=total_steps)
-        self.diagnostics = Diagnostics(getattr(partition, "n_parts", 10)) if diagnostics else None
+        outliers = NormOutliers(alpha, schedule=alpha_schedule, total_steps=total_steps)
+        self.statistics = Diagnostics(getattr(partition, "n_parts", 10)) if diagnostics else None
+        self.surgery_factory = SurgeryFactory(
+            partition=partition, rule=rule, outliers=outliers, storage=storage, diagnostics=self.statistics
+        )
+        self.engine = engine
 
-    def setup(self, model: nn.Module, domains: Sequence[str]) -> None:
+    def setup(self, model: Classifier, domains: Sequence[str]) -> None:
         super().setup(model, domains)
-        self.operate_on(model)
-
-    def operate_on(self, module: nn.Module) -> None:
-        """Make the surgery on all that a module trains: the model, or an algorithm whose losses are operated on.
-
-        The model's parameters have the same names in both cases, the model's own, which patterns and diagnostics use.
-        """
-        prefix = "model." if isinstance(module, Algorithm) else ""
-        named = [(name.removeprefix(prefix), p) for name, p in module.named_parameters() if p.requires_grad]
-        options = {"outliers": self.outliers, "storage": self.storage}
-        self.surgery = Surgery(named, self.partition, self.rule, **options)
+        self.surgery = self.surgery_factory(model)
 
     def backward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         joint = self.engine == "joint"
@@ -75,16 +120,5 @@ class GradSurgery(Algorithm):
 
     def _joint_losses(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
         logits = self.model(torch.cat([batch.images for batch in batches])).split([len(b.labels) for b in batches])
-        return (F.cross_entropy(own, batch.labels) for own, batch in zip(logits, batches, strict=True))
-
-    def diagnose(self) -> dict:
-        return self.diagnostics(self.surgery) if self.diagnostics else {}
-
-    def blame(self) -> str:
-        return self.surgery.first_nonfinite() or ""
-
-    def get_extra_state(self) -> dict:
-        return self.surgery.state_dict()
-
-    def set_extra_state(self, state: dict) -> None:
-        self.surgery.load_state_dict(state)
+        pairs = zip(logits, batches, strict=True)
+        return (F.cross_entropy(domain_logits, batch.labels) for domain_logits, batch in pairs)

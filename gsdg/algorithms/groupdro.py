@@ -3,12 +3,13 @@
     q_d <- q_d exp(eta R_d) / sum_e q_e exp(eta R_e)        q_d = 1 / D at the start
     min_theta  sum_d q_d R_d                                q held constant
 
-R_d is the mean cross-entropy of domain d; the weights are raised before they are used. As one loss a domain, whose mean
-this is: L_d = D q_d R_d.
+R_d is the mean cross-entropy of domain d; the weights q are updated before they are used. Written as one loss per
+domain, whose mean is the loss above: L_d = D q_d R_d.
 
-Deviations: log q is kept in place of q, in which a weight that has underflown to 0 could never rise again, as in
-DomainBed and in the authors' code; DomainBed forwards the domains one by one, which differs where BatchNorm takes
-statistics. The authors' code samples the groups evenly on request and may add a generalisation adjustment, both absent.
+Deviations from DomainBed and the authors' code: log q is stored instead of q, because a weight q that has underflowed
+to 0 stays 0. DomainBed makes one forward pass per domain, which is different if BatchNorm is in train mode. The
+authors' code has options for sampling the groups equally and for a generalization adjustment, which are not implemented
+here.
 """
 
 from __future__ import annotations
@@ -16,26 +17,34 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from gsdg.algorithms.domain_losses import DomainLosses
+from gsdg.algorithms.common.domain_losses import DomainLosses
+from gsdg.algorithms.common.domain_risks import domain_risks
 from gsdg.algorithms.grad_surgery import GradSurgery
-from gsdg.algorithms.risks import domain_risks
-from gsdg.batch import Batch
-from gsdg.errors import check_range
+from gsdg.models.classifier import Classifier
+from gsdg.types import Batch
+from gsdg.utils.errors import check_range
 
 
 class GroupDRO(DomainLosses):
-    """eta: how fast the weights move toward the domains with the highest risks; 0 leaves them equal."""
+    """A weighted mean of the domain risks, whose weights grow for the domains with the highest risks.
 
-    needs_domains = 2
+    Args:
+        eta: step size of the weights, >= 0; with 0 they stay equal.
+        surgery: gradient surgery on the domains' losses, or None.
+    """
+
+    min_domains = 2
+
+    log_q: Tensor  # logarithms of the weights, [D], in domain order
 
     def __init__(self, *, eta: float, surgery: GradSurgery | None = None) -> None:
         super().__init__(surgery=surgery)
         check_range("algorithm", "[0, inf)", eta=eta)
         self.eta = eta
 
-    def setup(self, model: nn.Module, domains: Sequence[str]) -> None:
+    def setup(self, model: Classifier, domains: Sequence[str]) -> None:
         like = next(model.parameters())
         self.register_buffer("log_q", like.new_full((len(domains),), -math.log(len(domains))))
         super().setup(model, domains)

@@ -5,14 +5,16 @@
     c_i = p(y_i | h_i) - p(y_i | (1 - m_i) h_i)
     L   = mean of CE(head((1 - m_i b_i) h_i), y_i),   b_i = 1 where c_i is among the batch's largest `batch_drop`
 
-The features that speak most for the right class are muted, in those images of all domains that lose most by it; both
-masks are constants. Of a linear head g_i is the class's row of weights: what is muted depends on the label alone.
+The features with the largest gradient for the correct class are set to zero, in those images of the joint batch whose
+predicted probability decreases most by it; both masks are held constant. For a linear head g_i is the weight row of the
+class, so that the mask m_i depends on the label alone.
 
-Deviations from DomainBed: it thresholds by interpolated percentiles, on the host; here of n values 1 + floor(q (n - 1))
-are muted, which is the same save that rounding does not decide (of 64 features it mutes 21 in float64, 22 in float32);
-and a share of 0 mutes nothing, where it mutes one. The authors' code masks the last feature map, in every other step
-its places instead of its channels; raises the share of images with the epochs; never mutes where that would help; and
-trains on every batch and its mirror image.
+Deviations from DomainBed: it computes thresholds as interpolated percentiles, on the CPU; here 1 + floor(q (n - 1)) of
+n values are above the threshold, which is the same number except for rounding (of 64 features it masks 21 in float64
+and 22 in float32). A share of 0 masks nothing here, and one value there.
+Deviations from the authors' code: it masks the last feature map, in every other step positions instead of channels;
+increases the share of images from epoch to epoch; never masks where masking would increase the probability; and trains
+on every batch and its mirror image.
 """
 
 from __future__ import annotations
@@ -23,15 +25,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from gsdg.algorithms.domain_losses import DomainLosses
+from gsdg.algorithms.common.domain_losses import DomainLosses
+from gsdg.algorithms.common.domain_risks import risks_from_logits
 from gsdg.algorithms.grad_surgery import GradSurgery
-from gsdg.algorithms.risks import risks
-from gsdg.batch import Batch, join
-from gsdg.errors import UserError, check_range
+from gsdg.models.classifier import Classifier
+from gsdg.types import Batch, join
+from gsdg.utils.errors import UserError, check_range
 
 
 class RSC(DomainLosses):
-    """feature_drop: the share of an image's features to mute. batch_drop: the share of images in which they are."""
+    """ERM with the most influential features set to zero in some images.
+
+    Args:
+        feature_drop: share of an image's features to set to zero, in [0, 1).
+        batch_drop: share of the images in which this is done, in [0, 1).
+        surgery: gradient surgery on the domains' losses, or None.
+    """
 
     needs = "a head"
 
@@ -40,34 +49,38 @@ class RSC(DomainLosses):
         check_range("algorithm", "[0, 1)", feature_drop=feature_drop, batch_drop=batch_drop)
         self.feature_drop, self.batch_drop = feature_drop, batch_drop
 
-    def setup(self, model: nn.Module, domains: Sequence[str]) -> None:
+    def setup(self, model: Classifier, domains: Sequence[str]) -> None:
         if isinstance(model.head, nn.Identity):
             raise UserError(
-                "algorithm=rsc mutes features before the head, and model.head=none has none: use model.head=linear."
+                "algorithm=rsc masks the features before the head, and model.head=none has no head: use "
+                "model.head=linear."
             )
         super().setup(model, domains)
 
     def losses(self, batches: Sequence[Batch]) -> tuple[list[Tensor], dict[str, Tensor]]:
         joint = join(batches)
         features = self.model.featurize(joint.images)
-        muted = self.muted(features.detach(), joint.labels)
-        return risks(self.model.head(features.masked_fill(muted, 0)), joint), {}
+        dropped = self.dropped(features.detach(), joint.labels)
+        return risks_from_logits(self.model.head(features.masked_fill(dropped, 0)), joint), {}
 
-    def muted(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Constants [N, F], labels [N] -> bool [N, F]."""
-        own, features = labels[:, None], features.requires_grad_()
+    def dropped(self, features: Tensor, labels: Tensor) -> Tensor:
+        """The features to set to zero, bool [N, F], from detached features [N, F] and labels [N]."""
+        classes, features = labels[:, None], features.requires_grad_()
         logits = self.model.head(features)
-        (slopes,) = torch.autograd.grad(logits.gather(1, own).sum(), features)
-        strongest = largest(slopes, self.feature_drop)
+        (gradients,) = torch.autograd.grad(logits.gather(1, classes).sum(), features)
+        candidates = largest(gradients, self.feature_drop)
         with torch.no_grad():
-            challenged = self.model.head(features.masked_fill(strongest, 0))
-            lost = (logits.softmax(1) - challenged.softmax(1)).gather(1, own)  # [N, 1]
-        return strongest & largest(lost.T, self.batch_drop).T
+            challenged = self.model.head(features.masked_fill(candidates, 0))
+            decrease = (logits.softmax(1) - challenged.softmax(1)).gather(1, classes)  # [N, 1]
+        return candidates & largest(decrease.T, self.batch_drop).T
 
 
 def largest(values: Tensor, share: float) -> Tensor:
-    """values [..., n] -> bool [..., n]: each row's largest 1 + floor(share (n - 1)), and ties with the least."""
+    """A mask [..., n] of the 1 + floor(share (n - 1)) largest values [..., n] of each row.
+
+    Values equal to the smallest of these are included. The mask is empty for share = 0.
+    """
     if share == 0:
         return torch.zeros_like(values, dtype=torch.bool)
-    count = 1 + math.floor(round(share * (values.shape[-1] - 1), 9))  # 63 / 3 is to be 21
+    count = 1 + math.floor(round(share * (values.shape[-1] - 1), 9))  # rounded, so that a third of 63 is 21
     return values >= values.topk(count).values[..., -1:]

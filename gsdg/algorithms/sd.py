@@ -5,8 +5,8 @@
 R_d is the mean cross-entropy of domain d, P_d the mean of its squared logits, over images and classes.
 
 Deviations: none from DomainBed. The paper penalises lambda/2 |f(x)|^2, a sum over the logits of an image; DomainBed
-takes their mean, so that w is lambda C / 2 for C classes. The authors' code is for one logit an image and has no 1/2;
-for CelebA it pulls the logit to a value of each class's own instead of to 0.
+uses their mean, so that w is lambda C / 2 for C classes. The authors' code is for one logit per image and has no factor
+1/2; for CelebA it penalises the distance of the logit from a class-specific value instead of from 0.
 """
 
 from __future__ import annotations
@@ -16,15 +16,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gsdg.algorithms.domain_losses import DomainLosses
+from gsdg.algorithms.common.domain_losses import DomainLosses
+from gsdg.algorithms.common.domain_risks import risks_from_logits
 from gsdg.algorithms.grad_surgery import GradSurgery
-from gsdg.algorithms.risks import risks
-from gsdg.batch import Batch, join
-from gsdg.errors import check_range
+from gsdg.types import Batch, join
+from gsdg.utils.errors import check_range
 
 
 class SD(DomainLosses):
-    """penalty_weight: of the mean squared logit."""
+    """The domain risks plus an L2 penalty on the logits.
+
+    Args:
+        penalty_weight: w, weight of the mean squared logit, >= 0.
+        surgery: gradient surgery on the domains' losses, or None.
+    """
 
     def __init__(self, *, penalty_weight: float, surgery: GradSurgery | None = None) -> None:
         super().__init__(surgery=surgery)
@@ -34,7 +39,7 @@ class SD(DomainLosses):
     def losses(self, batches: Sequence[Batch]) -> tuple[list[Tensor], dict[str, Tensor]]:
         joint = join(batches)
         logits = self.model(joint.images)
-        nll = torch.stack(risks(logits, joint))
-        penalties = torch.stack([own.square().mean() for own in joint.split(logits)])
+        nll = torch.stack(risks_from_logits(logits, joint))
+        penalties = torch.stack([domain_logits.square().mean() for domain_logits in joint.split(logits)])
         losses = nll + self.penalty_weight * penalties
         return list(losses), {"nll": nll.mean(), "penalty": penalties.mean()}

@@ -4,16 +4,16 @@
     k = logits:    u = v = f(x)
     k = features:  u = z(x), v = h(z(x))
 
-|.|^2 is the mean over images and dimensions. P and Q put in each image's place a random one of its class, of whatever
-domain (itself at times): two permutations of each class. g ~ Beta(alpha, alpha), one number a step; min(CE, 1) is a
-constant. h, the class-specific domain perturbation layer, is a perceptron with BatchNorm, and is applied to the
-partners alone.
+|.|^2 is the mean over images and dimensions. P and Q replace each image by a random image of its class, of any domain
+(possibly itself): both are permutations within each class. g ~ Beta(alpha, alpha) is one number per step; min(CE, 1) is
+held constant. h, the class-specific domain perturbation layer, is an MLP with BatchNorm, applied to the partners only.
 
-Deviations: in DomainBed h is made after the optimizer and so never trained (its issue 62; the published numbers were
-made so); `train_projection: false` does that. The authors' own code trains it, as here. The pairs have the same
-distribution as DomainBed's, but are other draws: one permutation of the whole batch, restricted to each class, so that
-the host need not know the classes' sizes. DomainBed sorts the images by class before the network, which dropout alone
-notices. The paper's weight averaging and inter-domain curriculum are no part of this loss, as in DomainBed.
+Deviations from DomainBed: there h is created after the optimizer and therefore never trained (its issue 62; the
+published numbers were made so); `train_projection: false` does the same. The authors' own code trains it, as is done
+here. The pairs have the same distribution as DomainBed's but are different draws: one permutation of the joint batch,
+restricted to each class, so that the class sizes are not needed on the host. DomainBed sorts the images by class before
+the network, which only dropout can notice. The paper's weight averaging and inter-domain curriculum are not part of
+this loss, as in DomainBed.
 """
 
 from __future__ import annotations
@@ -26,17 +26,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gsdg.algorithms.base import Algorithm
-from gsdg.batch import Batch, join
-from gsdg.errors import check_range
+from gsdg.models.classifier import Classifier
+from gsdg.types import Batch, join
+from gsdg.utils.errors import check_range
 
 
 class SelfReg(Algorithm):
-    """logit_weight, feature_weight: w of the logits' and of the features' distances. alpha: of the Beta distribution.
+    """ERM plus distances between the logits, and between the features, of images of the same class.
 
-    train_projection: false leaves h as it was drawn.
+    Args:
+        logit_weight: w of the logits' distances, >= 0.
+        feature_weight: w of the features' distances, >= 0.
+        alpha: parameter of the Beta distribution, > 0.
+        train_projection: whether the projection h is trained.
     """
 
-    needs = "2 images a step, for its BatchNorm"
+    needs = "2 images per step, for its BatchNorm"
     no_surgery = "it pairs images of a class across domains"
 
     def __init__(self, *, logit_weight: float, feature_weight: float, alpha: float, train_projection: bool) -> None:
@@ -46,10 +51,10 @@ class SelfReg(Algorithm):
         self.logit_weight, self.feature_weight, self.alpha = logit_weight, feature_weight, alpha
         self.train_projection = train_projection
 
-    def setup(self, model: nn.Module, domains: Sequence[str]) -> None:
+    def setup(self, model: Classifier, domains: Sequence[str]) -> None:
         super().setup(model, domains)
-        some = next(model.parameters())
-        self.projection = projection(model.features).to(some.device, some.dtype)
+        like = next(model.parameters())
+        self.projection = perturbation_layer(model.features).to(like.device, like.dtype)
         self.projection.requires_grad_(self.train_projection)
 
     def backward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
@@ -66,23 +71,30 @@ class SelfReg(Algorithm):
 
 
 def partners(labels: Tensor) -> Tensor:
-    """labels [N] -> [N] int64: a permutation of the batch that keeps the labels, all of those equally likely."""
-    grouped = labels.argsort(stable=True)
+    """A permutation of the batch, [N] int64, that keeps the labels [N]; all of those are equally likely."""
+    by_class = labels.argsort(stable=True)
     drawn = torch.randperm(len(labels), device=labels.device)
-    shuffled = drawn[labels[drawn].argsort(stable=True)]  # the same classes at the same places, each in random order
-    return shuffled[grouped.argsort()]
+    shuffled = drawn[labels[drawn].argsort(stable=True)]  # also sorted by class, in random order within each class
+    return shuffled[by_class.argsort()]
 
 
 def dissimilarity(rows: Tensor, others: Tensor, pairs: Sequence[Tensor], mix: float) -> Tensor:
-    """rows, others [N, K] -> the distance to one partner and that to a mixture of two, mixed themselves, 0-dim."""
+    """A mixture of the squared distances from one partner and from a mixture of two partners, 0-dim.
+
+    Args:
+        rows: [N, K].
+        others: the rows of which the partners are taken, [N, K].
+        pairs: indices of the two partners of each row, two tensors [N].
+        mix: weight of the first partner, in [0, 1].
+    """
     first, second = (others[pair] for pair in pairs)
     individual = F.mse_loss(rows, first)
     heterogeneous = F.mse_loss(rows, mix * first + (1 - mix) * second)
     return mix * individual + (1 - mix) * heterogeneous
 
 
-def projection(features: int) -> nn.Module:
-    """[N, features] -> the same; N is 2 or more, for BatchNorm."""
+def perturbation_layer(features: int) -> nn.Module:
+    """An MLP with BatchNorm, [N, features] -> [N, features], for N >= 2."""
     hidden = features if features == 2048 else 2 * features
     sizes = [(features, hidden), (hidden, hidden), (hidden, features)]
     blocks = [module for size in sizes for module in (nn.Linear(*size), nn.BatchNorm1d(size[1]), nn.ReLU())]

@@ -1,4 +1,4 @@
-"""A table that is laid out already -> text, Markdown, LaTeX, HTML."""
+"""`Sheet`, a finished table, and its rendering as text, Markdown, LaTeX and HTML."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-BOLD, UNDERLINE, PLAIN = "\033[1m", "\033[4m", "\033[0m"  # a terminal's
-LATEX = (
+BOLD, UNDERLINE, PLAIN = "\033[1m", "\033[4m", "\033[0m"  # terminal escape codes
+LATEX_ESCAPES = (
     {"\\": r"\textbackslash{}", "±": r"$\pm$"}
     | {c: f"\\{c}" for c in "&%$#_{}"}
     | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
@@ -16,7 +16,7 @@ LATEX = (
 
 
 class Entry(NamedTuple):
-    """mark: best, second or nothing."""
+    """One cell of a table. `mark` is best, second or "": bold, underlined or plain."""
 
     text: str
     mark: str = ""
@@ -24,7 +24,7 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Sheet:
-    """A title, a header, rows of entries (the first one a label), and lines of notes below."""
+    """A finished table: a title, a header, rows of entries (the first entry is the row's label) and lines below it."""
 
     title: str
     header: Sequence[str]
@@ -32,22 +32,22 @@ class Sheet:
     notes: Sequence[str] = field(default=())
 
     def _repr_html_(self) -> str:
-        """In a notebook."""
+        """How a notebook shows it."""
         return as_html(self)
 
 
 def few(names: Iterable[object], most: int) -> str:
-    """`a, b and 7 more`."""
+    """`a, b and 7 more`: at most `most` of the names."""
     shown = [str(name) for name in names]
     more = f" and {len(shown) - most} more" if len(shown) > most else ""
     return ", ".join(shown[:most]) + more
 
 
 def text(sheet: Sheet, *, terminal: bool = False) -> str:
-    """Aligned columns. `terminal`: the best in bold, the second underlined."""
+    """Aligned columns. `terminal`: with escape codes for bold (best) and underlined (second)."""
     rows = [[Entry(name) for name in sheet.header], *sheet.rows]
     widths = [max(len(row[column].text) for row in rows) for column in range(len(sheet.header))]
-    return "\n".join([sheet.title, *(_line(row, widths, terminal) for row in rows), *sheet.notes])
+    return "\n".join([sheet.title, *(_text_row(row, widths, terminal) for row in rows), *sheet.notes])
 
 
 def markdown(sheet: Sheet) -> str:
@@ -59,18 +59,18 @@ def markdown(sheet: Sheet) -> str:
 
 
 def latex(sheet: Sheet) -> str:
-    """For booktabs; the notes are comments."""
+    """A tabular for the booktabs package; title and notes are comments above it."""
     marks = {"best": r"\textbf{{{}}}", "second": r"\underline{{{}}}", "": "{}"}
     rows = [" & ".join(marks[entry.mark].format(_latex(entry.text)) for entry in row) + r" \\" for row in sheet.rows]
     head = " & ".join(_latex(name) for name in sheet.header) + r" \\"
     columns = "l" + "c" * (len(sheet.header) - 1)
-    notes = [f"% {note}" for note in [sheet.title, *sheet.notes]]
+    comments = [f"% {line}" for line in [sheet.title, *sheet.notes]]
     body = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}"]
-    return "\n".join([*notes, *body])
+    return "\n".join([*comments, *body])
 
 
 def as_html(sheet: Sheet) -> str:
-    """A <figure> with the table, its title as caption, the notes below."""
+    """A <figure>: the table with its title as caption, and the notes below."""
     marks = {"best": "<b>{}</b>", "second": "<u>{}</u>", "": "{}"}
     head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in sheet.header)
     rows = []
@@ -86,14 +86,14 @@ def as_html(sheet: Sheet) -> str:
 FORMATS: dict[str, Callable[[Sheet], str]] = {"text": text, "markdown": markdown, "latex": latex, "html": as_html}
 
 
-def _line(row: Sequence[Entry], widths: Sequence[int], terminal: bool) -> str:
-    shown = [row[0].text.ljust(widths[0]), *(e.text.rjust(w) for e, w in zip(row[1:], widths[1:], strict=True))]
+def _text_row(row: Sequence[Entry], widths: Sequence[int], terminal: bool) -> str:
+    cells = [row[0].text.ljust(widths[0]), *(e.text.rjust(w) for e, w in zip(row[1:], widths[1:], strict=True))]
     codes = {"best": BOLD, "second": UNDERLINE}
     for column, entry in enumerate(row):
         if terminal and entry.mark:
-            shown[column] = shown[column].replace(entry.text, f"{codes[entry.mark]}{entry.text}{PLAIN}")
-    return "  ".join(shown)
+            cells[column] = cells[column].replace(entry.text, f"{codes[entry.mark]}{entry.text}{PLAIN}")
+    return "  ".join(cells)
 
 
 def _latex(text: str) -> str:
-    return "".join(LATEX.get(character, character) for character in text)
+    return "".join(LATEX_ESCAPES.get(character, character) for character in text)

@@ -1,4 +1,4 @@
-"""Pieces of an HTML page: folds, notes, tables of words, figures side by side. They escape every text."""
+"""Builds HTML: foldable sections, notes, text tables, figures side by side. Every function escapes the text it gets."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from analysis.figures import Panels
-from analysis.formats import Sheet, as_html
+from gsdg.analysis.figures import Panels
+from gsdg.analysis.formats import Sheet, as_html
 
-NAMED = 8  # of a long list in a sentence, or side by side on the page: more are folded away
-NUMBERS = {"trial seed", "seed", "draw", "step", "starts"}  # columns set to the right
+MOST_SHOWN = 8  # names listed in one line, or sections shown unfolded
+NUMBERS = {"trial seed", "seed", "draw", "step", "starts"}  # columns that are aligned to the right
 
 
 def note(text: str) -> str:
@@ -18,16 +18,21 @@ def note(text: str) -> str:
 
 
 def details(summary: str, body: str, *, opened: bool = False) -> str:
+    """A section that the reader can fold and unfold. `body` is HTML."""
     return f"<details{' open' * opened}><summary>{escape(summary)}</summary>{body}</details>"
 
 
-def words_table(header: Sequence[str], rows: Iterable[Sequence[object]], kind: str = "") -> str:
-    """A table mostly of words, in a box of its own that scrolls."""
-    looks = [' class="number"' if name in NUMBERS else ' class="reason"' if name == "reason" else "" for name in header]
-    head = "".join(f'<th scope="col"{look}>{escape(name)}</th>' for name, look in zip(header, looks, strict=True))
+def text_table(header: Sequence[str], rows: Iterable[Sequence[object]], kind: str = "") -> str:
+    """A table of text that scrolls in a box of limited height. `kind`: a CSS class."""
+    classes = [
+        ' class="number"' if name in NUMBERS else ' class="reason"' if name == "reason" else "" for name in header
+    ]
+    head = "".join(
+        f'<th scope="col"{css_class}>{escape(name)}</th>' for name, css_class in zip(header, classes, strict=True)
+    )
     body = "".join(
         "<tr>"
-        + "".join(f"<td{look}>{escape(str(value))}</td>" for value, look in zip(row, looks, strict=True))
+        + "".join(f"<td{css_class}>{escape(str(value))}</td>" for value, css_class in zip(row, classes, strict=True))
         + "</tr>"
         for row in rows
     )
@@ -35,20 +40,21 @@ def words_table(header: Sequence[str], rows: Iterable[Sequence[object]], kind: s
     return f'<div class="tall">{table}</div>'
 
 
-def text_of(value: object) -> str:
+def text_or_dash(value: object) -> str:
     return "-" if value is None or value == "" else str(value)
 
 
 def anchor(title: str) -> str:
+    """The id of a heading, for links."""
     return title.lower().removeprefix("runs that are ").replace(" ", "-")
 
 
-def sheets_html(made: Iterable[Sheet]) -> str:
-    return "".join(map(as_html, made))
+def sheets_html(sheets: Iterable[Sheet]) -> str:
+    return "".join(map(as_html, sheets))
 
 
 def panels_html(panels: Panels) -> str:
-    """Pictures side by side, as many in a row as fit; or why there are none."""
+    """The pictures, as many side by side as fit; without pictures the reason why there are none."""
     if not len(panels):
         return note(f"Nothing to show: {panels.why}.")
     figures = [

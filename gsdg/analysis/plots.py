@@ -1,12 +1,12 @@
-"""Plots, each a function (frame, ax) -> ax that draws on the axes it is given and on nothing else.
+"""Plot functions (frame, ax) -> ax. Each draws only on the axes it is given.
 
-    with drawing.style():
+    with drawing.print_style():
         fig, axes = drawing.figure()
         accuracy_by_step(records, axes[0, 0])
         fig.savefig("sketch.pdf")
 
-Accuracies are in percent, standard deviations and errors in the population form, as in the tables. A frame with nothing
-to show gives axes that say what is missing.
+Accuracies are in percent. Standard deviations and errors have the population form, as in the tables. If a frame has
+nothing to show, the axes show a message that says what is missing.
 """
 
 from __future__ import annotations
@@ -19,37 +19,38 @@ from textwrap import fill
 import numpy as np
 import pandas as pd
 
-from analysis.drawing import (
+from gsdg.analysis.read.labels import natural
+from gsdg.analysis.statistics import PAIR
+from gsdg.analysis.style import (
     Axes,
+    add_colour_bar,
     add_grid,
-    colour_bar,
+    add_grid_and_legend,
+    cell_edges,
     draw_line,
-    edges_of,
-    finish,
     hatch_empty,
-    legend_entries,
+    legend_arguments,
     make_square,
-    nothing_to_show,
-    series_look,
-    shown_as,
-    thinned_ticks,
-    turned_ticks,
-    wrapped,
+    series_style,
+    set_rotated_ticks,
+    set_thinned_ticks,
+    show_message,
+    tick_label,
+    wrap,
     write_values,
 )
-from analysis.labels import natural
-from analysis.statistics import PAIR
-from gsdg.errors import UserError, listing
+from gsdg.utils.errors import UserError, listing
 
-SELECTED = [("s", 40), ("o", 40), ("D", 14), ("^", 34), ("v", 34), ("x", 14)]  # hollow: several may pick one point
+# Marker and size for each selection; hollow and of different sizes, because several selections may choose one point.
+SELECTED = [("s", 40), ("o", 40), ("D", 14), ("^", 34), ("v", 34), ("x", 14)]
 COLOUR_MAP = "cividis"
-STATISTICS = {  # column of the diagnostics: label, factor
+STATISTICS = {  # column of the diagnostics: (axis label, factor from the column's unit to the label's)
     "conflict_rate": ("conflicting pairs, %", 100),
     "cosine": ("mean cosine", 1),
     "removed_norm_ratio": ("removed norm, %", 100),
 }
 GRANULARITIES = ["model", "module", "tensor", "chunk", "filter", "element"]  # coarse to fine
-CHUNKS = 10  # n_parts of conf/algorithm/partition/chunk.yaml
+DEFAULT_CHUNKS = 10  # n_parts in conf/algorithm/partition/chunk.yaml
 NO_CHOSEN = "no finished runs to choose from"
 NO_DIAGNOSTICS = "no diagnostics: run with algorithm.diagnostics=true"
 
@@ -62,118 +63,139 @@ def accuracy_by_step(
     target_part: str = "in",
     source_part: str = "out",
 ) -> Axes:
-    """A line per domain, the target's heavier: mean over runs +- standard deviation, where every run has a value. The
-    steps that a run lacks, because it stopped early for example, are drawn run by run, thin.
+    """Training curves: one line per domain, the target's line thicker; mean over runs +- standard deviation.
 
-    `records` are one method's and target's. The target is shown on the split that the tables report, the sources on the
-    one that training-domain validation looks at. `chosen`, {selection method: its frame}, marks the chosen steps on the
-    target's curve of each run.
+    The mean is drawn at the steps that all runs have recorded. Other steps, for example after one run has stopped
+    early, are drawn as one thin line per run.
+
+    Args:
+        records: rows of `Runs.records` of one method and one target.
+        chosen: {selection: selected runs}; marks the chosen steps on the target's curve of each run.
+        target_part: split of the target domain; "in" is what the tables report.
+        source_part: split of the source domains; "out" is what training-domain validation uses.
     """
     columns = ["run_id", "step", "domain", "is_target", "part", "accuracy"]
-    if lacking := _lacking(records, columns, "no records"):
-        return nothing_to_show(ax, lacking)
-    _require_one(records, ["dataset", "algorithm", "target"])
+    if missing := _missing(records, columns, "no records"):
+        return show_message(ax, missing)
+    _require_single(records, ["dataset", "algorithm", "target"])
     shown = records[records["part"] == np.where(records["is_target"], target_part, source_part)]
     if shown.empty:
-        return nothing_to_show(ax, f"no accuracies: neither the target's {target_part} nor the sources' {source_part}")
-    runs = records["run_id"].nunique()
-    for number, (domain, rows) in enumerate(_each(shown, "domain")):
-        target = bool(rows["is_target"].any())
-        label = f"{domain} ({f'target, {target_part}' if target else source_part} split)"
-        look = {"linewidth": 2.2, "linestyle": "-", "zorder": 3} if target else {"linewidth": 1.0}
-        whole, partly = _of_every_run(rows, ["step"], runs)
-        curve = _spread(100 * whole["accuracy"], whole["step"])
-        draw_line(ax, curve, curve["std"], number, label=label, **look)
-        thin = {"color": series_look(number)["color"], "linewidth": 0.5, "alpha": 0.6}
-        for _, run in _each(partly.sort_values("step"), "run_id"):
-            ax.plot(run["step"], 100 * run["accuracy"], marker="." if len(run) == 1 else "", **thin)
+        return show_message(ax, f"no accuracies: neither the target's {target_part} nor the sources' {source_part}")
+    n_runs = records["run_id"].nunique()
+    for number, (domain, rows) in enumerate(_groups_in_order(shown, "domain")):
+        is_target = bool(rows["is_target"].any())
+        label = f"{domain} ({f'target, {target_part}' if is_target else source_part} split)"
+        style = {"linewidth": 2.2, "linestyle": "-", "zorder": 3} if is_target else {"linewidth": 1.0}
+        in_all_runs, in_some_runs = _split_complete(rows, ["step"], n_runs)
+        curve = _mean_and_spread(100 * in_all_runs["accuracy"], in_all_runs["step"])
+        draw_line(ax, curve, curve["std"], number, label=label, **style)
+        colour = series_style(number)["color"]
+        for _, run in _groups_in_order(in_some_runs.sort_values("step"), "run_id"):
+            marker = "." if len(run) == 1 else ""
+            ax.plot(run["step"], 100 * run["accuracy"], color=colour, linewidth=0.5, alpha=0.6, marker=marker)
     _mark_selected(shown, ax, chosen or {})
     ax.set(xlabel="training step", ylabel="accuracy, %")
-    return finish(ax)
+    return add_grid_and_legend(ax)
 
 
 def alpha_n_parts(chosen: pd.DataFrame, ax: Axes) -> Axes:
-    """Heat map of the accuracy at every (alpha, n_parts): the mean over targets of each target's mean over runs.
+    """Heat map of the accuracy over (alpha, n_parts): the mean over targets of each target's mean over runs.
 
-    A cell is hatched and has neither colour nor number where a target is missing that another cell has: means over
-    different targets cannot be compared. A star marks fewer runs than the fullest cell has.
+    A cell that lacks a target which another cell has is hatched and has no value, because means over different targets
+    cannot be compared. A star marks cells with fewer runs than the cell with the most runs.
+
+    Args:
+        chosen: selected runs with columns alpha, n_parts, target, accuracy.
     """
     columns = ["alpha", "n_parts", "target", "accuracy"]
-    if lacking := _lacking(chosen, columns, NO_CHOSEN):
-        return nothing_to_show(ax, lacking)
+    if missing := _missing(chosen, columns, NO_CHOSEN):
+        return show_message(ax, missing)
     rows = (
         chosen[columns]
         .dropna()
-        .assign(alpha=lambda r: _comparable(r["alpha"]), n_parts=lambda r: _comparable(r["n_parts"]))
+        .assign(alpha=lambda r: _sortable(r["alpha"]), n_parts=lambda r: _sortable(r["n_parts"]))
     )
     by_target = rows.groupby(["alpha", "n_parts", "target"])["accuracy"].mean().unstack()
     if (complete := by_target.dropna()).empty:
-        return nothing_to_show(ax, f"no cell has all the targets: {listing(by_target.columns)}")
+        return show_message(ax, f"no cell has all the targets: {listing(by_target.columns)}")
     means = (100 * by_target.mean(axis=1, skipna=False)).unstack()
-    runs = rows.groupby(["alpha", "n_parts"]).size().unstack().where(means.notna())
+    n_runs = rows.groupby(["alpha", "n_parts"]).size().unstack().where(means.notna())
     image = ax.imshow(np.ma.masked_invalid(means), cmap=COLOUR_MAP, aspect="auto", interpolation="nearest")
-    fewer = (runs < runs.max().max()).to_numpy()
+    fewer = (n_runs < n_runs.max().max()).to_numpy()
     write_values(ax, image, means.to_numpy(), fewer)
     hatch_empty(ax, means.isna().to_numpy())
-    thinned_ticks(ax.xaxis, means.columns, 0.8 * ax.bbox.width)  # the colour bar takes the rest
-    thinned_ticks(ax.yaxis, means.index, ax.bbox.height)
+    set_thinned_ticks(ax.xaxis, means.columns, 0.8 * ax.bbox.width)  # the colour bar takes the rest of the width
+    set_thinned_ticks(ax.yaxis, means.index, ax.bbox.height)
     notes = ["* fewer runs"] * bool(fewer.any()) + ["hatched: lacks a target"] * (len(complete) < len(by_target))
     ax.set(xlabel=f"n_parts ({', '.join(notes)})" if notes else "n_parts", ylabel="alpha")
-    return colour_bar(ax, image, "accuracy, %")
+    return add_colour_bar(ax, image, "accuracy, %")
 
 
 def granularity(chosen: pd.DataFrame, ax: Axes, order: Sequence[str] | None = None) -> Axes:
-    """Accuracy against `partition`, coarse to fine or in `order`, a line per `rule`: mean and standard error over the
-    repetitions (trial seed, seed), each the mean over all targets; a repetition that lacks a target is left out.
+    """Accuracy over the partition, one line per rule: mean +- standard error over repetitions (trial seed, seed).
+
+    A repetition's accuracy is its mean over targets. Repetitions that lack a target are left out.
+
+    Args:
+        chosen: selected runs with columns rule, partition, the columns PAIR, accuracy, and optionally n_parts.
+        order: names of partitions, from left to right; None: from coarse to fine.
     """
     columns = ["rule", "partition", *PAIR, "accuracy"]
-    if lacking := _lacking(chosen, columns, NO_CHOSEN):
-        return nothing_to_show(ax, lacking)
+    if missing := _missing(chosen, columns, NO_CHOSEN):
+        return show_message(ax, missing)
     rows = chosen.assign(partition=_partitions(chosen)).dropna(subset=columns)
     points, left_out = _over_repetitions(rows, ["rule", "partition"])
     if points.empty:
-        return nothing_to_show(ax, f"no repetition has all the targets: {listing(rows['target'].unique())}")
-    names = _by_fineness(points["partition"].unique(), order)
+        return show_message(ax, f"no repetition has all the targets: {listing(rows['target'].unique())}")
+    names = _coarse_to_fine(points["partition"].unique(), order)
     rules = list(dict.fromkeys(points["rule"]))
     for number, rule in enumerate(rules):
-        dodge = (number - (len(rules) - 1) / 2) * min(0.12, 0.7 / len(rules))
+        offset = (number - (len(rules) - 1) / 2) * min(0.12, 0.7 / len(rules))  # so that error bars do not overlap
         line = points[points["rule"] == rule].set_index("partition").reindex(names).reset_index()
-        line.index = line.index + dodge
+        line.index = line.index + offset
         line = line[line["mean"].notna()]
         errors = line["error"] if line["error"].notna().any() else None
-        ax.errorbar(line.index, line["mean"], yerr=errors, label=str(rule), capsize=1.5, **series_look(number))
+        ax.errorbar(line.index, line["mean"], yerr=errors, label=str(rule), capsize=1.5, **series_style(number))
     note = f"\n({left_out} left out: a target is missing)" if left_out else ""
     ax.set(xlabel=f"granularity, coarse to fine{note}", ylabel="accuracy, %", xlim=(-0.5, len(names) - 0.5))
-    turned_ticks(ax, names)
-    return finish(ax)
+    set_rotated_ticks(ax, names)
+    return add_grid_and_legend(ax)
 
 
 def by_progress(
     diagnostics: pd.DataFrame, ax: Axes, statistic: str = "conflict_rate", level: str = "chunk", bins: int = 10
 ) -> Axes:
-    """The mean over modules in bins of training progress, a line per algorithm: mean +- standard error over runs, in
-    the bins in which every run of the algorithm has a value.
+    """A statistic of the diagnostics over training progress, one line per method: mean +- standard error over runs.
+
+    Steps are put into bins of training progress; a run's value in a bin is the mean over modules and steps. Bins in
+    which a run of the method has no value are left out.
+
+    Args:
+        diagnostics: the frame of `frames.diagnostics`.
+        statistic: a column of it; its label and unit are in STATISTICS.
+        level: granularity of the statistic.
+        bins: number of bins between 0 and 100 % of the steps.
     """
     columns = ["run_id", "algorithm", "level", "step", "steps", statistic]
-    if lacking := _lacking(diagnostics, columns, NO_DIAGNOSTICS):
-        return nothing_to_show(ax, lacking)
+    if missing := _missing(diagnostics, columns, NO_DIAGNOSTICS):
+        return show_message(ax, missing)
     rows = diagnostics[diagnostics["level"] == level].dropna(subset=columns)
     if rows.empty:
-        return nothing_to_show(ax, f"no diagnostics at the granularity {level}")
+        return show_message(ax, f"no diagnostics at the granularity {level}")
     label, factor = STATISTICS.get(statistic, (statistic, 1))
     width = 100 / bins
-    place = (rows["step"] * bins // rows["steps"]).clip(upper=bins - 1)
-    rows = rows.assign(progress=(place + 0.5) * width, value=factor * rows[statistic])
-    # sorted, for runs come in the order of their ids: a method should keep its colour when runs are added
+    bin_number = (rows["step"] * bins // rows["steps"]).clip(upper=bins - 1)
+    rows = rows.assign(progress=(bin_number + 0.5) * width, value=factor * rows[statistic])
+    # Methods are sorted by name. The order of the runs would change a method's colour when runs are added.
     for number, algorithm in enumerate(sorted(rows["algorithm"].unique(), key=natural)):
-        found = rows[rows["algorithm"] == algorithm]
-        steps = found.groupby(["run_id", "progress", "step"], observed=True)["value"].mean()
-        runs = steps.groupby(["run_id", "progress"], observed=True).mean().reset_index()
-        whole, _ = _of_every_run(runs, ["progress"], found["run_id"].nunique())
-        curve = _spread(whole["value"], whole["progress"])
+        of_method = rows[rows["algorithm"] == algorithm]
+        by_step = of_method.groupby(["run_id", "progress", "step"], observed=True)["value"].mean()
+        by_bin = by_step.groupby(["run_id", "progress"], observed=True).mean().reset_index()
+        in_all_runs, _ = _split_complete(by_bin, ["progress"], of_method["run_id"].nunique())
+        curve = _mean_and_spread(in_all_runs["value"], in_all_runs["progress"])
         draw_line(ax, curve, curve["error"], number, label=str(algorithm))
     ax.set(xlabel="training progress, %", ylabel=label, xlim=(0, 100))
-    return finish(ax)
+    return add_grid_and_legend(ax)
 
 
 def conflict_map(
@@ -183,59 +205,72 @@ def conflict_map(
     level: str = "chunk",
     vmax: float | None = None,
 ) -> Axes:
-    """Heat map module x step of one method, mean over runs, the input's module at the top; of the steps that every run
-    has logged. vmax, in the colour bar's unit, makes two maps comparable.
+    """Heat map of a statistic over module and step, the mean over the runs of one method; the first module at the top.
+
+    Only the steps that every run has logged are shown.
+
+    Args:
+        diagnostics: the rows of one method in the frame of `frames.diagnostics`.
+        statistic: a column of it; its label and unit are in STATISTICS.
+        level: granularity of the statistic.
+        vmax: the upper end of the colour bar, in its unit; equal ends make several maps comparable.
     """
     columns = ["run_id", "level", "module", "step", statistic]
-    if lacking := _lacking(diagnostics, columns, NO_DIAGNOSTICS):
-        return nothing_to_show(ax, lacking)
-    _require_one(diagnostics, ["dataset", "algorithm"])
+    if missing := _missing(diagnostics, columns, NO_DIAGNOSTICS):
+        return show_message(ax, missing)
+    _require_single(diagnostics, ["dataset", "algorithm"])
     rows = diagnostics[diagnostics["level"] == level].dropna(subset=columns)
     if rows.empty:
-        return nothing_to_show(ax, f"no diagnostics at the granularity {level}")
-    rows, _ = _of_every_run(rows, ["step"], rows["run_id"].nunique())
+        return show_message(ax, f"no diagnostics at the granularity {level}")
+    rows, _ = _split_complete(rows, ["step"], rows["run_id"].nunique())
     if rows.empty:
-        return nothing_to_show(ax, "no step that every run has logged")
+        return show_message(ax, "no step that every run has logged")
     label, factor = STATISTICS.get(statistic, (statistic, 1))
     modules = list(dict.fromkeys(rows["module"]))
     values = factor * rows.pivot_table(index="module", columns="step", values=statistic, observed=True).loc[modules]
     vmin = None if statistic == "cosine" else 0
     cells = np.ma.masked_invalid(values.to_numpy())
-    # rasterized: in a PDF, thousands of small rectangles show hairlines between them
+    # rasterized: as vector graphics, thousands of small rectangles have thin gaps between them in a PDF viewer
     mesh = ax.pcolormesh(
-        edges_of(values.columns), np.arange(len(modules) + 1) - 0.5, cells,
+        cell_edges(values.columns), np.arange(len(modules) + 1) - 0.5, cells,
         cmap=COLOUR_MAP, vmin=vmin, vmax=vmax, rasterized=True,
     )  # fmt: skip
     ax.invert_yaxis()
-    thinned_ticks(ax.yaxis, modules, ax.bbox.height)
+    set_thinned_ticks(ax.yaxis, modules, ax.bbox.height)
     ax.set(xlabel="training step", ylabel="module")
-    return colour_bar(ax, mesh, label)
+    return add_colour_bar(ax, mesh, label)
 
 
 def paired(chosen: pd.DataFrame, ax: Axes, x: str, y: str) -> Axes:
-    """Accuracy of method `y` against method `x`, a point per target and seeds that both have, and the diagonal."""
-    if lacking := _lacking(chosen, ["algorithm", *PAIR, "accuracy"], NO_CHOSEN):
-        return nothing_to_show(ax, lacking)
-    ours, theirs = (chosen.loc[chosen["algorithm"] == name, [*PAIR, "accuracy"]] for name in (y, x))
-    pairs = theirs.merge(ours, on=PAIR, suffixes=("_x", "_y")).dropna()
+    """Scatter plot of the accuracy of method `y` over that of method `x`, with the diagonal.
+
+    One point per target, trial seed and seed of which both methods have a run.
+
+    Args:
+        chosen: selected runs with columns algorithm, the columns PAIR, accuracy.
+    """
+    if missing := _missing(chosen, ["algorithm", *PAIR, "accuracy"], NO_CHOSEN):
+        return show_message(ax, missing)
+    of_x, of_y = (chosen.loc[chosen["algorithm"] == name, [*PAIR, "accuracy"]] for name in (x, y))
+    pairs = of_x.merge(of_y, on=PAIR, suffixes=("_x", "_y")).dropna()
     if pairs.empty:
-        return nothing_to_show(ax, f"no pairs: {x} and {y} share no target with the same seeds")
+        return show_message(ax, f"no pairs: {x} and {y} share no target with the same seeds")
     if pairs["dataset"].nunique() > 1:
         pairs["target"] = pairs["dataset"].astype(str) + " " + pairs["target"].astype(str)
-    for number, (target, rows) in enumerate(_each(pairs, "target")):
-        look = {name: value for name, value in series_look(number).items() if name != "linestyle"}
-        ax.scatter(100 * rows["accuracy_x"], 100 * rows["accuracy_y"], s=18, label=str(target), **look)
+    for number, (target, rows) in enumerate(_groups_in_order(pairs, "target")):
+        style = {name: value for name, value in series_style(number).items() if name != "linestyle"}
+        ax.scatter(100 * rows["accuracy_x"], 100 * rows["accuracy_y"], s=18, label=str(target), **style)
     make_square(ax, 100 * pairs[["accuracy_x", "accuracy_y"]].to_numpy())
-    ax.set(xlabel=wrapped(f"accuracy of {x}, %", 30), ylabel=wrapped(f"accuracy of {y}, %", 30))
+    ax.set(xlabel=wrap(f"accuracy of {x}, %", 30), ylabel=wrap(f"accuracy of {y}, %", 30))
     ax.set_title(fill(f"{y} {_score(pairs)}", 36))
     add_grid(ax)
-    # a square leaves room beside it
-    ax.legend(**legend_entries(ax) | {"title": "target"}, loc="center left", bbox_to_anchor=(1.02, 0.5))
+    # The legend fits beside the square, which does not use the whole width.
+    ax.legend(**legend_arguments(ax) | {"title": "target"}, loc="center left", bbox_to_anchor=(1.02, 0.5))
     return ax
 
 
-def _lacking(frame: pd.DataFrame | None, columns: Sequence[str], empty: str) -> str:
-    """Why nothing of `columns` can be shown, or ""."""
+def _missing(frame: pd.DataFrame | None, columns: Sequence[str], empty: str) -> str:
+    """A message why a plot of `columns` has nothing to show, or "". `empty`: the message for a frame without rows."""
     if frame is None or not len(frame):
         return empty
     absent = [column for column in columns if column not in frame]
@@ -247,82 +282,88 @@ def _lacking(frame: pd.DataFrame | None, columns: Sequence[str], empty: str) -> 
     return ""
 
 
-def _require_one(frame: pd.DataFrame, columns: Sequence[str]) -> None:
-    """UserError where the frame mixes what one curve must not."""
+def _require_single(frame: pd.DataFrame, columns: Sequence[str]) -> None:
+    """UserError if one of the columns has several values: one curve must not mix them."""
     for column in columns:
-        found = frame[column].unique() if column in frame else ()
-        if len(found) > 1:
-            raise UserError(f"this plot shows one {column}; found: {listing(found)}.\nGive it the rows of one.")
+        values = frame[column].unique() if column in frame else ()
+        if len(values) > 1:
+            raise UserError(f"this plot shows one {column}; found: {listing(values)}.\nGive it the rows of one.")
 
 
-def _each(frame: pd.DataFrame, column: str) -> Iterator[tuple[Hashable, pd.DataFrame]]:
-    """(value, its rows) in the order seen."""
+def _groups_in_order(frame: pd.DataFrame, column: str) -> Iterator[tuple[Hashable, pd.DataFrame]]:
+    """(value of the column, its rows), in the order of first appearance."""
     for value in dict.fromkeys(frame[column]):
         yield value, frame[frame[column] == value]
 
 
-def _of_every_run(rows: pd.DataFrame, by: list[str], runs: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(the rows of groups that have all the `runs`, the others): a mean over some of the runs jumps where one stops."""
-    whole = rows.groupby(by, observed=True)["run_id"].transform("nunique") == runs
-    return rows[whole], rows[~whole]
+def _split_complete(rows: pd.DataFrame, by: list[str], n_runs: int) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """(rows of the groups in which all `n_runs` runs occur, the other rows).
+
+    A mean over the runs that happen to be there would jump at the step where one of them stops.
+    """
+    is_complete = rows.groupby(by, observed=True)["run_id"].transform("nunique") == n_runs
+    return rows[is_complete], rows[~is_complete]
 
 
-def _spread(values: pd.Series, by: pd.Series | list[pd.Series]) -> pd.DataFrame:
-    """mean, std and error by group; of a single value there is neither std nor error."""
+def _mean_and_spread(values: pd.Series, by: pd.Series | list[pd.Series]) -> pd.DataFrame:
+    """Columns mean, std, n and error of each group; std and error are NaN for a single value."""
     groups = values.groupby(by, observed=True)
-    found = pd.DataFrame({"mean": groups.mean(), "std": groups.std(ddof=0), "n": groups.size()})
-    found["std"] = found["std"].where(found["n"] > 1)
-    return found.assign(error=found["std"] / found["n"] ** 0.5)
+    frame = pd.DataFrame({"mean": groups.mean(), "std": groups.std(ddof=0), "n": groups.size()})
+    frame["std"] = frame["std"].where(frame["n"] > 1)
+    return frame.assign(error=frame["std"] / frame["n"] ** 0.5)
 
 
 def _over_repetitions(rows: pd.DataFrame, by: list[str]) -> tuple[pd.DataFrame, int]:
-    """mean, std and error in percent by `by`, and how many of them have no complete repetition."""
+    """(mean, std and error in percent over the complete repetitions of each group, number of groups without one)."""
     cells = rows.groupby(["dataset", "target"], observed=True).ngroup()
     groups = rows.assign(cell=cells).groupby([*by, "trial_seed", "seed"], sort=False, observed=True)
     means = groups.agg(accuracy=("accuracy", "mean"), cells=("cell", "nunique")).reset_index()
-    whole = means[means["cells"] == cells.nunique()]
-    points = _spread(100 * whole["accuracy"], [whole[column] for column in by])
-    order = pd.MultiIndex.from_frame(whole[by].drop_duplicates())
+    complete = means[means["cells"] == cells.nunique()]
+    points = _mean_and_spread(100 * complete["accuracy"], [complete[column] for column in by])
+    order = pd.MultiIndex.from_frame(complete[by].drop_duplicates())
     return points.loc[order].reset_index(), len(means[by].drop_duplicates()) - len(points)
 
 
 def _mark_selected(shown: pd.DataFrame, ax: Axes, chosen: Mapping[str, pd.DataFrame]) -> None:
+    """Mark the selected steps on the target's curves, one kind of marker per selection."""
     target = shown.loc[shown["is_target"], ["run_id", "step", "accuracy"]]
-    for (name, picked), (marker, size) in zip(chosen.items(), cycle(SELECTED), strict=False):
-        if _lacking(picked, ["run_id", "step"], NO_CHOSEN):
+    for (name, rows), (marker, size) in zip(chosen.items(), cycle(SELECTED), strict=False):
+        if _missing(rows, ["run_id", "step"], NO_CHOSEN):
             continue
-        points = picked[["run_id", "step"]].merge(target, on=["run_id", "step"])
-        look = {"marker": marker, "s": size, "facecolors": "none", "edgecolors": "black", "linewidths": 0.9}
+        points = rows[["run_id", "step"]].merge(target, on=["run_id", "step"])
         if len(points):
-            ax.scatter(points["step"], 100 * points["accuracy"], label=name, zorder=4, **look)
+            ax.scatter(
+                points["step"], 100 * points["accuracy"], label=name, marker=marker, s=size,
+                facecolors="none", edgecolors="black", linewidths=0.9, zorder=4,
+            )  # fmt: skip
 
 
-def _comparable(values: pd.Series) -> pd.Series:
-    """Numbers where every value is one, text otherwise: what sorts."""
+def _sortable(values: pd.Series) -> pd.Series:
+    """Numbers if every value is one, else text: mixed values cannot be sorted."""
     numbers = pd.to_numeric(values, errors="coerce")
     return numbers if numbers.notna().all() else values.astype(str)
 
 
 def _partitions(chosen: pd.DataFrame) -> pd.Series:
-    """The column `partition`; where runs of the name `chunk` differ in n_parts, with the number: chunk(5)."""
+    """The column `partition`; if the runs of partition `chunk` differ in n_parts, with the number: chunk(5)."""
     names = chosen["partition"]
     if "n_parts" not in chosen or chosen.loc[names == "chunk", "n_parts"].nunique() < 2:
         return names
-    return names.where(names != "chunk", "chunk(" + chosen["n_parts"].map(shown_as) + ")")
+    return names.where(names != "chunk", "chunk(" + chosen["n_parts"].map(tick_label) + ")")
 
 
-def _by_fineness(names: Sequence[str], order: Sequence[str] | None) -> list[str]:
-    """`order` first, or the known granularities with chunks by their number; then the others in the order seen."""
+def _coarse_to_fine(names: Sequence[str], order: Sequence[str] | None) -> list[str]:
+    """The names in `order`, or by GRANULARITIES and chunks by their number; others last, in their given order."""
 
-    def place(name: str) -> tuple[int, int]:
+    def position(name: str) -> tuple[int, int]:
         if order is not None:
             return (list(order).index(name) if name in order else len(order)), 0
         chunks = re.fullmatch(r"chunk\D*(\d*)\D*", name)
-        known = "chunk" if chunks else name.partition(" (")[0]
-        rank = GRANULARITIES.index(known) if known in GRANULARITIES else len(GRANULARITIES)
-        return rank, int(chunks[1] or CHUNKS) if chunks else 0
+        granularity = "chunk" if chunks else name.partition(" (")[0]
+        rank = GRANULARITIES.index(granularity) if granularity in GRANULARITIES else len(GRANULARITIES)
+        return rank, int(chunks[1] or DEFAULT_CHUNKS) if chunks else 0
 
-    return sorted(names, key=place)
+    return sorted(names, key=position)
 
 
 def _score(pairs: pd.DataFrame) -> str:

@@ -1,4 +1,4 @@
-"""Runs -> one HTML page that needs nothing but itself: no scripts, no fonts, no network; every figure is in it."""
+"""Runs -> one self-contained HTML page: no scripts, no fonts, no network; all figures are embedded."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import platform
 import socket
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
 
 import pandas as pd
 
-from analysis.figures import (
+from gsdg.analysis.figures import (
     alpha_n_parts,
     best_methods,
     conflict_maps,
@@ -23,54 +23,63 @@ from analysis.figures import (
     granularity,
     pairs,
 )
-from analysis.formats import Sheet, few
-from analysis.frames import Runs, diagnostics
-from analysis.ours import read_environment
-from analysis.page import NAMED, anchor, details, note, panels_html, sheets_html
-from analysis.provenance import badness, in_order, provenance, versions
-from analysis.selection import EXPLAINED
-from analysis.statistics import AVERAGE
-from analysis.tables import Summary, account, chosen_runs, comparison, ranking, sheets
-from gsdg.errors import UserError, plural
+from gsdg.analysis.formats import Sheet, few
+from gsdg.analysis.html import MOST_SHOWN, anchor, details, note, panels_html, sheets_html
+from gsdg.analysis.provenance import methods_in_order, provenance, severity, versions
+from gsdg.analysis.read.frames import Runs, diagnostics
+from gsdg.analysis.read.gsdg_runs import read_environment
+from gsdg.analysis.selection import EXPLAINED
+from gsdg.analysis.statistics import AVERAGE
+from gsdg.analysis.tables import Summary, chosen_runs, comparison, overview, ranking, sheets
+from gsdg.utils.errors import UserError, plural
 
+MOST_CURVES = 6  # methods per data set with curves: each target takes a picture of 50 kB and a quarter of a second
 STYLE = Path(__file__).with_name("report.css")
 
 
 def write_page(
     folder: str | Path,
     runs: Runs,
-    found: Summary,
+    results: Summary,
     published: pd.DataFrame | None = None,
     baseline: str | None = None,
     command: str = "",
 ) -> Path:
-    """Write `folder`/index.html and return its path. command: what makes the page again, to stand in its head.
+    """Write `folder`/index.html and return its path. The file is replaced at once: readers never see half a page.
 
-    A reader sees the old page or the new one. UserError where it cannot be written, before any figure is drawn.
+    Args:
+        results: the selected runs and the numbers, see `tables.summary`.
+        published: the paper's results, to show beside the runs', see `tables.read_published`.
+        baseline: method to compare the others with, see `tables.comparison`.
+        command: the command that makes the page; shown at its top.
+
+    Raises:
+        UserError: the file cannot be written; raised before any figure is drawn.
     """
     path = Path(folder) / "index.html"
     temporary = path.with_name(f".index.html.{os.getpid()}")
-    with _told(path):
+    with _oserror_as_user_error(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
     try:
-        text = page(runs, found, published, baseline, command)
-        with _told(path):
-            temporary.write_bytes(text.encode(errors="replace"))  # JSON may hold halves of a character
+        text = page(runs, results, published, baseline, command)
+        with _oserror_as_user_error(path):
+            temporary.write_bytes(text.encode(errors="replace"))  # JSON may hold lone surrogates
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
     return path
 
 
-def page(runs: Runs, found: Summary, published: pd.DataFrame | None, baseline: str | None, command: str) -> str:
-    environments = {run.run_id: read_environment(run.folder) for run in runs.status.itertuples()}
+def page(runs: Runs, results: Summary, published: pd.DataFrame | None, baseline: str | None, command: str) -> str:
+    """The HTML of the whole page."""
+    environments = {run["run_id"]: read_environment(run["folder"]) for run in runs.status.to_dict("records")}
     sections = {
-        "Tables": tables(runs, found, published, baseline),
-        "Curves": every_curve(runs, found),
-        "Ablations and pairs": ablations(runs, found, baseline),
-        "Conflicts": conflict_figures(runs),
-        "Provenance": provenance(runs, found, environments),
+        "Tables": tables_section(runs, results, published, baseline),
+        "Curves": curves_section(runs, results),
+        "Ablations and pairs": ablations_section(runs, results, baseline),
+        "Conflicts": conflicts_section(runs),
+        "Provenance": provenance(runs, results, environments),
     }
     title = _title(runs)
     links = "".join(f'<li><a href="#{anchor(name)}">{name}</a></li>' for name in sections)
@@ -79,83 +88,87 @@ def page(runs: Runs, found: Summary, published: pd.DataFrame | None, baseline: s
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(title)}</title>\n<style>{STYLE.read_text()}</style>\n</head>\n<body>\n"
-        f'<h1 id="top">{escape(title)}</h1>\n{facts(runs, found, environments, command)}\n'
+        f'<h1 id="top">{escape(title)}</h1>\n{page_head(runs, results, environments, command)}\n'
         f'<nav aria-label="contents"><ul>{links}</ul></nav>\n<main>\n{body}</main>\n</body>\n</html>\n'
     )
 
 
-def facts(runs: Runs, found: Summary, environments: dict[str, list[dict]], command: str) -> str:
-    """What was read and when, by which code it was recorded, how the page is made again."""
+def page_head(runs: Runs, results: Summary, environments: dict[str, list[dict]], command: str) -> str:
+    """The list at the top: what was read and when, with which code it was recorded, how to make the page again."""
     status = runs.status
     folders = Counter(str(Path(folder).parent) for folder in status["folder"])
     sources = Counter(status["source"])
-    said = {
-        "Runs": _states(status),
-        "Read from": few([f"{folder} ({n})" for folder, n in folders.items()], NAMED) or "nothing",
+    selections = results.cells["selection"].unique()
+    left_out = f"{plural(len(runs.problems), 'note')} on what was left out or not read" if runs.problems else "nothing"
+    entries = {
+        "Runs": _count_states(status),
+        "Read from": few([f"{folder} ({n})" for folder, n in folders.items()], MOST_SHOWN) or "nothing",
         "Recorded by": ", ".join(f"{source} ({n})" for source, n in sources.items()) or "nobody",
-        "Data sets": few(status["dataset"].unique(), NAMED) or "none",
-        "Methods": _counted_methods(in_order(runs, found)),
-        "Trial seeds": few(sorted(status["trial_seed"].unique()), NAMED) or "none",
-        "Selection": "; ".join(f"{name}: {EXPLAINED[name]}" for name in found.cells["selection"].unique()) or "none",
+        "Data sets": few(status["dataset"].unique(), MOST_SHOWN) or "none",
+        "Methods": _count_methods(methods_in_order(runs, results)),
+        "Trial seeds": few(sorted(status["trial_seed"].unique()), MOST_SHOWN) or "none",
+        "Selection": "; ".join(f"{name}: {EXPLAINED[name]}" for name in selections) or "none",
         "Code": versions(environments),
-        "Left out": f"{plural(len(runs.problems), 'note')} on what was left out or not read"
-        if runs.problems
-        else "nothing",
+        "Left out": left_out,
         "Made": f"{time.strftime('%Y-%m-%d %H:%M:%S %Z')} on {socket.gethostname()}, "
         f"Python {platform.python_version()}, pandas {pd.__version__}",
     }
     links = {"Runs": "not-done"} if (status["state"] != "done").any() else {}
     links |= {"Left out": "left-out"} if runs.problems else {}
-    which = {name: f' (<a href="#{place}">which</a>)' for name, place in links.items()}
-    items = [f"<dt>{name}</dt><dd>{escape(text)}{which.get(name, '')}</dd>" for name, text in said.items()]
-    again = f"<dt>Made by</dt><dd><code>{escape(command)}</code> in <code>{escape(os.getcwd())}</code></dd>"
-    return f'<dl class="facts">{"".join(items)}{again if command else ""}</dl>'
+    which = {name: f' (<a href="#{target}">which</a>)' for name, target in links.items()}
+    items = [f"<dt>{name}</dt><dd>{escape(text)}{which.get(name, '')}</dd>" for name, text in entries.items()]
+    made_by = f"<dt>Made by</dt><dd><code>{escape(command)}</code> in <code>{escape(os.getcwd())}</code></dd>"
+    return f'<dl class="facts">{"".join(items)}{made_by if command else ""}</dl>'
 
 
-def tables(runs: Runs, found: Summary, published: pd.DataFrame | None, baseline: str | None) -> str:
-    made = [sheets_html(sheets(found, published)) or note("No table: no run has one target.")]
+def tables_section(runs: Runs, results: Summary, published: pd.DataFrame | None, baseline: str | None) -> str:
+    """Results, comparison, ranks, the chosen runs, and at the end what was left out."""
+    parts = [sheets_html(sheets(results, published)) or note("No table: no run has one target.")]
     if baseline:
-        made.append(_comparison(found, baseline))
-    if found.cells["algorithm"].nunique() > 1:
-        made.append(
-            _folded(found, "Average ranks", ranking(found))
+        parts.append(_comparison(results, baseline))
+    if results.cells["algorithm"].nunique() > 1:
+        parts.append(
+            _folded_if_long(results, "Average ranks", ranking(results))
             or note("No average ranks: no cell (data set, target) has a result of every method.")
         )
-    if len(found.chosen):
-        made.append(details("The runs behind the numbers", sheets_html(chosen_runs(found, runs))))
-    read, *lines = account(runs, list(found.cells["selection"].unique())).splitlines()
-    lines = [read] if runs.status.empty else lines
+    if len(results.chosen):
+        parts.append(details("The runs behind the numbers", sheets_html(chosen_runs(results, runs))))
+
+    # The first line of the overview counts the runs, as the top of the page does already, unless there are none.
+    first, *lines = overview(runs, list(results.cells["selection"].unique())).splitlines()
+    lines = [first] if runs.status.empty else lines
     items = "".join(f"<li>{escape(line.removeprefix('note: '))}</li>" for line in lines)
     left_out = (
         f"<ul>{items}</ul>" if lines else note("Nothing: every folder was read and is in the tables or below them.")
     )
-    return "".join([*made, '<h3 id="left-out">What was left out, and what could not be read</h3>', left_out])
+    return "".join([*parts, '<h3 id="left-out">What was left out, and what could not be read</h3>', left_out])
 
 
-def every_curve(runs: Runs, found: Summary) -> str:
-    """The best methods' of every data set, folded but for the first."""
-    made = []
-    for dataset in found.cells["dataset"].unique():
-        shown, left_out = best_methods(found, dataset)
-        made.append(f"<h3>{escape(dataset)}</h3>")
-        made += [_curves(runs, found, dataset, name, opened=name == shown[0]) for name in shown]
-        made.append(_not_drawn(runs, found, dataset, shown, left_out) if left_out else "")
+def curves_section(runs: Runs, results: Summary) -> str:
+    """The curves of the best methods of each data set; only the first method's are unfolded."""
+    parts = []
+    for dataset in results.cells["dataset"].unique():
+        shown, left_out = best_methods(results, dataset, MOST_CURVES)
+        parts.append(f"<h3>{escape(dataset)}</h3>")
+        parts += [_curves(runs, results, dataset, name, opened=name == shown[0]) for name in shown]
+        parts.append(_not_drawn(runs, results, dataset, shown, left_out) if left_out else "")
     several = int((runs.status["n_targets"] > 1).sum())
-    made.append(note(f"Not drawn: {plural(several, 'run')} with several targets.") if several else "")
-    return "".join(made) or note("No curves: no run has one target.")
+    parts.append(note(f"Not drawn: {plural(several, 'run')} with several targets.") if several else "")
+    return "".join(parts) or note("No curves: no run has one target.")
 
 
-def ablations(runs: Runs, found: Summary, baseline: str | None) -> str:
-    """Heat map and granularity where the runs differ in them; method against method with a baseline, or of two."""
-    made = {
-        "alpha and n_parts": panels_html(alpha_n_parts(runs, found)),
-        "Granularity": panels_html(granularity(runs, found)),
-        "Method against method": panels_html(pairs(found, baseline)),
+def ablations_section(runs: Runs, results: Summary, baseline: str | None) -> str:
+    """The ablations that the runs contain, and scatter plots of methods against the baseline or of the two methods."""
+    parts = {
+        "alpha and n_parts": panels_html(alpha_n_parts(runs, results)),
+        "Granularity": panels_html(granularity(runs, results)),
+        "Method against method": panels_html(pairs(results, baseline)),
     }
-    return "".join(f"<h3>{title}</h3>{text}" for title, text in made.items())
+    return "".join(f"<h3>{title}</h3>{text}" for title, text in parts.items())
 
 
-def conflict_figures(runs: Runs) -> str:
+def conflicts_section(runs: Runs) -> str:
+    """The figures of the runs' diagnostics."""
     diagnosed = diagnostics(runs)
     lines = conflicts(runs, diagnosed)
     if not len(lines):
@@ -165,66 +178,69 @@ def conflict_figures(runs: Runs) -> str:
 
 
 @contextmanager
-def _told(path: Path) -> Iterator[None]:
-    """A disk's refusal is the user's to mend."""
+def _oserror_as_user_error(path: Path) -> Generator[None]:
+    """Turn an OSError into a UserError that says what to do."""
     try:
         yield
     except OSError as error:
         raise UserError(
             f"the report cannot be written to {path}: {error.strerror or error}.\n"
-            "Give a folder that can be made or written in: -o FOLDER"
+            "Give a folder that can be created or written to: -o FOLDER"
         ) from None
 
 
 def _title(runs: Runs) -> str:
-    on = f" on {few(runs.status['dataset'].unique(), NAMED)}" if len(runs.status) else ""
+    on = f" on {few(runs.status['dataset'].unique(), MOST_SHOWN)}" if len(runs.status) else ""
     return plural(len(runs.status), "run") + on
 
 
-def _states(status: pd.DataFrame) -> str:
-    """`43: 40 done | 2 running | 1 failed`, with those nobody should overlook."""
+def _count_states(status: pd.DataFrame) -> str:
+    """`43: 40 done | 2 running | 1 failed`: done and running first, then the most serious states."""
     counts = Counter(status["state"])
-    order = sorted(counts, key=lambda state: (state != "done", state != "running", badness(state)))
+    order = sorted(counts, key=lambda state: (state != "done", state != "running", severity(state)))
     return f"{len(status)}: {' | '.join(f'{counts[state]} {state}' for state in order)}".removesuffix(": ")
 
 
-def _counted_methods(names: Sequence[str]) -> str:
-    said = ", ".join(names) if len(names) <= NAMED else "named in the tables"
-    return f"{len(names)}: {said}" if names else "none"
+def _count_methods(names: Sequence[str]) -> str:
+    listed = ", ".join(names) if len(names) <= MOST_SHOWN else "named in the tables"
+    return f"{len(names)}: {listed}" if names else "none"
 
 
-def _folded(found: Summary, summary: str, made: Sequence[Sheet]) -> str:
-    """Long tables that are not the results themselves."""
-    many = found.cells["algorithm"].nunique() > NAMED
-    return details(summary, sheets_html(made)) if many and made else sheets_html(made)
+def _folded_if_long(results: Summary, summary: str, tables: Sequence[Sheet]) -> str:
+    """Secondary tables, folded away if they have many methods."""
+    is_long = results.cells["algorithm"].nunique() > MOST_SHOWN
+    return details(summary, sheets_html(tables)) if is_long and tables else sheets_html(tables)
 
 
-def _comparison(found: Summary, baseline: str) -> str:
-    return _folded(found, f"Against {baseline}", comparison(found, baseline)) or note(
+def _comparison(results: Summary, baseline: str) -> str:
+    return _folded_if_long(results, f"Against {baseline}", comparison(results, baseline)) or note(
         f"No comparison with {baseline}: it has no results yet, or no other method has."
     )
 
 
-def _curves(runs: Runs, found: Summary, dataset: str, algorithm: str, *, opened: bool) -> str:
-    cells = found.cells
+def _curves(runs: Runs, results: Summary, dataset: str, algorithm: str, *, opened: bool) -> str:
+    cells = results.cells
     rows = cells[(cells["dataset"] == dataset) & (cells["algorithm"] == algorithm) & (cells["target"] == AVERAGE)]
-    said = [f"{row.mean:.1f} by {row.selection}" for row in rows.itertuples() if pd.notna(row.mean)]
-    summary = f"{algorithm}: average {', '.join(said)}" if said else f"{algorithm}: no average, for it lacks a target"
-    return details(summary, panels_html(curves(runs, found, dataset, algorithm)), opened=opened)
+    means = [f"{row['mean']:.1f} by {row['selection']}" for row in rows.to_dict("records") if pd.notna(row["mean"])]
+    average = f"average {', '.join(means)}" if means else "no average, because it lacks a target"
+    return details(f"{algorithm}: {average}", panels_html(curves(runs, results, dataset, algorithm)), opened=opened)
 
 
-def _not_drawn(runs: Runs, found: Summary, dataset: str, shown: Sequence[str], left_out: Sequence[str]) -> str:
-    selections = list(found.cells["selection"].unique())
+def _not_drawn(runs: Runs, results: Summary, dataset: str, shown: Sequence[str], left_out: Sequence[str]) -> str:
+    """Which methods have no curves on the page, and Python code that draws them."""
+    selections = list(results.cells["selection"].unique())
     roots = list(dict.fromkeys(str(Path(folder).parent) for folder in runs.status["folder"]))
-    arguments = [repr(roots), *(f"{name}={given!r}" for name, given in runs.options.items())]
+    arguments = [repr(roots), *(f"{name}={values!r}" for name, values in runs.options.items())]
     code = (
-        "from analysis.figures import curves\n"
-        "from analysis.frames import read_runs\n"
-        "from analysis.tables import summary\n"
+        "from gsdg.analysis.figures import curves\n"
+        "from gsdg.analysis.read.frames import read_runs\n"
+        "from gsdg.analysis.tables import summary\n"
         f"runs = read_runs({', '.join(arguments)})\n"
-        f"found = summary(runs, {selections!r})\n"
-        f'curves(runs, found, {dataset!r}, {left_out[0]!r}).save("curves.pdf")'
+        f"results = summary(runs, {selections!r})\n"
+        f'curves(runs, results, {dataset!r}, {left_out[0]!r}).save("curves.pdf")'
     )
-    number = len(shown) + len(left_out)
-    said = f"Drawn: {len(shown)} of {number} methods, the best by average ({selections[0]}). Not drawn: "
-    return f"{note(said + ', '.join(left_out) + '. To get one of them, in Python:')}<pre>{escape(code)}</pre>"
+    text = (
+        f"Drawn: {len(shown)} of {len(shown) + len(left_out)} methods, the best by average ({selections[0]}). "
+        f"Not drawn: {', '.join(left_out)}. To draw one of them, in Python:"
+    )
+    return f"{note(text)}<pre>{escape(code)}</pre>"

@@ -1,15 +1,19 @@
-"""Model selection: the records of runs -> one chosen (draw, step) a repetition. Pure, on `frames.Runs.finished()`.
+"""Model selection: chooses a step of each run, then a hyper-parameter draw. Pure functions of `Runs.finished()`.
 
-Source: DomainBed's model_selection.py; `oracle_best` is the SWAD fork's. Two choices are made one after the other: of
-each run its step, then, among the hyper-parameter draws of one repetition (dataset, algorithm, target, trial seed,
-seed), the draw with the best validation accuracy, of equal ones the last. Whatever picks them, the accuracy reported
-is the target's `in` split at that step.
-Deviation: a record that was written twice counts once, as its last version; DomainBed looks at both.
+1. Of each run, choose a step.
+2. Of each repetition (dataset, algorithm, target, trial seed, seed), choose the hyper-parameter draw with the highest
+   validation accuracy at its chosen step; of equal draws the last.
+
+Whatever the selection, the reported accuracy is the one on the target's `in` split at the chosen step.
+
+Source: DomainBed's model_selection.py; `oracle_best` is the SWAD fork's.
+Deviation: if a step was recorded twice, only its last record counts; DomainBed uses both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -20,48 +24,63 @@ CHOSEN = [*DRAW, "run_id", "step", "accuracy", "validation"]
 
 
 def training_domain(records: pd.DataFrame) -> pd.DataFrame:
-    """The first step with the highest mean `out` accuracy of the sources. Steps that lack a source do not count.
+    """Training-domain validation: the first step with the highest mean of the source domains' `out` accuracies.
 
-    A source without `out` accuracies at any step is left out of the mean; the tables name it (`caveats`).
+    A source that has no `out` accuracy at any step is left out of the mean, and a note below the table names it (see
+    `caveats`). Steps that lack the accuracy of another source are not considered.
     """
     return choose(every_draw(records, "training_domain"), "training_domain")
 
 
 def leave_one_domain_out(records: pd.DataFrame) -> pd.DataFrame:
-    """The first step with the highest mean, over the sources v, of v's `in` accuracy in the run that leaves out v too.
+    """Leave-one-domain-out cross-validation.
 
-    Needs, beside the run with the one target, the runs with it and each source as targets, at the same draw and step.
+    The first step with the highest mean over the source domains v of v's `in` accuracy in the run that leaves out both
+    the target and v. So it needs the runs with targets {target, v} for every source v, with the same seeds and draw;
+    only steps that all of these runs have recorded are considered.
     """
     return choose(every_draw(records, "leave_one_domain_out"), "leave_one_domain_out")
 
 
 def oracle(records: pd.DataFrame) -> pd.DataFrame:
-    """DomainBed's: the last step. validation is the target's `out`, which is seen only once a draw."""
+    """DomainBed's oracle: the last step, validated by the target's `out` accuracy. It is seen only once per draw."""
     return choose(every_draw(records, "oracle"), "oracle")
 
 
 def oracle_best(records: pd.DataFrame) -> pd.DataFrame:
-    """The SWAD fork's: the first step with the highest `out` accuracy of the target."""
+    """The SWAD fork's oracle: the first step with the highest `out` accuracy of the target."""
     return choose(every_draw(records, "oracle_best"), "oracle_best")
 
 
 def last(records: pd.DataFrame) -> pd.DataFrame:
-    """The last step of the lowest draw (0: the defaults). validation is NaN: nothing was looked at."""
+    """No selection: the last step of the lowest draw (0: the default hyper-parameters). `validation` is NaN."""
     return choose(every_draw(records, "last"), "last")
 
 
 def every_draw(records: pd.DataFrame, selection: str) -> pd.DataFrame:
-    """A row (CHOSEN) a run, the step chosen but no draw yet. `selection`: one of METHODS."""
-    picked = PICKED[selection](records)
+    """One row (columns CHOSEN) per run: the step is chosen, the draw is not. `selection`: a key of METHODS."""
+    steps = PICKED[selection](records)
     reported = records[records["is_target"] & (records["part"] == "in")]
-    joined = reported.merge(picked[["run_id", "step", "validation"]], on=["run_id", "step"])
-    return joined[CHOSEN].sort_values(CHOSEN[:7]).reset_index(drop=True)
+    joined = reported.merge(steps[["run_id", "step", "validation"]], on=["run_id", "step"])
+    return as_text(joined[CHOSEN]).sort_values(CHOSEN[:7]).reset_index(drop=True)
+
+
+def as_text(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with categorical columns as text. Categories save memory in `Runs.records`; few rows need none."""
+    categories = rows.select_dtypes("category")
+    return rows.astype({name: column.cat.categories.dtype for name, column in categories.items()})
+
+
+def groups(rows: pd.DataFrame, *columns: str) -> Iterator[tuple[tuple[Any, ...], pd.DataFrame]]:
+    """(the values of `columns`, the rows that have them), in the order of first appearance."""
+    for key, group in rows.groupby(list(columns), sort=False):
+        yield cast("tuple[Any, ...]", key), group  # pandas annotates every key as Hashable
 
 
 def choose(draws: pd.DataFrame, selection: str) -> pd.DataFrame:
-    """Of each repetition's draws the one with the best validation accuracy; of equal ones the last, as in DomainBed.
+    """Choose a draw of each repetition: the one with the highest validation accuracy, of equal ones the last.
 
-    `last` looks at nothing: the lowest draw.
+    For the selection `last`, the lowest draw. `draws` is the frame that `every_draw` returns.
     """
     ordered = draws.sort_values("hparams_seed", kind="stable")
     ordered = ordered[::-1] if selection == "last" else ordered.sort_values("validation", kind="stable")
@@ -78,32 +97,43 @@ METHODS: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
 EXPLAINED = {
     "training_domain": "the step with the best mean held-out accuracy of the source domains",
     "leave_one_domain_out": "the step with the best mean accuracy on each source when it is left out of training too",
-    "oracle": "DomainBed's: the last step (the target may be looked at once)",
+    "oracle": "DomainBed's: the last step (the target is looked at only once per draw)",
     "oracle_best": "the SWAD fork's: the step with the best held-out accuracy of the target",
     "last": "the last step, nothing selected",
 }
 
 
-def _sources(records: pd.DataFrame) -> pd.DataFrame:
-    held_out = records[(records["n_targets"] == 1) & ~records["is_target"] & (records["part"] == "out")]
-    steps = _means(held_out)
-    return _first_maximum(steps[steps["n"] == steps.groupby("run_id")["n"].transform("max")])
+# ---- choosing a step: records -> columns run_id, step, validation ---------------------------------------------------
 
 
-def _pairs(records: pd.DataFrame) -> pd.DataFrame:
-    single = records[records["n_targets"] == 1]
-    sources = single[~single["is_target"]].groupby("run_id")["domain"].nunique()
+def _best_on_sources(records: pd.DataFrame) -> pd.DataFrame:
+    is_held_out = (records["n_targets"] == 1) & ~records["is_target"] & (records["part"] == "out")
+    steps = _means(records.loc[is_held_out, ["run_id", "step", "accuracy"]])
+    return _first_maximum(steps[steps["n"] == steps.groupby("run_id", observed=True)["n"].transform("max")])
+
+
+def _best_on_left_out_sources(records: pd.DataFrame) -> pd.DataFrame:
+    is_source = (records["n_targets"] == 1) & ~records["is_target"]
+    domains = as_text(records.loc[is_source, ["run_id", "domain"]].drop_duplicates())
+    sources = domains.groupby("run_id")["domain"].nunique()
     steps = _means(pair_validations(records))
     return _first_maximum(steps[steps["n"] == steps["run_id"].map(sources)])
 
 
 def pair_validations(records: pd.DataFrame) -> pd.DataFrame:
-    """run_id, step (of a run with one target), domain (a source), accuracy (its `in` in the run that lacks it too)."""
-    left_out = records[(records["n_targets"] == 2) & records["is_target"] & (records["part"] == "in")]
-    other = left_out[["run_id", "step", "domain"]].rename(columns={"domain": "its_target"})
+    """The accuracies that leave-one-domain-out averages: columns run_id, step, domain, accuracy.
+
+    run_id is that of a run with one target, domain is one of its sources, accuracy is the domain's `in` accuracy in the
+    run that leaves out both. The rows of one run and step are in the order of the domains.
+    """
+    # A run with two targets serves both: as the pair of target a it gives the accuracy of b, and the other way round.
+    reported = records["is_target"] & (records["part"] == "in")
+    left_out = as_text(records[(records["n_targets"] == 2) & reported])
+    other = left_out[["run_id", "step", "domain"]].rename(columns={"domain": "other_target"})
     pairs = left_out.merge(other, on=["run_id", "step"])
-    pairs = pairs[pairs["domain"] != pairs["its_target"]].assign(target=lambda rows: rows["its_target"])
-    single = records[(records["n_targets"] == 1) & records["is_target"] & (records["part"] == "in")]
+    pairs = pairs[pairs["domain"] != pairs["other_target"]].assign(target=lambda rows: rows["other_target"])
+
+    single = as_text(records[(records["n_targets"] == 1) & reported])
     joined = single[["run_id", "step", *DRAW]].merge(
         pairs[["step", *DRAW, "domain", "accuracy"]], on=["step", *DRAW], validate="one_to_many"
     )
@@ -112,40 +142,42 @@ def pair_validations(records: pd.DataFrame) -> pd.DataFrame:
 
 
 def _means(rows: pd.DataFrame) -> pd.DataFrame:
-    """run_id, step, validation (the mean of the accuracies, in the order of their rows), n (their number).
+    """The mean accuracy of each run and step: columns run_id, step, validation (the mean), n (number of accuracies).
 
-    numpy's mean, as DomainBed takes it: pandas' rounds otherwise, and may tell steps apart that are equal there.
+    Uses numpy's mean over the rows in their order, as DomainBed does. pandas rounds differently, so that steps which
+    are equal in DomainBed might differ here.
     """
-    groups = rows.groupby(["run_id", "step"], sort=False)
+    groups = rows.groupby(["run_id", "step"], sort=False, observed=True)
     sizes, group = groups["accuracy"].transform("size"), groups.ngroup()
-    found = [rows[["run_id", "step"]].iloc[:0].assign(validation=0.0, n=0)]
-    for n in sizes.unique():
+    means = [rows[["run_id", "step"]].iloc[:0].assign(validation=0.0, n=0)]
+    for n in sizes.unique():  # groups of the same size are the rows of one matrix [groups, n]
         block = rows[sizes == n].iloc[np.argsort(group[sizes == n].to_numpy(), kind="stable")]
-        means = block["accuracy"].to_numpy().reshape(-1, n).mean(axis=1)
-        found.append(block[["run_id", "step"]].iloc[::n].assign(validation=means, n=n))
-    return pd.concat(found, ignore_index=True)
+        validation = block["accuracy"].to_numpy().reshape(-1, n).mean(axis=1)
+        means.append(block[["run_id", "step"]].iloc[::n].assign(validation=validation, n=n))
+    return pd.concat(means, ignore_index=True)
 
 
-def _target(records: pd.DataFrame, part: str) -> pd.DataFrame:
-    """run_id, step and the target's accuracy on `part`, as validation."""
+def _on_target(records: pd.DataFrame, part: str) -> pd.DataFrame:
+    """Every step, with the target's accuracy on `part` as validation accuracy."""
     wanted = (records["n_targets"] == 1) & records["is_target"] & (records["part"] == part)
     return records.loc[wanted, ["run_id", "step", "accuracy"]].rename(columns={"accuracy": "validation"})
 
 
 def _first_maximum(steps: pd.DataFrame) -> pd.DataFrame:
+    """Of each run the step with the highest validation accuracy, of equal steps the first."""
     ordered = steps.sort_values("step", kind="stable").sort_values("validation", ascending=False, kind="stable")
     return ordered.drop_duplicates("run_id")
 
 
 def _last_step(records: pd.DataFrame) -> pd.DataFrame:
-    return records[records["step"] == records.groupby("run_id")["step"].transform("max")]
+    return records[records["step"] == records.groupby("run_id", observed=True)["step"].transform("max")]
 
 
-# What picks a run's step: records -> run_id, step, validation.
+# What chooses the step of each run, by selection.
 PICKED: dict[str, Callable[[pd.DataFrame], pd.DataFrame]] = {
-    "training_domain": _sources,
-    "leave_one_domain_out": _pairs,
-    "oracle": lambda records: _target(_last_step(records), "out"),
-    "oracle_best": lambda records: _first_maximum(_target(records, "out")),
-    "last": lambda records: _target(_last_step(records), "in").assign(validation=float("nan")),
+    "training_domain": _best_on_sources,
+    "leave_one_domain_out": _best_on_left_out_sources,
+    "oracle": lambda records: _on_target(_last_step(records), "out"),
+    "oracle_best": lambda records: _first_maximum(_on_target(records, "out")),
+    "last": lambda records: _on_target(_last_step(records), "in").assign(validation=float("nan")),
 }

@@ -1,8 +1,10 @@
-"""Chosen rows -> the numbers of a table, why some are missing, and how methods compare. Pure functions, in percent.
+"""Selected runs -> the numbers of the tables, why some are missing, and comparisons of methods. Pure functions.
 
-Source: DomainBed's table: mean +- population standard deviation / sqrt(runs); a row's average is the mean of its cells.
-Deviation: DomainBed gives that average no error. Here its error is that of the repetitions' averages: of every
-repetition (trial seed, seed) that has all the row's targets.
+All numbers are in percent. A cell is one data set, method and target; a row is one data set and method.
+
+Source: DomainBed's tables: mean +- population standard deviation / sqrt(n); a row's average is the mean of its cells.
+Deviation: DomainBed gives no error of that average. Here it is the standard error over repetitions (trial seed, seed)
+of the repetition's mean over targets, from the repetitions that have all targets of the row.
 """
 
 from __future__ import annotations
@@ -14,154 +16,182 @@ from types import ModuleType
 import numpy as np
 import pandas as pd
 
-from analysis.labels import natural
-from analysis.selection import DRAW, REPETITION
-from gsdg.errors import UserError
+from gsdg.analysis.read.labels import natural
+from gsdg.analysis.selection import DRAW, REPETITION
+from gsdg.utils.errors import UserError
 
 ROW = ["dataset", "algorithm"]
 CELL = [*ROW, "target"]
-PAIR = ["dataset", "target", "trial_seed", "seed"]  # what two methods' runs share that are compared
+PAIR = ["dataset", "target", "trial_seed", "seed"]  # equal in the two runs of a pair, of which one is each method's
 CELLS = ["dataset", "algorithm", "selection", "target", "mean", "se", "n"]
-MISSING = [*CELL, "trial_seed", "hparams_seed", "run_id", "reason"]
+MISSING = [*CELL, "trial_seed", "hparams_seed", "run_id", "kind", "reason"]
 DIFFERENCES = [*CELL, "baseline", "difference", "low", "high", "p", "better", "n"]
 RANKS = ["algorithm", "rank", "cells"]
 AVERAGE = "average"
 NO_RUN = "no such run"
-ERRORS = {"population": 0, "sample": 1}  # the standard deviation's missing degrees of freedom
+NO_ACCURACIES = "done, but the accuracies that this selection needs are not in its records"
+NO_SHARED_STEP = "done, as are the runs that also leave out another domain, but they have no recorded step in common"
+NO_PAIRS = "done, but not all runs that also leave out another domain are"
+ERRORS = {"population": 0, "sample": 1}  # form of the standard deviation -> ddof (delta degrees of freedom)
 CONFIDENCE = 0.95
-FLIPS = 2**14  # of the signs of n differences: all of them up to n = 14, a random sample beyond
-NOISE = 1e-9  # percentage points: what the mean of equal accuracies may differ by
+FLIPS = 2**14  # sign flips in a permutation test of n differences: all up to n = 14, a random sample for larger n
+NOISE = 1e-9  # percentage points; means of equal accuracies may differ by this much
 
 
-def grid(status: pd.DataFrame) -> pd.DataFrame:
-    """The cells that single-target runs should fill, in the table's order: columns dataset, algorithm, target.
+def expected_cells(status: pd.DataFrame) -> pd.DataFrame:
+    """The cells that the runs with one target should fill: columns CELL, in the order of the table.
 
-    The targets are the dataset's domains as its configs name them; where none does, the targets seen.
+    The targets are the dataset's domains according to the runs' configs; if no config names them, the targets seen.
     """
     single = status[status["n_targets"] == 1]
     cells = []
     for dataset, runs in single.groupby("dataset"):
-        seen = sorted(set(runs["target"]), key=natural)
+        targets_seen = sorted(set(runs["target"]), key=natural)
         for algorithm in sorted(set(runs["algorithm"]), key=natural):
-            named = runs.loc[runs["algorithm"] == algorithm, "domains"]
-            domains = list(dict.fromkeys(domain for domains in named for domain in domains))
-            cells += [(dataset, algorithm, target) for target in domains or seen]
+            of_configs = runs.loc[runs["algorithm"] == algorithm, "domains"]
+            domains = list(dict.fromkeys(domain for domains in of_configs for domain in domains))
+            cells += [(dataset, algorithm, target) for target in domains or targets_seen]
     return pd.DataFrame(cells, columns=CELL)
 
 
 def table_cells(
     chosen: pd.DataFrame, expected: pd.DataFrame, selection: str, error: str = "population"
 ) -> pd.DataFrame:
-    """A row (CELLS) per cell of `expected` and per row's average (target "average"); mean and se in percent.
+    """The numbers of a table: one row (columns CELLS) for each cell and for each row's average (target "average").
 
-    n is the number of runs, of an average the number of complete repetitions. A cell without a run has no mean, nor has
-    its row's average. n < 2: no se. error: population (DomainBed's) or sample standard deviation, over sqrt(n).
+    Args:
+        chosen: the selected runs, columns `selection.CHOSEN`.
+        expected: the cells of the table, columns CELL.
+        selection: the value of the column `selection`.
+        error: form of the standard deviation that is divided by sqrt(n): population (DomainBed's) or sample.
+
+    mean and se are in percent. n is the number of runs, or for an average the number of complete repetitions. A cell
+    without a run has mean NaN, and so has the average of its row. se is NaN if n < 2.
     """
     cells = expected.merge(_mean_and_error(chosen, CELL, error), on=CELL, how="left")
     rows = cells.groupby(ROW, sort=False)["mean"].agg(lambda means: means.mean(skipna=False)).reset_index()
-    errors = _mean_and_error(_repetitions(chosen, expected), ROW, error).drop(columns="mean")
+    errors = _mean_and_error(_complete_repetitions(chosen, expected), ROW, error).drop(columns="mean")
     averages = rows.merge(errors, on=ROW, how="left").assign(target=AVERAGE)
-    both = pd.concat([cells, averages], ignore_index=True).assign(selection=selection)
-    return both.assign(n=both["n"].fillna(0).astype(int))[CELLS]
+    table = pd.concat([cells, averages], ignore_index=True).assign(selection=selection)
+    return table.assign(n=table["n"].fillna(0).astype(int))[CELLS]
 
 
 def over_datasets(cells: pd.DataFrame) -> pd.DataFrame:
-    """The averages of `cells` as a table of their own: dataset "all", the data sets as targets, their mean as average.
+    """A table over all data sets: the averages of `cells` with data sets in place of targets, and dataset "all".
 
-    A row that lacks a data set has no average. The mean over data sets has no error: their repetitions are not paired.
+    The average of a row is the mean over data sets; it is NaN if the row lacks a data set. It has no standard error,
+    because the repetitions of different data sets are not paired.
     """
     averages = cells[cells["target"] == AVERAGE].assign(target=lambda rows: rows["dataset"], dataset="all")
     datasets, row = list(dict.fromkeys(averages["target"])), ["selection", "algorithm"]
     rows = averages.drop_duplicates(row)[row]
-    every = rows.merge(pd.DataFrame({"target": datasets}), how="cross")
-    whole = every.merge(averages.drop(columns="dataset"), on=[*row, "target"], how="left")
-    means = whole.groupby(row, sort=False)["mean"].agg(lambda means: means.mean(skipna=False)).reset_index()
-    smallest = whole.groupby(row, sort=False)["n"].min().fillna(0).reset_index()
-    last = means.merge(smallest, on=row).assign(target=AVERAGE, se=float("nan"))
-    both = pd.concat([whole, last], ignore_index=True).assign(dataset="all")
-    return both.assign(n=both["n"].fillna(0).astype(int))[CELLS]
+    every_cell = rows.merge(pd.DataFrame({"target": datasets}), how="cross")
+    by_dataset = every_cell.merge(averages.drop(columns="dataset"), on=[*row, "target"], how="left")
+    means = by_dataset.groupby(row, sort=False)["mean"].agg(lambda means: means.mean(skipna=False)).reset_index()
+    smallest_n = by_dataset.groupby(row, sort=False)["n"].min().fillna(0).reset_index()
+    overall = means.merge(smallest_n, on=row).assign(target=AVERAGE, se=float("nan"))
+    table = pd.concat([by_dataset, overall], ignore_index=True).assign(dataset="all")
+    return table.assign(n=table["n"].fillna(0).astype(int))[CELLS]
 
 
-def printed(mean: float) -> str:
-    """A mean as the tables show it. What they mark and rank is compared as printed: readers see nothing finer."""
+def format_mean(mean: float) -> str:
+    """A mean as the tables show it. Best marks and ranks compare this text, so that equal-looking means are equal."""
     return f"{mean:.1f}"
 
 
 def paired_differences(chosen: pd.DataFrame, expected: pd.DataFrame, baseline: str | None = None) -> pd.DataFrame:
-    """Accuracy minus the baseline's, in percentage points: a row (DIFFERENCES) a cell and a row's average.
+    """Each method's accuracy minus the baseline's, in percentage points: one row (DIFFERENCES) per cell and average.
 
-    A cell: difference is the mean of the n pairs of the same trial seed and seed, [low, high] is their `t_interval`, p
-    their `sign_flip_p`, better the number of pairs above 0. An average is the mean of the row's cells, as in the table,
-    and has no row where a cell of `expected` (columns CELL) has no pair. Its interval, p, better and n are over the
-    repetitions (trial seed, seed) that have every target, each the mean of its targets: how much harder one target is
-    than another says nothing of how uncertain the mean is.
+    Args:
+        chosen: the selected runs, columns `selection.CHOSEN`; with a column `selection`, selections are kept apart and
+            the result begins with that column.
+        expected: the cells of the tables, columns CELL.
+        baseline: see `find_baselines`.
 
-    A column `selection` of `chosen` keeps selections apart, and stands first then. UserError if `baseline` names no
-    method of `expected`, or several; no rows where it has no results.
+    For a cell, `difference` is the mean over the n pairs of runs with equal trial seed and seed, low and high are the
+    pairs' `t_interval`, p is their `sign_flip_p`, and `better` counts the pairs above 0.
+
+    For an average, `difference` is the mean over the row's cells, as in the table; there is no average if a cell of
+    `expected` has no pair. Its interval, p, better and n are computed over complete repetitions (trial seed, seed), of
+    each the mean over its targets, because that one target is harder than another does not make the mean uncertain.
+
+    A data set in which the baseline has no results has no rows.
+
+    Raises:
+        UserError: `baseline` names no method of `expected`, or several of one data set; or scipy is not installed.
     """
-    import_scipy_stats()  # before anything is computed
+    import_scipy_stats()  # fail before the computation if scipy is not installed
     by = [column for column in chosen if column == "selection"]
     baselines = chosen["dataset"].map(find_baselines(expected, baseline))
     base = chosen.loc[chosen["algorithm"] == baselines, [*by, *PAIR, "algorithm", "accuracy"]]
     others = chosen[chosen["algorithm"] != baselines]
     pairs = others.merge(base.rename(columns={"algorithm": "baseline"}), on=[*by, *PAIR], suffixes=("", "_base"))
-    pairs["accuracy"] -= pairs["accuracy_base"]  # from here on a difference, under the name that means are taken of
+    pairs["accuracy"] -= pairs["accuracy_base"]  # a difference from here on; `_complete_repetitions` needs this name
     targets = expected.groupby(ROW)["target"].agg(set).to_dict()
     rows = []
     for key, row in pairs.groupby([*by, *ROW], sort=False):
         cells = {target: 100 * cell["accuracy"].to_numpy() for target, cell in row.groupby("target", sort=False)}
         label = [*key, row["baseline"].iloc[0]]
-        rows += [_difference(label, target, values, values.mean()) for target, values in cells.items()]
+        rows += [_difference_row(label, target, values, values.mean()) for target, values in cells.items()]
         if targets[key[-2:]] <= set(cells):
-            means = 100 * _repetitions(row, expected)["accuracy"].to_numpy()
-            rows.append(_difference(label, AVERAGE, means, np.mean([values.mean() for values in cells.values()])))
+            repetitions = 100 * _complete_repetitions(row, expected)["accuracy"].to_numpy()
+            mean_of_cells = np.mean([values.mean() for values in cells.values()])
+            rows.append(_difference_row(label, AVERAGE, repetitions, mean_of_cells))
     return pd.DataFrame(rows, columns=[*by, *DIFFERENCES])
 
 
 def find_baselines(methods: pd.DataFrame, baseline: str | None) -> dict[str, str]:
-    """{dataset: the method called `baseline` there}: by its whole label, or else by its algorithm's name alone.
+    """{dataset: label of its baseline}.
 
-    methods: columns ROW. baseline None: the first method of every data set. UserError where no method has the name, and
-    where several methods of a data set have it.
+    Args:
+        methods: columns ROW.
+        baseline: a method's label, or the name of its algorithm if only one method of the data set has it. None: the
+            first method of every data set.
+
+    Raises:
+        UserError: no method has the name, or several methods of one data set have it.
     """
     by_dataset = methods.groupby("dataset", sort=False)["algorithm"].unique().to_dict()
     if baseline is None:
         return {dataset: names[0] for dataset, names in by_dataset.items()}
-    named = {dataset: _called(baseline, names) for dataset, names in by_dataset.items()}
-    for dataset, candidates in named.items():
+    candidates_of = {dataset: _labels_matching(baseline, names) for dataset, names in by_dataset.items()}
+    for dataset, candidates in candidates_of.items():
         if len(candidates) > 1:
             raise UserError(
                 "\n  ".join([f"{baseline!r} is the name of {len(candidates)} methods of {dataset}:", *candidates])
                 + f"\nName one of them: --baseline {shlex.quote(candidates[0])}\n"
                 "or leave out the runs of the others by what differs: --exclude KEY=VALUE, or --where KEY=VALUE."
             )
-    if not any(named.values()):
-        names = list(dict.fromkeys(methods["algorithm"]))
-        raise UserError("\n  ".join([f"no method is called {baseline!r}. The methods:", *names]))
-    return {dataset: candidates[0] for dataset, candidates in named.items() if candidates}
+    if not any(candidates_of.values()):
+        labels = list(dict.fromkeys(methods["algorithm"]))
+        similar = [label for label in labels if label.partition(" (")[0].lower() == baseline.lower()]
+        hint = f" Did you mean --baseline {shlex.quote(similar[0])}?" if similar else ""
+        raise UserError("\n  ".join([f"no method is called {baseline!r}.{hint} The methods:", *labels]))
+    return {dataset: candidates[0] for dataset, candidates in candidates_of.items() if candidates}
 
 
-def _called(name: str, labels: Iterable[str]) -> list[str]:
-    """The label that is `name`, or else those that begin with it: `erm (optimizer.lr=0.1)` of `erm`."""
+def _labels_matching(name: str, labels: Iterable[str]) -> list[str]:
+    """The label equal to `name`, or else the labels of the algorithm `name`: `erm (optimizer.lr=0.1)` for `erm`."""
     return [label for label in labels if label == name] or [label for label in labels if label.startswith(f"{name} (")]
 
 
 def t_interval(values: np.ndarray) -> tuple[float, float]:
-    """Student's 95 % interval of the mean of `values` [n]; (nan, nan) for fewer than two.
+    """Student's 95 % confidence interval of the mean of `values` [n]; (nan, nan) if n < 2.
 
-    mean +- t(n - 1) s / sqrt(n), s the sample standard deviation.
+    mean +- t(n - 1) s / sqrt(n), where s is the sample standard deviation.
     """
     n = len(values)
     if n < 2:
         return float("nan"), float("nan")
-    half = import_scipy_stats().t.ppf((1 + CONFIDENCE) / 2, n - 1) * values.std(ddof=1) / n**0.5
-    return float(values.mean() - half), float(values.mean() + half)
+    half_width = import_scipy_stats().t.ppf((1 + CONFIDENCE) / 2, n - 1) * values.std(ddof=1) / n**0.5
+    return float(values.mean() - half_width), float(values.mean() + half_width)
 
 
 def sign_flip_p(values: np.ndarray) -> float:
-    """Two-sided p of the permutation test that flips the signs of the differences `values` [n]; nan for fewer than two.
+    """Two-sided p value of the permutation test that flips the signs of the differences `values` [n]; nan if n < 2.
 
-    If neither method is better, each difference is as likely to have the other sign. It cannot be below 2^(1 - n).
+    Null hypothesis: neither method is better, so that each difference is equally likely to have the other sign. p is
+    never below 2^(1 - n).
     """
     if len(values) < 2:
         return float("nan")
@@ -171,7 +201,7 @@ def sign_flip_p(values: np.ndarray) -> float:
 
 
 def import_scipy_stats() -> ModuleType:
-    """scipy.stats. UserError where scipy is not installed: only comparisons need it."""
+    """scipy.stats, which only comparisons need. UserError if scipy is not installed."""
     try:
         from scipy import stats
     except ImportError:
@@ -183,52 +213,74 @@ def import_scipy_stats() -> ModuleType:
 
 
 def average_ranks(cells: pd.DataFrame) -> pd.DataFrame:
-    """A row (RANKS) a method, the best first: its mean rank over data sets and targets (1 is best, equals share).
+    """The mean rank of each method over the cells that every method has: columns RANKS, the best method first.
 
-    Means that are printed alike are equal. Only over the cells that every method of `cells` (of one selection) has;
-    empty without such a cell.
+    Rank 1 is best. Means that are printed the same share the mean of their ranks. The frame is empty if no cell has a
+    result of every method.
+
+    Args:
+        cells: the cells of one selection, columns CELLS.
     """
     single = cells[(cells["target"] != AVERAGE) & cells["mean"].notna()]
     table = single.pivot(index=["dataset", "target"], columns="algorithm", values="mean").dropna()
-    ranks = table.map(lambda mean: float(printed(mean))).rank(axis="columns", ascending=False).mean().dropna()
-    found = pd.DataFrame({"algorithm": ranks.index, "rank": ranks.to_numpy(), "cells": len(table)})
-    return found.sort_values("rank", kind="stable").reset_index(drop=True)[RANKS]
+    ranks = table.map(lambda mean: float(format_mean(mean))).rank(axis="columns", ascending=False).mean().dropna()
+    frame = pd.DataFrame({"algorithm": ranks.index, "rank": ranks.to_numpy(), "cells": len(table)})
+    return frame.sort_values("rank", kind="stable").reset_index(drop=True)[RANKS]
 
 
 def draw_counts(draws: pd.DataFrame) -> pd.DataFrame:
-    """Of every repetition how many hyper-parameter draws could be chosen from: columns REPETITION, draws."""
-    return draws.groupby(REPETITION).size().rename("draws").reset_index()
+    """How many hyper-parameter draws each repetition could choose from: columns REPETITION, draws."""
+    return pd.DataFrame({"draws": draws.groupby(REPETITION).size()}).reset_index()
 
 
 def missing_cells(draws: pd.DataFrame, status: pd.DataFrame, expected: pd.DataFrame, selection: str) -> pd.DataFrame:
-    """Why runs are not in the table, a row (MISSING) each: not done, nothing to choose from, or no such run.
+    """The runs that are not in the table, and why: one row (columns MISSING) per run.
 
-    draws: `selection.every_draw`. Every cell of `expected` should have every trial seed seen in its dataset, and every
-    draw seen of its method.
+    A run is missing if it is not done, if the selection cannot choose a step of it, or if it does not exist although
+    it should: each cell of `expected` should have each trial seed seen in its data set and each draw seen of its
+    method.
+
+    Args:
+        draws: the frame that `selection.every_draw` returns.
+        status: `Runs.status`.
+        expected: the cells of the table, columns CELL.
+
+    The column `reason` is text for one run; `kind` is the same for all runs with a similar reason, to count them: a
+    state, NO_PAIRS, NO_RUN, ...
     """
+    # Runs that exist, but not in the table.
     single = status[status["n_targets"] == 1]
     left_out = single[~single["run_id"].isin(draws["run_id"])]
     pairs = _pairs_by_draw(status) if selection == "leave_one_domain_out" else None
-    reasons = [_reason(run, pairs) for run in left_out.to_dict("records")]
+    reasons = [_missing_reason(run, pairs) for run in left_out.to_dict("records")]
+    kinds, texts = [kind for kind, _ in reasons], [text for _, text in reasons]
+    existing = left_out.assign(kind=kinds, reason=texts)
+
+    # Runs that do not exist: the expected (cell, trial seed, draw) minus the existing ones.
     seeds = single[["dataset", "trial_seed"]].drop_duplicates().sort_values("trial_seed")
     numbers = single[[*ROW, "hparams_seed"]].drop_duplicates().sort_values("hparams_seed")
     wanted = expected.merge(seeds, on="dataset").merge(numbers, on=ROW)
-    one = [*CELL, "trial_seed", "hparams_seed"]
-    found = wanted.merge(single[one].drop_duplicates(), how="left", indicator=True)
-    absent = found[found["_merge"] == "left_only"].assign(run_id="", reason=NO_RUN)
-    return pd.concat([left_out.assign(reason=reasons)[MISSING], absent[MISSING]], ignore_index=True)
+    key = [*CELL, "trial_seed", "hparams_seed"]
+    wanted = wanted.merge(single[key].drop_duplicates(), how="left", indicator=True)
+    absent = wanted[wanted["_merge"] == "left_only"].assign(run_id="", kind=NO_RUN, reason=NO_RUN)
+    return pd.concat([existing[MISSING], absent[MISSING]], ignore_index=True)
 
 
 def _mean_and_error(values: pd.DataFrame, by: list[str], error: str) -> pd.DataFrame:
-    """Columns `by`, mean, se, n of the accuracies, in percent: standard deviation / sqrt(n)."""
+    """Mean, standard error (standard deviation / sqrt(n)) and number of the accuracies: columns by, mean, se, n."""
     groups = values.groupby(by)["accuracy"]
-    found = pd.DataFrame({"mean": 100 * groups.mean(), "se": 100 * groups.std(ddof=ERRORS[error]), "n": groups.size()})
-    found["se"] = (found["se"] / found["n"] ** 0.5).where(found["n"] > 1)
-    return found.reset_index()
+    frame = pd.DataFrame({"mean": 100 * groups.mean(), "se": 100 * groups.std(ddof=ERRORS[error]), "n": groups.size()})
+    frame["se"] = (frame["se"] / frame["n"] ** 0.5).where(frame["n"] > 1)
+    return frame.reset_index()
 
 
-def _difference(label: list, target: str, values: np.ndarray, mean: float) -> list:
-    """A row of DIFFERENCES: `mean`, with the interval as wide as that of `values` [n], percentage points."""
+def _difference_row(label: list, target: str, values: np.ndarray, mean: float) -> list:
+    """A row of DIFFERENCES: `mean`, with the width of the `t_interval` of `values` [n]; percentage points.
+
+    Args:
+        label: [(selection,) dataset, algorithm, baseline].
+        mean: differs from the mean of `values` where an average has cells with unequal numbers of pairs.
+    """
     shift = mean - values.mean() if len(values) else 0.0
     low, high = t_interval(values)
     better = int((values > NOISE).sum())
@@ -236,8 +288,8 @@ def _difference(label: list, target: str, values: np.ndarray, mean: float) -> li
     return [*cell, target, baseline, mean, low + shift, high + shift, sign_flip_p(values), better, len(values)]
 
 
-def _repetitions(chosen: pd.DataFrame, expected: pd.DataFrame) -> pd.DataFrame:
-    """The mean over its targets of every (trial seed, seed) that has them all."""
+def _complete_repetitions(chosen: pd.DataFrame, expected: pd.DataFrame) -> pd.DataFrame:
+    """The mean accuracy over targets of each repetition (trial seed, seed) that has all targets of its row."""
     means = chosen.groupby([*ROW, "trial_seed", "seed"]).agg(accuracy=("accuracy", "mean"), cells=("target", "nunique"))
     wanted = expected.groupby(ROW).agg(wanted=("target", "nunique")).reset_index()
     joined = means.reset_index().merge(wanted, on=ROW)
@@ -245,32 +297,35 @@ def _repetitions(chosen: pd.DataFrame, expected: pd.DataFrame) -> pd.DataFrame:
 
 
 def _pairs_by_draw(status: pd.DataFrame) -> dict[tuple, dict[frozenset, dict]]:
-    """{draw without its target: {the two targets: the run}}."""
-    found: dict[tuple, dict[frozenset, dict]] = {}
+    """The runs with two targets: {`_draw_key`: {set of the two targets: run}}."""
+    pairs: dict[tuple, dict[frozenset, dict]] = {}
     for run in status[status["n_targets"] == 2].to_dict("records"):
-        found.setdefault(_draw_of(run), {})[frozenset(run["targets"])] = run
-    return found
+        pairs.setdefault(_draw_key(run), {})[frozenset(run["targets"])] = run
+    return pairs
 
 
-def _draw_of(run: dict) -> tuple:
+def _draw_key(run: dict) -> tuple:
+    """What runs with different targets of one method, draw and repetition have in common."""
     return tuple(run[column] for column in DRAW if column != "target")
 
 
-def _reason(run: dict, pairs: dict[tuple, dict[frozenset, dict]] | None) -> str:
+def _missing_reason(run: dict, pairs: dict[tuple, dict[frozenset, dict]] | None) -> tuple[str, str]:
+    """(kind, reason) why an existing run is not in the table: see `missing_cells`. `pairs`: None if not needed."""
     if run["state"] != "done":
-        return _standing(run)
+        return run["state"], _describe_state(run)
     if pairs is None:
-        return "done, but the accuracies that this selection needs are not in its records"
-    there = pairs.get(_draw_of(run), {})
-    others = [domain for domain in run["domains"] if domain != run["target"]]
-    found = {domain: there.get(frozenset([run["target"], domain])) for domain in others}
-    gaps = [f"{domain} ({NO_RUN})" for domain, pair in found.items() if pair is None]
-    gaps += [f"{d} ({p['run_id']}: {_standing(p)})" for d, p in found.items() if p and p["state"] != "done"]
+        return NO_ACCURACIES, NO_ACCURACIES
+    same_draw = pairs.get(_draw_key(run), {})
+    sources = [domain for domain in run["domains"] if domain != run["target"]]
+    pair_of = {domain: same_draw.get(frozenset([run["target"], domain])) for domain in sources}
+    gaps = [f"{domain} ({NO_RUN})" for domain, pair in pair_of.items() if pair is None]
+    gaps += [f"{d} ({p['run_id']}: {_describe_state(p)})" for d, p in pair_of.items() if p and p["state"] != "done"]
     if not gaps:
-        return "done, and so are its pairs, but no step is in the records of all of them"
-    return f"needs the runs that leave out, beside it, {', '.join(gaps)}"
+        return NO_SHARED_STEP, NO_SHARED_STEP
+    return NO_PAIRS, f"needs the runs that also leave out {', '.join(gaps)}"
 
 
-def _standing(run: dict) -> str:
+def _describe_state(run: dict) -> str:
+    """`running at step 4 of 10`, `failed at step 4: loss is nan`."""
     at = f"step {run['step']}" + (f" of {run['steps']}" if run["state"] != "failed" else "")
     return f"{run['state']} at {at}" + (f": {run['reason']}" if run["reason"] else "")

@@ -1,4 +1,4 @@
-"""Runs -> cells -> the tables that `python -m analysis` and the end of a sweep print, laid out as `formats.Sheet`s."""
+"""Runs -> numbers -> the tables that `python -m analysis` and the end of a sweep print, as `formats.Sheet`s."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.caveats import caveats
-from analysis.formats import Entry, Sheet, few, text
-from analysis.frames import Runs, read_runs
-from analysis.selection import EXPLAINED, METHODS, choose, every_draw
-from analysis.statistics import (
+from gsdg.analysis.caveats import caveats
+from gsdg.analysis.formats import Entry, Sheet, few, text
+from gsdg.analysis.read.frames import Runs, read_runs
+from gsdg.analysis.selection import EXPLAINED, METHODS, choose, every_draw, groups
+from gsdg.analysis.statistics import (
     AVERAGE,
     CELL,
     CELLS,
     DIFFERENCES,
     average_ranks,
     draw_counts,
-    grid,
+    expected_cells,
+    format_mean,
     missing_cells,
     over_datasets,
     paired_differences,
-    printed,
     table_cells,
 )
-from gsdg.errors import UserError, listing, plural
+from gsdg.utils.errors import UserError, listing, plural
 
-NAMED = 4  # run ids named in one line; of more, only the number is given
+MOST_NAMED = 4  # run ids, or reasons, listed in one line
 PUBLISHED = Path(__file__).with_name("published.csv")
-TAG = " (published)"
-SOURCES = {"gsdg": "ours", "domainbed": "DomainBed's", "swad": "in SWAD's dialect"}
+TAG = " (published)"  # appended to a method's name in rows of the paper
+SOURCES = {"gsdg": "ours", "domainbed": "DomainBed's", "swad": "in SWAD's format"}
 ERROR_NAMES = {
     "population": "mean ± standard error (population form)",
     "sample": "mean ± standard error (sample form)",
@@ -41,10 +41,15 @@ ERROR_NAMES = {
 
 @dataclass(frozen=True)
 class Summary:
-    """Of every selection, one below the other: cells (statistics.CELLS), chosen and missing rows with `selection`.
+    """The numbers of all tables. Every frame has a column `selection`; the selections' rows follow one another.
 
-    draws: how many hyper-parameter draws each repetition could choose from. error: a key of statistics.ERRORS.
-    notes: columns dataset, selection, note: what a reader should know of the runs, see `caveats`.
+    Args:
+        cells: the tables' numbers, columns `statistics.CELLS`.
+        chosen: the selected runs, columns `selection.CHOSEN`.
+        missing: the runs that are not in the tables, columns `statistics.MISSING`.
+        draws: how many hyper-parameter draws each repetition could choose from, see `statistics.draw_counts`.
+        error: form of the standard deviation, a key of `statistics.ERRORS`.
+        notes: columns dataset, selection, note; see `caveats`.
     """
 
     cells: pd.DataFrame
@@ -60,17 +65,29 @@ def report(
     selections: Sequence[str] = ("training_domain",),
     run_ids: Iterable[str] | None = None,
 ) -> str:
-    """The tables of the runs in `folders` (only `run_ids`, if given), what is missing, what was left out."""
+    """The tables of the runs in `folders` as text, with the missing runs and what was left out.
+
+    Args:
+        folders: folders of runs, or run folders.
+        selections: keys of `selection.METHODS`.
+        run_ids: only these runs.
+    """
     runs = read_runs(folders, run_ids)
-    return "\n\n".join([*map(text, sheets(summary(runs, selections))), account(runs, selections)])
+    return "\n\n".join([*map(text, sheets(summary(runs, selections))), overview(runs, selections)])
 
 
 def summary(runs: Runs, selections: Sequence[str], *, error: str = "population", unfinished: bool = False) -> Summary:
-    """What the tables are made of. `unfinished`: runs count that are not done, with what they have recorded."""
+    """Select steps and draws, and compute the numbers of all tables.
+
+    Args:
+        selections: keys of `selection.METHODS`.
+        error: form of the standard deviation, population or sample.
+        unfinished: include runs that are not done, with the steps that they have recorded.
+    """
     for selection in selections:
         if selection not in METHODS:
             raise UserError(f"unknown selection {selection!r}.\nValid: {listing(METHODS)}")
-    expected, records = grid(runs.status), runs.finished(unfinished=unfinished)
+    expected, records = expected_cells(runs.status), runs.finished(unfinished=unfinished)
     parts: dict[str, list[pd.DataFrame]] = defaultdict(list)
     draws = {selection: every_draw(records, selection) for selection in selections}
     for selection, rows in draws.items():
@@ -79,105 +96,116 @@ def summary(runs: Runs, selections: Sequence[str], *, error: str = "population",
         parts["cells"].append(table_cells(chosen, expected, selection, error))
         for name, frame in {"chosen": chosen, "missing": missing, "draws": draw_counts(rows)}.items():
             parts[name].append(frame.assign(selection=selection))
-    whole = {name: pd.concat(frames, ignore_index=True) for name, frames in parts.items()}
-    return Summary(**whole, error=error, notes=caveats(runs, draws))
+    frames = {name: pd.concat(frames, ignore_index=True) for name, frames in parts.items()}
+    return Summary(**frames, error=error, notes=caveats(runs, draws))
 
 
-def sheets(found: Summary, published: pd.DataFrame | None = None) -> list[Sheet]:
-    """A table a data set and selection, then, of several data sets, their averages; `published` rows beside them."""
-    cells, ours = found.cells, set(found.cells["dataset"])
-    if published is not None and ours & set(published["dataset"]):
-        cells = pd.concat([cells, _beside(published, cells)], ignore_index=True)
-    tables = cells[cells["dataset"].isin(ours)].groupby(["dataset", "selection"], sort=False)
-    of_datasets = [_sheet(table, found, *key) for key, table in tables]
+def sheets(results: Summary, published: pd.DataFrame | None = None) -> list[Sheet]:
+    """One table per data set and selection; with several data sets also one of their averages per selection.
+
+    Args:
+        published: rows to show beside the runs', see `read_published`.
+    """
+    cells, datasets = results.cells, set(results.cells["dataset"])
+    if published is not None and datasets & set(published["dataset"]):
+        cells = pd.concat([cells, _published_cells(published, cells)], ignore_index=True)
+    tables = groups(cells[cells["dataset"].isin(datasets)], "dataset", "selection")
+    of_datasets = [_sheet(table, results, *key) for key, table in tables]
     if cells["dataset"].nunique() < 2:
         return of_datasets
-    overall = over_datasets(cells).groupby("selection", sort=False)
-    return [*of_datasets, *(_sheet(table, found, "all", selection) for selection, table in overall)]
+    overall = groups(over_datasets(cells), "selection")
+    return [*of_datasets, *(_sheet(table, results, "all", selection) for (selection,), table in overall)]
 
 
-def comparison(found: Summary, baseline: str | None = None) -> list[Sheet]:
-    """Every method against `baseline`, or each data set's first: paired differences, a table a data set and selection.
+def comparison(results: Summary, baseline: str | None = None) -> list[Sheet]:
+    """Paired differences to a baseline, one table per data set and selection; [] if there are no pairs.
 
-    None without a pair. UserError where `baseline` names no method, or several.
+    Args:
+        baseline: label or algorithm name of a method; None: the first method of each data set.
+
+    Raises:
+        UserError: `baseline` is the name of no method, or of several methods of one data set.
     """
-    rows = differences(found, baseline)
-    return [_comparison(found, table, *key) for key, table in rows.groupby(["selection", "dataset"], sort=False)]
+    rows = differences(results, baseline)
+    return [_comparison(results, table, *key) for key, table in groups(rows, "selection", "dataset")]
 
 
-def differences(found: Summary, baseline: str | None) -> pd.DataFrame:
-    """`statistics.paired_differences` of every selection; no rows where no method has a row in a table."""
-    if found.cells.empty:
+def differences(results: Summary, baseline: str | None) -> pd.DataFrame:
+    """`statistics.paired_differences` of every selection; no rows if the tables are empty."""
+    if results.cells.empty:
         return pd.DataFrame(columns=["selection", *DIFFERENCES])
-    expected = found.cells.loc[found.cells["target"] != AVERAGE, CELL].drop_duplicates()
-    return paired_differences(found.chosen, expected, baseline)
+    expected = results.cells.loc[results.cells["target"] != AVERAGE, CELL].drop_duplicates()
+    return paired_differences(results.chosen, expected, baseline)
 
 
-def _comparison(found: Summary, compared: pd.DataFrame, selection: str, dataset: str) -> Sheet:
-    targets = [*_in_order(found.cells[found.cells["dataset"] == dataset]["target"]), AVERAGE]
+def _comparison(results: Summary, compared: pd.DataFrame, selection: str, dataset: str) -> Sheet:
+    targets = [*_targets_in_order(results.cells[results.cells["dataset"] == dataset]["target"]), AVERAGE]
     rows = [
-        [Entry(name), *(Entry(_difference(row, target)) for target in targets), Entry(_p_value(row))]
-        for name, row in compared.groupby("algorithm", sort=False)
+        [Entry(name), *(Entry(_format_difference(row, target)) for target in targets), Entry(_format_p(row))]
+        for (name,), row in groups(compared, "algorithm")
     ]
     below = [
         "percentage points, mean of the n pairs of equal target and seeds; [95 % interval, Student's t]; better in k/n",
         "average: the mean of the cells; interval, k/n and p over the n repetitions (seeds) that have every target",
         "p: permutation test on the signs of n differences, two-sided, never below 2^(1-n); n = 1: no interval, no p",
-        *_without_partner(found, compared, selection, dataset),
+        *_unpaired_results(results, compared, selection, dataset),
     ]
     title = f"{dataset}, {selection}: against {compared['baseline'].iloc[0]}"
     return Sheet(title, ["algorithm", *targets, "p"], rows, below)
 
 
-def _without_partner(found: Summary, compared: pd.DataFrame, selection: str, dataset: str) -> list[str]:
-    """Which cells of the table hold more results than were compared, so that the difference is not the table's."""
-    table = found.cells[(found.cells["selection"] == selection) & (found.cells["dataset"] == dataset)]
-    results = table.set_index(["algorithm", "target"])["n"]
-    unequal = [
-        f"{name} {row.target} ({row.n} of {results[name, row.target]})"
-        for row in compared[compared["target"] != AVERAGE].itertuples()
-        for name in (row.algorithm, row.baseline)
-        if row.n < results[name, row.target]
+def _unpaired_results(results: Summary, compared: pd.DataFrame, selection: str, dataset: str) -> list[str]:
+    """A line that lists the cells with fewer pairs than results: their difference is not that of the table's means."""
+    table = results.cells[(results.cells["selection"] == selection) & (results.cells["dataset"] == dataset)]
+    n_results = table.set_index(["algorithm", "target"])["n"]
+    fewer = [
+        f"{name} {row['target']} ({row['n']} of {n_results[name, row['target']]})"
+        for row in compared[compared["target"] != AVERAGE].to_dict("records")
+        for name in (row["algorithm"], row["baseline"])
+        if row["n"] < n_results[name, row["target"]]
     ]
-    shown = few(dict.fromkeys(unequal), NAMED)
-    return [f"results without a partner of the same seeds are in the table, not here; compared: {shown}"] * bool(
-        unequal
-    )
+    if not fewer:
+        return []
+    shown = few(dict.fromkeys(fewer), MOST_NAMED)
+    return [f"results without a partner of the same seeds are in the table, not here; compared: {shown}"]
 
 
-def ranking(found: Summary) -> list[Sheet]:
-    """The methods by average rank, a table a selection; none where no cell has a result of every method."""
-    made = []
-    for selection, cells in found.cells.groupby("selection", sort=False):
+def ranking(results: Summary) -> list[Sheet]:
+    """The methods by average rank, one table per selection; none for a selection without a cell of every method."""
+    tables = []
+    for (selection,), cells in groups(results.cells, "selection"):
         ranks = average_ranks(cells)
         if ranks.empty:
             continue
-        rows = [[Entry(row.algorithm), Entry(f"{row.rank:.2f}")] for row in ranks.itertuples()]
+        rows = [[Entry(row["algorithm"]), Entry(f"{row['rank']:.2f}")] for row in ranks.to_dict("records")]
         below = [
             f"over the {ranks['cells'].iloc[0]} cells (data set, target) that every method has; "
-            "1 is best, means that are printed alike share"
+            "1 is best, means that are printed the same share their rank"
         ]
-        made.append(Sheet(f"average rank, {selection}", ["algorithm", "rank"], rows, below))
-    return made
+        tables.append(Sheet(f"average rank, {selection}", ["algorithm", "rank"], rows, below))
+    return tables
 
 
-def chosen_runs(found: Summary, runs: Runs) -> list[Sheet]:
-    """The run and step behind every number, a table a data set and selection; of a search, the draw and its values."""
-    rows = found.chosen.merge(found.draws).merge(runs.status[["run_id", "drawn"]], on="run_id")
+def chosen_runs(results: Summary, runs: Runs) -> list[Sheet]:
+    """The run and step behind each number, one table per data set and selection; with a search also the draw."""
+    rows = results.chosen.merge(results.draws).merge(runs.status[["run_id", "drawn"]], on="run_id")
     rows = rows.assign(percent=[f"{100 * value:.2f}" for value in rows["accuracy"]])
-    shown = {name: name.replace("_", " ") for name in ("algorithm", "target", "trial_seed", "seed")}
-    shown |= {"percent": "accuracy, %", "run_id": "run", "step": "step"}
-    of_draw = {"hparams_seed": "draw", "draws": "of", "drawn": "values"}
-    made = []
-    for (dataset, selection), table in rows.groupby(["dataset", "selection"], sort=False):
-        columns = shown | (of_draw if (table["draws"] > 1).any() else {})
+    headers = {name: name.replace("_", " ") for name in ("algorithm", "target", "trial_seed", "seed")}
+    headers |= {"percent": "accuracy, %", "run_id": "run", "step": "step"}
+    draw_headers = {"hparams_seed": "draw", "draws": "of", "drawn": "values"}
+    tables = []
+    for (dataset, selection), table in groups(rows, "dataset", "selection"):
+        columns = headers | (draw_headers if (table["draws"] > 1).any() else {})
         entries = [[Entry(str(value)) for value in row] for row in table[list(columns)].values]
-        made.append(Sheet(f"{dataset}, {selection}: the runs behind the numbers", list(columns.values()), entries))
-    return made
+        tables.append(Sheet(f"{dataset}, {selection}: the runs behind the numbers", list(columns.values()), entries))
+    return tables
 
 
 def read_published() -> pd.DataFrame:
-    """The paper's table: dataset, algorithm, target "average", mean, se, n, in percent. Its source is in the file."""
+    """The paper's averages: columns dataset, algorithm, target ("average"), mean and se in percent, n.
+
+    Source: named in published.csv.
+    """
     wide = pd.read_csv(PUBLISHED, comment="#")
     datasets = [column for column in wide if f"{column}_se" in wide]
     long = [
@@ -187,110 +215,125 @@ def read_published() -> pd.DataFrame:
 
 
 def csv(cells: pd.DataFrame) -> str:
-    """Columns CELLS, percent; se is empty for a single run; a cell without a run, or its row's average, has no line."""
+    """The cells that have a mean, as CSV: columns `statistics.CELLS`, in percent; se is empty for a single run."""
     return cells.loc[cells["mean"].notna(), CELLS].to_csv(index=False, lineterminator="\n", float_format="%.6f")
 
 
 def missing_lines(missing: pd.DataFrame) -> list[str]:
-    """`missing: <algorithm> <targets> seed <trial seeds>: <reason>`, a line per algorithm and reason."""
-    return [
-        f"missing: {algorithm} {'; '.join(_where(rows))}: {reason}{_runs_named(rows['run_id'])}"
-        for (algorithm, reason), rows in missing.groupby(["algorithm", "reason"], sort=False)
-    ]
+    """Lines about missing runs: one per algorithm and reason, or, with more than MOST_NAMED reasons, one with counts.
+
+    `missing: <algorithm> <targets> seed <trial seeds>: <reason>`, `missing: <algorithm>: 60 runs: 45 failed, 15 ...`
+    """
+    lines = []
+    for (algorithm,), of_algorithm in groups(missing, "algorithm"):
+        if of_algorithm["reason"].nunique() > MOST_NAMED:
+            counts = _count_values(of_algorithm["kind"], "; ")
+            lines.append(f"missing: {algorithm}: {plural(len(of_algorithm), 'run')}: {counts}")
+            continue
+        lines += [
+            f"missing: {algorithm} {'; '.join(_describe_cells(rows))}: {reason}{_in_parentheses(rows['run_id'])}"
+            for (reason,), rows in groups(of_algorithm, "reason")
+        ]
+    return lines
 
 
-def lines_below(found: Summary, dataset: str, selection: str) -> list[str]:
-    """What a reader should know of a table's runs, and which are missing."""
+def lines_below(results: Summary, dataset: str, selection: str) -> list[str]:
+    """The lines below a table about its runs: notes, and missing runs."""
     notes, missing = (
         frame[(frame["dataset"] == dataset) & (frame["selection"] == selection)]
-        for frame in (found.notes, found.missing)
+        for frame in (results.notes, results.missing)
     )
     return [*notes["note"], *missing_lines(missing)]
 
 
-def account(runs: Runs, selections: Sequence[str] = ()) -> str:
-    """`read: 64 runs: 60 done | 4 running`, and whose they are if not only ours; then the `notes`."""
+def overview(runs: Runs, selections: Sequence[str] = ()) -> str:
+    """`read: 64 runs: 60 done | 4 running`, with the code bases if not only GSDG, then the lines of `notes`."""
     status = runs.status
     if status.empty:
-        said = "no runs here yet: a run is a folder with a config.json or a results.jsonl"
+        counts = "no runs here yet: a run is a folder with a config.json or a results.jsonl"
     else:
-        said = f"read: {plural(len(status), 'run')}: {_counted(status['state'], ' | ')}"
-    of = f"; {_counted(status['source'].map(SOURCES.get), ', ')}" if set(status["source"]) - {"gsdg"} else ""
-    return "\n".join(filter(None, [said + of, notes(runs, selections)]))
+        counts = f"read: {plural(len(status), 'run')}: {_count_values(status['state'], ' | ')}"
+    if set(status["source"]) - {"gsdg"}:
+        counts += f"; {_count_values(status['source'].map(SOURCES.get), ', ')}"
+    return "\n".join(filter(None, [counts, notes(runs, selections)]))
 
 
 def notes(runs: Runs, selections: Sequence[str] = ()) -> str:
-    """What is not shown in tables of `selections`, and what could not be read, a line per kind."""
+    """Lines about runs that the tables of `selections` do not show, and about everything that could not be read."""
     lines = []
     several = runs.status.loc[runs.status["n_targets"] > 1, "run_id"]
     if len(several) and "leave_one_domain_out" not in selections:
-        lines.append(f"note: trained with several targets, only for leave_one_domain_out{_runs_named(several)}")
-    found = defaultdict(list)
+        lines.append(f"note: trained with several targets, only for leave_one_domain_out{_in_parentheses(several)}")
+    same_problem = defaultdict(list)
     for name, problem in runs.problems:
-        found[problem].append(name)
-    return "\n".join(lines + [f"note: {problem}{_runs_named(names)}" for problem, names in found.items()])
+        same_problem[problem].append(name)
+    return "\n".join(lines + [f"note: {problem}{_in_parentheses(names)}" for problem, names in same_problem.items()])
 
 
-def _counted(values: pd.Series, between: str) -> str:
-    return between.join(f"{n} {value}" for value, n in values.value_counts(sort=False).items())
+def _count_values(values: pd.Series, separator: str) -> str:
+    """`60 done | 4 running`"""
+    return separator.join(f"{n} {value}" for value, n in values.value_counts(sort=False).items())
 
 
-def _beside(published: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
-    """The published rows for every selection's tables."""
-    named = published.assign(algorithm=published["algorithm"] + TAG)
-    return pd.concat([named.assign(selection=selection) for selection in cells["selection"].unique()])[CELLS]
+def _published_cells(published: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
+    """The published rows, repeated for each selection."""
+    tagged = published.assign(algorithm=published["algorithm"] + TAG)
+    return pd.concat([tagged.assign(selection=selection) for selection in cells["selection"].unique()])[CELLS]
 
 
-def _sheet(cells: pd.DataFrame, found: Summary, dataset: str, selection: str) -> Sheet:
-    """A column `seeds` only where the rows differ in it."""
-    seeds, targets = _seeds(cells), [*_in_order(cells["target"]), AVERAGE]
-    marks = _marks(cells)
+def _sheet(cells: pd.DataFrame, results: Summary, dataset: str, selection: str) -> Sheet:
+    """The table of one data set, or of "all", and selection. It has a column `seeds` only if the rows differ in it."""
+    seeds, targets = _seed_counts(cells), [*_targets_in_order(cells["target"]), AVERAGE]
+    marks = _best_and_second(cells)
     rows = []
-    for algorithm, row in cells.groupby("algorithm", sort=False):
-        shown = {
-            cell.target: Entry(_cell(cell, seeds[algorithm]), marks.get((algorithm, cell.target), ""))
-            for cell in row.itertuples()
+    for (algorithm,), row in groups(cells, "algorithm"):
+        entries = {
+            cell["target"]: Entry(_format_cell(cell, seeds[algorithm]), marks.get((algorithm, cell["target"]), ""))
+            for cell in row.to_dict("records")
         }
-        rows.append([Entry(algorithm), *(shown.get(target, Entry("")) for target in targets)])
+        rows.append([Entry(algorithm), *(entries.get(target, Entry("")) for target in targets)])
         rows[-1].append(Entry(str(seeds[algorithm])))
-    ours = {name: n for name, n in seeds.items() if not name.endswith(TAG)}
-    differ = len(set(ours.values())) > 1
+    differ = len({n for name, n in seeds.items() if not name.endswith(TAG)}) > 1
     table = rows if differ else [row[:-1] for row in rows]
     header = ["algorithm", *targets, *(["seeds"] if differ else [])]
-    below = [*_legend(cells, found, dataset, selection), *lines_below(found, dataset, selection)]
+    below = [*_legend(cells, results, dataset, selection), *lines_below(results, dataset, selection)]
     return Sheet(f"{dataset}, {selection}", header, table, below)
 
 
-def _cell(cell: object, seeds: int) -> str:
-    """`93.1 ± 0.4`; a single run has no error; `(2)` where the rest of the row has more seeds."""
-    if pd.isna(cell.mean):
+def _format_cell(cell: dict, seeds: int) -> str:
+    """`93.1 ± 0.4`; without error for a single run; with `(2)` if the cell has fewer seeds than its row.
+
+    Args:
+        cell: {column: value}, a row of `Summary.cells`.
+    """
+    if pd.isna(cell["mean"]):
         return "-"
-    shown = printed(cell.mean) if pd.isna(cell.se) else f"{printed(cell.mean)} ± {cell.se:.1f}"
-    return shown if cell.n == seeds else f"{shown} ({cell.n})"
+    number = format_mean(cell["mean"]) + ("" if pd.isna(cell["se"]) else f" ± {cell['se']:.1f}")
+    return number if cell["n"] == seeds else f"{number} ({cell['n']})"
 
 
-def _marks(cells: pd.DataFrame) -> dict[tuple[str, str], str]:
-    """{(algorithm, target): best or second} by the printed mean, equals together; none where a column has one row."""
-    found = {}
-    for target, column in cells[cells["mean"].notna()].groupby("target", sort=False):
-        means = {row.algorithm: printed(row.mean) for row in column.itertuples()}
+def _best_and_second(cells: pd.DataFrame) -> dict[tuple[str, str], str]:
+    """{(algorithm, target): "best" or "second"} by the printed mean; equal means share a mark; one row has no mark."""
+    marks = {}
+    for (target,), column in groups(cells[cells["mean"].notna()], "target"):
+        means = {row["algorithm"]: format_mean(row["mean"]) for row in column.to_dict("records")}
         ordered = sorted(set(means.values()), key=float, reverse=True)
-        names = dict(zip(ordered, ["best", "second"], strict=False)) if len(means) > 1 else {}
-        found |= {(algorithm, target): names[mean] for algorithm, mean in means.items() if mean in names}
-    return found
+        mark_of = dict(zip(ordered, ["best", "second"], strict=False)) if len(means) > 1 else {}
+        marks |= {(algorithm, target): mark_of[mean] for algorithm, mean in means.items() if mean in mark_of}
+    return marks
 
 
-def _seeds(cells: pd.DataFrame) -> dict[str, int]:
-    """{algorithm: the most runs that one of its cells has}."""
+def _seed_counts(cells: pd.DataFrame) -> dict[str, int]:
+    """{algorithm: the largest number of runs in one of its cells}."""
     return {algorithm: int(n) for algorithm, n in cells.groupby("algorithm", sort=False)["n"].max().items()}
 
 
-def _legend(cells: pd.DataFrame, found: Summary, dataset: str, selection: str) -> list[str]:
-    """How step and draw were selected, what the numbers are, how many seeds stand behind them."""
-    seeds = {n for name, n in _seeds(cells).items() if not name.endswith(TAG)}
-    error = ERROR_NAMES[found.error] if max(seeds, default=0) > 1 else "no ± for a single seed"
+def _legend(cells: pd.DataFrame, results: Summary, dataset: str, selection: str) -> list[str]:
+    """The lines below a table that explain its numbers: selection, accuracy, error, number of seeds."""
+    seeds = {n for name, n in _seed_counts(cells).items() if not name.endswith(TAG)}
+    error = ERROR_NAMES[results.error] if max(seeds, default=0) > 1 else "no ± for a single seed"
     number = f"; seeds: {seeds.pop()}" if len(seeds) == 1 else ""
-    lines = [f"selection: {EXPLAINED[selection]}{_draws_said(found.draws, dataset, selection)}"]
+    lines = [f"selection: {EXPLAINED[selection]}{_draw_selection(results.draws, dataset, selection)}"]
     what = "mean over targets of the accuracy" if dataset == "all" else "accuracy"
     lines.append(f"{what} on the target's in split, %; {error}{number}")
     counted = cells[(cells["n"] > 0) & ~cells["algorithm"].str.endswith(TAG)]
@@ -298,12 +341,13 @@ def _legend(cells: pd.DataFrame, found: Summary, dataset: str, selection: str) -
         lines.append("(n): fewer seeds than the rest of the row; of an average, those that have every target")
     if cells["algorithm"].str.endswith(TAG).any():
         lines.append(
-            "published: the paper's figures (ResNet-18, 3 seeds, analysis/published.csv), not runs of this code"
+            "published: the paper's results (ResNet-18, 3 seeds, gsdg/analysis/published.csv), not runs of this code"
         )
     return lines
 
 
-def _draws_said(draws: pd.DataFrame, dataset: str, selection: str) -> str:
+def _draw_selection(draws: pd.DataFrame, dataset: str, selection: str) -> str:
+    """How the hyper-parameter draw was selected, as the end of a sentence; "" if there was one draw only."""
     of_table = draws[draws["selection"] == selection]
     counts = of_table.loc[(of_table["dataset"] == dataset) | (dataset == "all"), "draws"]
     if not len(counts) or counts.max() == 1:
@@ -314,35 +358,36 @@ def _draws_said(draws: pd.DataFrame, dataset: str, selection: str) -> str:
     return f"; then the best of {number} hyper-parameter draws, by the same accuracy"
 
 
-def _in_order(targets: Iterable[str]) -> list[str]:
+def _targets_in_order(targets: Iterable[str]) -> list[str]:
     return [target for target in dict.fromkeys(targets) if target != AVERAGE]
 
 
-def _difference(rows: pd.DataFrame, target: str) -> str:
-    """`+1.2 [+0.3, +2.1] 3/3`; a single pair has no interval."""
-    for row in rows[rows["target"] == target].itertuples():
-        interval = "" if pd.isna(row.low) else f" [{row.low:+.1f}, {row.high:+.1f}]"
-        return f"{row.difference:+.1f}{interval} {row.better}/{row.n}"
+def _format_difference(rows: pd.DataFrame, target: str) -> str:
+    """`+1.2 [+0.3, +2.1] 3/3`; without interval for a single pair."""
+    for row in rows[rows["target"] == target].to_dict("records"):
+        interval = "" if pd.isna(row["low"]) else f" [{row['low']:+.1f}, {row['high']:+.1f}]"
+        return f"{row['difference']:+.1f}{interval} {row['better']}/{row['n']}"
     return "-"
 
 
-def _p_value(rows: pd.DataFrame) -> str:
-    """Of the average: `0.25`; "-" without one."""
+def _format_p(rows: pd.DataFrame) -> str:
+    """The p value of the average, `0.25`; "-" without one."""
     values = rows.loc[rows["target"] == AVERAGE, "p"].dropna()
     return f"{values.iloc[0]:.2g}" if len(values) else "-"
 
 
-def _where(rows: pd.DataFrame) -> list[str]:
-    """`art, cartoon seeds 0, 1`: the targets that lack the same trial seeds together; of draws, `draw 3` with them."""
+def _describe_cells(rows: pd.DataFrame) -> list[str]:
+    """`art, cartoon seeds 0, 1`: the targets of which the same trial seeds are missing. Draw 0 is not mentioned."""
     targets = defaultdict(list)
-    for (target, draw), seeds in rows.groupby(["target", "hparams_seed"], sort=False)["trial_seed"]:
-        targets[tuple(sorted(set(seeds))), draw].append(target)
+    for (target, draw), cells in groups(rows, "target", "hparams_seed"):
+        targets[tuple(sorted(set(cells["trial_seed"]))), draw].append(target)
     return [
         f"{', '.join(names)} seed{'s' * (len(s) > 1)} {', '.join(map(str, s))}{f' draw {draw}' if draw else ''}"
         for (s, draw), names in targets.items()
     ]
 
 
-def _runs_named(run_ids: Iterable[str]) -> str:
-    names = [name for name in run_ids if name]
-    return f" ({few(names, NAMED)})" if names else ""
+def _in_parentheses(names: Iterable[str]) -> str:
+    """` (a, b, c, d and 2 more)`; "" if no name is given. Runs that do not exist have the name "" and are skipped."""
+    given = [name for name in names if name]
+    return f" ({few(given, MOST_NAMED)})" if given else ""

@@ -1,6 +1,6 @@
-"""Averages of the weights along training, evaluated beside the weights: `trainer/averaging=ema | swa | swad`.
+"""Averages of the weights along training, evaluated in addition to the weights: `trainer/averaging=ema | swa | swad`.
 
-Any algorithm can have them and none is changed by them: it trains, and is recorded, as it would without.
+They work with any algorithm and do not change its training or its records.
 """
 
 from gsdg.averaging.base import Averaging

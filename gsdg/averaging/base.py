@@ -1,6 +1,7 @@
-"""What an averaging is: told of every step and every evaluation, asked for the mean that is to be evaluated.
+"""The base classes of weight averaging.
 
-Steps are counted as in the records: the weights of step s are those after s + 1 updates.
+The trainer calls an averaging after every step and every evaluation, and asks it for the mean to evaluate. Steps are
+numbered as in the records: the weights of step s are those after s + 1 updates.
 """
 
 from __future__ import annotations
@@ -10,46 +11,56 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from gsdg.algorithms import Algorithm
-from gsdg.averaging.weights import Mean, Weights, with_mean
+from gsdg.averaging.weights import WeightMean, Weights, with_mean
 
 
 class Averaging(ABC):
-    """Subclasses take keyword-only settings and check them at once. Nothing in `after_step` makes the host wait.
+    """An average of the weights along training. Subclasses take keyword-only settings and check their values at once.
 
-    name: of the rows it makes. needs_losses: whether it wants the sources' held-out loss at each evaluation.
+    Attributes:
+        name: name of the averaging in the rows that it adds to the results.
+        needs_losses: whether `after_evaluation` needs the held-out loss of the source domains.
     """
 
     name: ClassVar[str]
     needs_losses: ClassVar[bool] = False
 
     def check(self, evaluations: Sequence[int]) -> None:  # noqa: B027
-        """UserError if nothing could come of it in a run that is evaluated after these steps."""
+        """Raise a UserError if there could be no mean in a run with evaluations after these steps."""
 
     def setup(self, algorithm: Algorithm, evaluations: Sequence[int]) -> None:
-        """Take the algorithm, ready to be trained, and begin anew."""
-        self.algorithm, self.last = algorithm, evaluations[-1]
+        """Start a new average of the algorithm's weights.
+
+        Args:
+            algorithm: the algorithm, ready for training.
+            evaluations: the steps after which there is an evaluation, in order.
+        """
+        self.algorithm, self.last_evaluation = algorithm, evaluations[-1]
         self.weights = Weights(algorithm)
 
     @abstractmethod
     def after_step(self, step: int) -> None:
-        """The weights have been updated."""
+        """Take note that the weights were updated. Must not synchronize with the device."""
 
     def after_evaluation(self, step: int, loss: float) -> None:  # noqa: B027
-        """They have been evaluated; loss: the mean held-out loss of the sources, NaN unless it is needed.
+        """Take note that the weights were evaluated.
 
-        Called again for the same step where the evaluation of the mean was cut short: the second call is as none.
+        Must be idempotent per step: it is called again for the same step if the evaluation of the mean was interrupted.
+
+        Args:
+            loss: mean held-out loss of the source domains; NaN unless `needs_losses`.
         """
 
     @abstractmethod
-    def mean(self, step: int) -> Mean | None:
-        """What is to be evaluated after the evaluation of this step, and, after the last one's, to be left on disk."""
+    def mean(self, step: int) -> WeightMean | None:
+        """The mean to evaluate after the evaluation of this step, or None. The mean of the last evaluation is saved."""
 
-    def facts(self, mean: Mean) -> dict:
-        """What a row tells of its mean beside the accuracies."""
+    def metadata(self, mean: WeightMean) -> dict:
+        """What a row of the results contains about its mean, apart from the accuracies."""
         return {"averaging": self.name, "start": mean.start, "end": mean.end, "n": mean.n}
 
-    def averaged(self, mean: Mean) -> Algorithm:
-        """The algorithm with the mean for its weights."""
+    def averaged(self, mean: WeightMean) -> Algorithm:
+        """A copy of the algorithm with the mean as its weights."""
         return with_mean(self.algorithm, self.weights, mean)
 
     @abstractmethod
@@ -60,25 +71,25 @@ class Averaging(ABC):
 
 
 class RunningMean(Averaging):
-    """One mean on the training device, evaluated whenever the weights are, once it has begun."""
+    """A single mean on the training device, evaluated together with the weights as soon as it has started."""
 
     @abstractmethod
-    def takes(self, step: int) -> bool:
-        """Whether the weights of this step enter."""
+    def includes(self, step: int) -> bool:
+        """Whether the weights of this step are part of the mean."""
 
     @abstractmethod
     def share(self, n: int) -> float:
-        """Of the n-th weights that enter, when they do; 1 for the first."""
+        """The weight of the n-th included weights in the mean at that time; 1 for n = 1."""
 
     def setup(self, algorithm: Algorithm, evaluations: Sequence[int]) -> None:
         super().setup(algorithm, evaluations)
-        self.running = Mean(self.weights())
+        self.running = WeightMean(self.weights())
 
     def after_step(self, step: int) -> None:
-        if self.takes(step):
+        if self.includes(step):
             self.running.add(self.weights(), self.share(self.running.n + 1), start=step, end=step)
 
-    def mean(self, step: int) -> Mean | None:
+    def mean(self, step: int) -> WeightMean | None:
         return self.running if self.running.n else None
 
     def state_dict(self) -> dict:

@@ -2,11 +2,12 @@
 
     mean = 1 / n  sum_k theta_(start + k every)
 
-With `every: 1` and `start: 598` it is the average of ERM++ (Teterwak et al., arXiv:2304.01973), as DomainBed has it:
-of the weights after 599, 600, ... updates, each once.
+With `every: 1` and `start: 598` this is the average of ERM++ (Teterwak et al., arXiv:2304.01973) as in DomainBed: the
+mean of the weights after 599, 600, ... updates.
 
-Deviations: the learning rate is the optimizer's; the paper's is cyclic, or high and constant. Nothing is recorded
-before `start`, where ERM++ predicts with the weights themselves; nor does a BatchNorm of the mean see training images.
+Deviations: the learning rate is the optimizer's; the paper's is cyclic, or high and constant. There is no result of the
+average before `start`, where ERM++ predicts with the weights themselves. BatchNorm statistics are averaged, not
+estimated again on training images.
 """
 
 from __future__ import annotations
@@ -15,11 +16,16 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 from gsdg.averaging.base import RunningMean
-from gsdg.errors import UserError
+from gsdg.utils.errors import UserError
 
 
 class SWA(RunningMean):
-    """start: the step of the first weights that enter; every: steps from these to the next."""
+    """Plain mean of the weights of every `every`-th step from `start` on.
+
+    Args:
+        start: step of the first weights in the mean, >= 0.
+        every: number of steps from one of these weights to the next, >= 1.
+    """
 
     name: ClassVar[str] = "swa"
 
@@ -34,10 +40,10 @@ class SWA(RunningMean):
         if self.start > evaluations[-1]:
             raise UserError(
                 f"trainer.averaging.start: found {self.start}, after the last evaluation (step {evaluations[-1]}): "
-                "nothing would be seen of the average. Start earlier, or train longer (trainer.steps)."
+                "the average would never be evaluated. Start earlier, or train longer (trainer.steps)."
             )
 
-    def takes(self, step: int) -> bool:
+    def includes(self, step: int) -> bool:
         return step >= self.start and (step - self.start) % self.every == 0
 
     def share(self, n: int) -> float:

@@ -1,124 +1,168 @@
-"""SWAD's loss valley: from the held-out losses alone, which segments of the training enter the average.
+"""SWAD's loss valley: which segments of the training are averaged, determined from the held-out losses alone.
 
-A segment is what lies between two evaluations: segment i ends with the i-th, whose loss it bears. The loss has
-converged at c when it is the least of the `n_converge` from c on. The valley's threshold is (1 + tolerance_ratio) times
-their mean. The valley is dead when `n_tolerance` losses in a row are above it.
+A segment is the training between two evaluations: segment i ends with evaluation i and has that evaluation's loss. The
+loss has converged at segment c if it is the lowest of the `n_converge` losses from c on. The threshold of the valley is
+(1 + tolerance_ratio) times the mean of these losses. The valley has ended when `n_tolerance` losses in a row are above
+the threshold.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 
 class LossValley:
-    """Every segment from the first to the last of the valley, once.
+    """All segments from the first to the last segment of the valley, once each.
 
-    The first is the earliest from which to c no loss is above the threshold, among the `n_tolerance` latest at the
-    time when c is found (by default up to three before c; the paper has c itself). The last is the last whose loss is
-    not above it, before the valley is dead.
+    The first segment is the earliest one from which to c no loss is above the threshold, among the `n_tolerance` latest
+    segments at the time when c is detected (with the defaults at most three before c; in the paper it is c). The last
+    segment is the last one before the valley has ended whose loss is not above the threshold.
+
+    Args:
+        n_converge, n_tolerance, tolerance_ratio: see above.
+
+    Attributes:
+        losses: the losses so far, one per segment.
+        converged: c; None before the loss has converged.
+        threshold: the valley's threshold; NaN before the loss has converged.
+        ended: whether the valley has ended.
     """
 
     def __init__(self, *, n_converge: int, n_tolerance: int, tolerance_ratio: float) -> None:
         self.n_converge, self.n_tolerance, self.tolerance_ratio = n_converge, n_tolerance, tolerance_ratio
         self.losses: list[float] = []
-        self.converged: int | None = None  # c
-        self.dead = False
-        self.entered = 0  # segments before this one have entered, or never will
+        self.converged: int | None = None
+        self.threshold = float("nan")
+        self.ended = False
+        self._next = 0  # first segment that may still be averaged
+        self._checked = self._last_good = -1  # last segment that `_continue` has seen; last one below the threshold
 
-    def after(self, loss: float) -> list[int]:
-        """The segments that enter after the next evaluation's loss, in order."""
+    def update(self, loss: float) -> list[int]:
+        """Add the loss of the next evaluation; return the segments that are now known to be averaged, in order."""
         self.losses.append(loss)
-        if self.converged is None:
-            return self._begin() if self._converges() else []
-        return self._go_on()
+        if self.converged is not None:
+            return self._continue()
+        self.converged = self._converged_at()
+        return [] if self.converged is None else self._begin(self.converged)
 
-    def rest(self) -> list[int]:
-        """Those that enter when no evaluation follows: where the loss has not converged, the last one."""
+    def finish(self) -> list[int]:
+        """The segments to average in addition after the last evaluation: the last one if the loss has not converged."""
         return [] if self.converged is not None else [len(self.losses) - 1]
 
-    def oldest(self) -> int:
-        """The first segment that may still enter."""
+    def oldest_needed(self) -> int:
+        """The first segment that may still be returned by `update` or `finish`."""
         if self.converged is not None:
-            return len(self.losses) if self.dead else self.entered
+            return len(self.losses) if self.ended else self._next
         return max(0, len(self.losses) + 1 - max(self.n_converge, self.n_tolerance))
 
-    def _converges(self) -> bool:
+    def _converged_at(self) -> int | None:
+        """The segment c, and set the threshold; None if the loss has not converged yet."""
         window = self.losses[-self.n_converge :]
         if len(window) < self.n_converge or np.argmin(window) != 0:
-            return False
-        self.converged = len(self.losses) - self.n_converge
+            return None
         self.threshold = float(np.mean(window)) * (1 + self.tolerance_ratio)
-        return True
+        return len(self.losses) - self.n_converge
 
-    def _begin(self) -> list[int]:
-        start = self.converged
+    def _begin(self, converged: int) -> list[int]:
+        start = converged
         while start > max(0, len(self.losses) - self.n_tolerance) and self.losses[start - 1] <= self.threshold:
             start -= 1
-        self.seen = self.end = self.converged
-        self.entered = start
-        return self._go_on()
+        self._checked = self._last_good = converged
+        self._next = start
+        return self._continue()
 
-    def _go_on(self) -> list[int]:
-        for i in range(self.seen + 1, len(self.losses)):
-            if self.losses[i] <= self.threshold and not self.dead:
-                self.end = i
-            self.dead = self.dead or i - self.end >= self.n_tolerance
-        self.seen = len(self.losses) - 1
-        entering = list(range(self.entered, self.end + 1))
-        self.entered = self.end + 1
-        return entering
+    def _continue(self) -> list[int]:
+        for i in range(self._checked + 1, len(self.losses)):
+            if self.losses[i] <= self.threshold and not self.ended:
+                self._last_good = i
+            self.ended = self.ended or i - self._last_good >= self.n_tolerance
+        self._checked = len(self.losses) - 1
+        segments = list(range(self._next, self._last_good + 1))
+        self._next = self._last_good + 1
+        return segments
 
 
 class ReleasedValley(LossValley):
-    """What the released code does, to compare with its numbers.
+    """The segments that the released code averages, for comparison with its numbers; see `released_segments`."""
 
-    When the loss converges, of the segments up to c the first good one is left out, c itself enters, and again when
-    it becomes the oldest of the `n_tolerance` latest, one of which enters after each evaluation from then on (issue 28
-    there). Where fewer than `n_tolerance` evaluations came before, segments after c are taken for ones up to c, and the
-    oldest one enters several times over. At the end those of the latest enter but the oldest, whether they have or not.
-    """
+    def __init__(self, *, n_converge: int, n_tolerance: int, tolerance_ratio: float) -> None:
+        super().__init__(n_converge=n_converge, n_tolerance=n_tolerance, tolerance_ratio=tolerance_ratio)
+        self._averaged: list[int] = []
+        self._at_end: list[int] = []
 
-    def after(self, loss: float) -> list[int]:
+    def update(self, loss: float) -> list[int]:
         self.losses.append(loss)
-        if self.dead:
-            return []
-        latest = self._latest()
-        if self.converged is None:
-            return self._first(latest) if self._converges() else []
-        if latest[0] < self.converged:
-            return []
-        self.dead = not self._good(latest)
-        self.entered += not self.dead
-        return [] if self.dead else [latest[0]]
+        n_before = len(self._averaged)
+        self._averaged, self._at_end, self.converged, self.threshold, self.ended = released_segments(
+            self.losses, N_s=self.n_converge, N_e=self.n_tolerance, r=1 + self.tolerance_ratio
+        )
+        return self._averaged[n_before:]
 
-    def rest(self) -> list[int]:
-        if self.converged is None:
-            return super().rest()
-        latest, found = self._latest(), []
-        if not self.dead:
-            found = [i for i in latest[1:] if self._good(range(i, latest[-1] + 1))]
-        return found if found or self.entered else [self.converged]
+    def finish(self) -> list[int]:
+        return self._at_end
 
-    def oldest(self) -> int:
-        if self.dead and self.entered:
+    def oldest_needed(self) -> int:
+        if self.ended and self._averaged:
             return len(self.losses)
         keep = max(0, len(self.losses) + 1 - max(self.n_converge, self.n_tolerance))
-        return keep if self.entered or self.converged is None else min(keep, self.converged)
+        return keep if self._averaged or self.converged is None else min(keep, self.converged)
 
-    def _latest(self) -> list[int]:
-        return list(range(len(self.losses)))[-self.n_tolerance :]
 
-    def _good(self, segments: Sequence[int]) -> bool:
-        return min(self.losses[i] for i in segments) <= self.threshold
+class ReleasedSegments(NamedTuple):
+    """Result of `released_segments`."""
 
-    def _first(self, latest: list[int]) -> list[int]:
-        more = self.n_tolerance - self.n_converge
-        if more < 0:
-            found = [self.converged + 1 + i for i in range(-more)]
-        else:
-            above = [place for place, i in enumerate(latest[: more + 1]) if self.losses[i] > self.threshold]
-            found = latest[: more + 1][(above[-1] + 1 if above else 0) + 1 :] if more else []
-        self.entered = len(found)
-        return found
+    averaged: list[int]  # segments averaged so far, in order, possibly several times
+    at_end: list[int]  # segments to average in addition if no evaluation follows
+    t_s: int | None  # segment at which the loss has converged
+    threshold: float
+    ended: bool
+
+
+def released_segments(losses: Sequence[float], *, N_s: int, N_e: int, r: float) -> ReleasedSegments:
+    """Which segments the released code averages, given the losses so far.
+
+    It differs from `LossValley` (issue 28 of the released code): at convergence the first good segment up to t_s is
+    left out; t_s is counted then, and again as the oldest of the N_e latest segments. If there were fewer than N_e
+    evaluations before, segments after t_s are taken for segments up to t_s, and the oldest segment is counted several
+    times. At the end the good segments among the latest ones except the oldest are added, whether they were counted
+    before or not.
+
+    Args:
+        losses: held-out loss of each segment.
+        N_s: optimum patience, `n_converge`.
+        N_e: overfit patience, `n_tolerance`.
+        r: tolerance, 1 + `tolerance_ratio`.
+    """
+    averaged: list[int] = []
+    t_s, threshold, ended = None, float("nan"), False
+    latest: list[int] = []  # the N_e latest segments
+    for t in range(len(losses)):
+        latest = list(range(max(0, t + 1 - N_e), t + 1))
+        if t_s is None:
+            # Has the loss converged? Then begin with some of the segments up to t_s.
+            window = losses[max(0, t + 1 - N_s) : t + 1]
+            if len(window) == N_s and np.argmin(window) == 0:
+                t_s = t + 1 - N_s
+                threshold = float(np.mean(window)) * r
+                if N_e < N_s:
+                    averaged += range(t_s + 1, t_s + 1 + N_s - N_e)
+                elif N_e > N_s:
+                    candidates = latest[: N_e - N_s + 1]
+                    bad = [i for i in candidates if losses[i] > threshold]
+                    first_good = bad[-1] + 1 if bad else candidates[0]
+                    averaged += [i for i in candidates if i > first_good]
+        elif latest[0] >= t_s:
+            # In the valley: add the oldest of the latest segments, unless all of them are bad.
+            ended = not min(losses[i] for i in latest) <= threshold
+            if ended:
+                break
+            averaged.append(latest[0])
+    if t_s is None:
+        at_end = latest[-1:]
+    else:
+        at_end = [] if ended else [i for i in latest[1:] if min(losses[i:]) <= threshold]
+        at_end = at_end or ([] if averaged else [t_s])
+    return ReleasedSegments(averaged, at_end, t_s, threshold, ended)

@@ -1,7 +1,8 @@
-"""Means of an algorithm's weights, and an algorithm that has such a mean for its weights.
+"""Means of an algorithm's weights, and copies of an algorithm that predict with such a mean.
 
-Buffers of floating point, such as the statistics of a BatchNorm that trains, are averaged like weights; other buffers
-are the latest. Deviation: SWA and SWAD estimate those statistics anew, over an epoch or 500 batches, for the mean.
+Floating-point buffers, such as the running statistics of BatchNorm in train mode, are averaged like weights; of other
+buffers the latest value is used. Deviation: SWA and SWAD estimate these statistics again for the mean, over one epoch
+or 500 batches.
 """
 
 from __future__ import annotations
@@ -15,24 +16,36 @@ from gsdg.algorithms import Algorithm
 
 
 class Weights:
-    """The parameters and buffers that an algorithm has now, by name; it may replace them at any step."""
+    """The current parameters and buffers of an algorithm by name; calling it returns them.
+
+    It stores where they are and not the tensors, because the algorithm may replace a tensor at any step.
+    """
 
     def __init__(self, algorithm: Algorithm) -> None:
-        self.places: dict[str, tuple[dict, str]] = {}
+        self.locations: dict[str, tuple[dict, str]] = {}
         seen = set()
         for prefix, module in algorithm.named_modules():
-            for table in (module._parameters, module._buffers):
-                for key, tensor in table.items():
-                    if tensor is not None and id(tensor) not in seen:  # shared ones have one name
+            for tensors in (module._parameters, module._buffers):
+                for key, tensor in tensors.items():
+                    if tensor is not None and id(tensor) not in seen:  # a shared tensor has only one name
                         seen.add(id(tensor))
-                        self.places[f"{prefix}.{key}".lstrip(".")] = table, key
+                        self.locations[f"{prefix}.{key}".lstrip(".")] = tensors, key
 
     def __call__(self) -> dict[str, Tensor]:
-        return {name: table[key] for name, (table, key) in self.places.items()}
+        return {name: tensors[key] for name, (tensors, key) in self.locations.items()}
 
 
-class Mean:
-    """A running mean of weights, in tensors of its own. `start`, `end`: the steps of the first and the last of them."""
+class WeightMean:
+    """A running mean of weights, in its own tensors.
+
+    Args:
+        like: weights by name, with the shapes and types of the mean's tensors.
+        device: device of the mean; None: that of `like`.
+
+    Attributes:
+        n: number of steps whose weights are in the mean.
+        start, end: first and last of these steps; -1 if there are none.
+    """
 
     def __init__(self, like: dict[str, Tensor], device: torch.device | str | None = None) -> None:
         self.tensors = {name: torch.empty_like(tensor, device=device) for name, tensor in like.items()}
@@ -43,20 +56,26 @@ class Mean:
 
     @torch.no_grad()
     def add(self, weights: dict[str, Tensor], share: float, *, start: int, end: int, n: int = 1) -> None:
-        """mean <- mean + share (weights - mean), a share of 1 for the first; they stand for `n`, of the steps given."""
+        """mean <- mean + share (weights - mean); the first weights are copied.
+
+        Args:
+            weights: weights by name.
+            share: their weight in the new mean, in [0, 1].
+            start, end, n: first and last step of which `weights` is a mean, and how many steps it counts for.
+        """
         pairs = [(mean, weights[name]) for name, mean in self.tensors.items()]
-        lasting = [pair for pair in pairs if self.n and pair[0].is_floating_point()]
-        taken = [pair for pair in pairs if not (self.n and pair[0].is_floating_point())]
-        if lasting:
-            torch._foreach_lerp_(*map(list, zip(*lasting, strict=True)), share)
-        if taken:
-            torch._foreach_copy_(*map(list, zip(*taken, strict=True)))
+        averaged = [pair for pair in pairs if self.n and pair[0].is_floating_point()]
+        copied = [pair for pair in pairs if not (self.n and pair[0].is_floating_point())]
+        if averaged:
+            torch._foreach_lerp_([mean for mean, _ in averaged], [new for _, new in averaged], share)
+        if copied:
+            torch._foreach_copy_([mean for mean, _ in copied], [new for _, new in copied])
         self.start = start if self.n == 0 else min(self.start, start)
         self.n, self.end = self.n + n, max(self.end, end)
 
-    def on(self, device: torch.device | str) -> Mean:
-        """A copy of it on a device."""
-        other = Mean(self.tensors, device)
+    def on(self, device: torch.device | str) -> WeightMean:
+        """A copy of the mean on a device."""
+        other = WeightMean(self.tensors, device)
         other.load_state_dict(self.state_dict())
         return other
 
@@ -69,20 +88,23 @@ class Mean:
             self.tensors[name].copy_(tensor)
 
 
-def with_mean(algorithm: Algorithm, weights: Weights, mean: Mean) -> Algorithm:
-    """The algorithm with `mean` for its weights: to predict with, while the algorithm itself keeps its own.
+def with_mean(algorithm: Algorithm, weights: Weights, mean: WeightMean) -> Algorithm:
+    """A copy of the algorithm that predicts with `mean` as its weights. The algorithm itself keeps its own weights.
 
-    Its modules are copies, whose tensors are the mean's. What is no module is shared: of an algorithm, and of one
-    inside it, such as the gradients that a surgery on its losses keeps.
+    The modules are copied, with the mean's tensors as parameters and buffers. The other attributes of an algorithm, and
+    of algorithms inside it, are shared with the copy: they may be as large as the model.
     """
+    # The memo of deepcopy: every tensor is replaced by the mean's ...
     memo: dict[int, object] = {}
-    for name, own in weights().items():
-        tensor = mean.tensors[name].to(own.device)
-        memo[id(own)] = nn.Parameter(tensor, requires_grad=False) if isinstance(own, nn.Parameter) else tensor
-    algorithms = [module for module in algorithm.modules() if isinstance(module, Algorithm)]  # it, and any inside it
-    for own in algorithms:
-        memo[id(own)] = object.__new__(type(own))
-    for own in algorithms:
-        copied = {key: copy.deepcopy(own.__dict__[key], memo) for key in ("_modules", "_parameters", "_buffers")}
-        memo[id(own)].__dict__.update(own.__dict__ | copied)
-    return memo[id(algorithm)]
+    for name, tensor in weights().items():
+        value = mean.tensors[name].to(tensor.device)
+        memo[id(tensor)] = nn.Parameter(value, requires_grad=False) if isinstance(tensor, nn.Parameter) else value
+    # ... and every algorithm by a new object, which then gets copies of the modules and all other attributes as they
+    # are.
+    originals = [module for module in algorithm.modules() if isinstance(module, Algorithm)]
+    copies = {id(original): object.__new__(type(original)) for original in originals}
+    memo |= copies
+    for original in originals:
+        copied = {key: copy.deepcopy(original.__dict__[key], memo) for key in ("_modules", "_parameters", "_buffers")}
+        copies[id(original)].__dict__.update(original.__dict__ | copied)
+    return copies[id(algorithm)]

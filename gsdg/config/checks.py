@@ -1,6 +1,6 @@
-"""What is refused of a whole config: keys that nothing reads, and labels that are the name of something else.
+"""Checks of a whole config: keys that nothing reads, labels that are the name of another choice, useless BatchNorm.
 
-A key that nothing reads would still change a run's id, and a table would show equal runs as different methods.
+A key that nothing reads would still change the run id, and tables would show equal runs as different methods.
 """
 
 from __future__ import annotations
@@ -8,15 +8,17 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from functools import cache
-from pathlib import Path
+from typing import Any
 
 import torch
-import yaml
 from torch.nn.modules.batchnorm import _BatchNorm
 
-import gsdg
-from gsdg.errors import UserError, listing, nearest
-from gsdg.schema import build
+from gsdg.config.choices import choices, groups, shipped_node, slash_hint
+from gsdg.config.command_line import NEEDED
+from gsdg.config.identity import short_target
+from gsdg.config.names import how_to_give_text
+from gsdg.config.schema import build
+from gsdg.utils.errors import UserError, listing, nearest
 
 GROUPS = ("dataset", "split", "model", "algorithm", "optimizer", "trainer", "search")
 VALUES = {
@@ -28,28 +30,35 @@ VALUES = {
     "force": bool,
     "on_code_change": str,
 }
-# The YAML files: beside the package in a checkout, in it when installed, and in neither in the frozen copy of a sweep,
-# whose configs were checked when it was submitted.
-PACKAGE = Path(gsdg.__file__).parent
-CONF = next(
-    (folder for folder in (PACKAGE.parent / "conf", PACKAGE / "conf") if (folder / "config.yaml").is_file()), None
-)
 
 
 def check_keys(config: dict) -> None:
-    """UserError for a top-level key that is none of a run's, or a value of another type."""
+    """UserError for an unknown key at the top level, or a value of another type."""
     valid = [*GROUPS, *VALUES]
     for key in config:
         if key not in valid:
-            guess = nearest(key, {known: config.get(known) for known in valid})
+            guess = nearest(key, {valid_key: config.get(valid_key) for valid_key in valid})
             raise UserError(f"unknown key {key}.{guess} Valid at the top level: {listing(sorted(valid))}.")
     for key, kind in VALUES.items():
-        if type(config[key]) is not kind:
-            raise UserError(f"{key}: found {config[key]!r}, expected {kind.__name__}.")
+        if type(config.get(key)) is not kind:
+            quotes = how_to_give_text(key, config.get(key)) if kind is str else ""
+            raise UserError(f"{key}: found {config.get(key)!r}, expected {kind.__name__}.{quotes}")
+
+
+def check_groups(config: Mapping) -> None:
+    """UserError for a missing group, and for `trainer.averaging=swad`, which must be written with a slash."""
+    for group in NEEDED:
+        if not isinstance(config.get(group), Mapping):
+            valid = listing(f"{group}={name}" for name in sorted(choices(group)))
+            raise UserError(f"{group}: found {config.get(group)!r}, but a run needs one. Choose: {valid}.")
+    for outer, _, inner in (group.partition("/") for group in groups()):
+        value = config[outer].get(inner) if outer in NEEDED else None
+        if isinstance(value, str) and (message := slash_hint(f"{outer}.{inner}", value)):
+            raise UserError(message)
 
 
 def check_preset(config: Mapping) -> None:
-    """UserError for a preset whose keys have all become keys of `experiment`, which nothing reads."""
+    """UserError for a preset without `# @package _global_`: nothing reads its keys, which are below `experiment`."""
     if isinstance(config.get("experiment"), Mapping):
         raise UserError(
             f"experiment: found the keys {listing(config['experiment'])} in it, which nothing reads.\n"
@@ -61,86 +70,62 @@ def check_preset(config: Mapping) -> None:
 
 
 def check_labels(config: dict) -> None:
-    """UserError for a `name` that is the name of another choice of its group: tables would call the run by it."""
-    for where, node in labelled(config):
+    """UserError for a `name` that is the name of another choice of its group: tables would show the run under it."""
+    for where, node in named_nodes(config):
         name, group = node["name"], where.replace("algorithm.surgery.", "algorithm.").replace(".", "/")
         if not isinstance(name, str):
             raise UserError(f"{where}.name: found {name!r}, expected str.")
-        made_of = kind(node)
-        expected = kind(shipped(group, name)) if name in choices(group) else {}
-        if group == "model" and not expected and made_of.get("_target_") == "Classifier" and name in networks():
+        found = defining_values(node)
+        expected = defining_values(shipped_node(group, name)) if name in choices(group) else {}
+        if group == "model" and not expected and found.get("_target_") == "Classifier" and name in networks():
             expected = {"backbone": name}
-        if wrong := [part for part in expected if part in made_of and not fits(made_of[part], expected[part])]:
+        if wrong := [key for key in expected if key in found and not matches(found[key], expected[key])]:
             other = f"; to run {name} itself: {group}={name}" if name in choices(group) else ""
             raise UserError(
-                f"{where}.name={name}: that is the name of another {group}, with {described(expected, wrong)}; "
-                f"this one has {described(made_of, wrong)}.\n"
+                f"{where}.name={name}: that is the name of another {group}, with {describe(expected, wrong)}; "
+                f"this one has {describe(found, wrong)}.\n"
                 f"Leave the name as its file has it, or choose one that nothing else has{other}."
             )
 
 
-def labelled(node: dict, where: str = "") -> Iterator[tuple[str, dict]]:
-    """(dotted key, node) of every node in a config that has a name, after those in it."""
+def named_nodes(node: dict, where: str = "") -> Iterator[tuple[str, dict]]:
+    """(dotted key, node) for every node of a config that has a `name`; inner nodes before the nodes that hold them."""
     for key, value in node.items():
         if isinstance(value, dict):
-            yield from labelled(value, f"{where}.{key}" if where else key)
+            yield from named_nodes(value, f"{where}.{key}" if where else key)
     if where and "name" in node:
         yield where, node
 
 
-def kind(node: dict) -> dict:
-    """What makes a choice what its name says: its classes, its rule, its folders of images; not its settings."""
+def defining_values(node: dict) -> dict:
+    """The values of a node that its name stands for: its classes, its rule, its image folders; not its settings."""
     node = node.get("partition", node) if "_target_" not in node else node
-    rule = node.get("rule") if node.get("name") != "grad_surgery" else None  # the class of every rule
-    classes = {"_target_": node, "backbone": node.get("backbone"), "rule": rule}
-    found = {
-        part: last_word(own["_target_"]) for part, own in classes.items() if isinstance(own, dict) and "_target_" in own
+    rule = node.get("rule") if node.get("name") != "grad_surgery" else None  # grad_surgery may have any rule
+    nodes = {"_target_": node, "backbone": node.get("backbone"), "rule": rule}
+    values: dict[str, Any] = {
+        key: short_target(inner["_target_"])
+        for key, inner in nodes.items()
+        if isinstance(inner, dict) and "_target_" in inner
     }
-    found["conditional"] = node.get("conditional")
-    if found.get("_target_") == "ImageFolders":  # the domains of other data sets are made, of any angle or colour
-        found["domains"] = node.get("domains")
-    return {part: value for part, value in found.items() if value is not None}
+    values["conditional"] = node.get("conditional")
+    if values.get("_target_") == "ImageFolders":  # other data sets generate their domains, of any angle or colour
+        values["domains"] = node.get("domains")
+    return {key: value for key, value in values.items() if value is not None}
 
 
-def last_word(target: str) -> str:
-    """A class of ours by its own name, wherever its file lies; anybody else's in full."""
-    return target.rpartition(".")[2] if target.startswith("gsdg.") else target
+def matches(value: Any, expected: Any) -> bool:
+    """Whether the values are equal; a list of domains may also be a subset of the expected one."""
+    return set(value) <= set(expected) if isinstance(expected, list) else value == expected
 
 
-def fits(found: object, expected: object) -> bool:
-    """Equal; of domains, fewer of them too."""
-    return set(found) <= set(expected) if isinstance(expected, list) else found == expected
-
-
-def described(made_of: dict, parts: list[str]) -> str:
-    values = {part: made_of[part] for part in parts}
-    return listing(f"{part} {listing(value) if isinstance(value, list) else value}" for part, value in values.items())
-
-
-def choices(group: str) -> set[str]:
-    return files_in(CONF / group) if CONF else set()
-
-
-@cache
-def files_in(folder: Path) -> set[str]:
-    return {path.stem for path in folder.glob("*.yaml")}
-
-
-@cache
-def shipped(group: str, name: str) -> dict:
-    """A choice's YAML as it stands, over those of its group that it starts from, with its rule."""
-    node = yaml.safe_load((CONF / group / f"{name}.yaml").read_text(encoding="utf-8"))
-    for entry in reversed(node.pop("defaults", [])):
-        if isinstance(entry, str) and entry != "_self_":
-            node = shipped(group, entry) | node
-        elif isinstance(entry, dict) and (rules := [entry[key] for key in entry if key.endswith("rule")]):
-            node["rule"] = shipped("algorithm/rule", rules[0])
-    return node
+def describe(values: dict, keys: list[str]) -> str:
+    chosen = {key: values[key] for key in keys}
+    return listing(f"{key} {listing(value) if isinstance(value, list) else value}" for key, value in chosen.items())
 
 
 @cache
 def networks() -> set[str]:
-    """The networks of torchvision: a label that is one of these names says which network it is."""
+    """The names of torchvision's networks: a label with such a name says which network the model is."""
     from torchvision.models import list_models
 
     return set(list_models())
@@ -150,7 +135,7 @@ def networks() -> set[str]:
 
 
 def check_frozen_statistics(model: dict) -> None:
-    """UserError where BatchNorm would keep the statistics that it starts with, 0 and 1, on random weights."""
+    """UserError if BatchNorm is frozen in a network with random weights: it would keep mean 0 and variance 1."""
     if model.get("weights") is None and model.get("freeze_bn") and has_batchnorm(json.dumps(model)):
         raise UserError(
             "model.freeze_bn=true with model.weights=null: BatchNorm would keep its initial statistics, mean 0 and "
@@ -162,6 +147,6 @@ def check_frozen_statistics(model: dict) -> None:
 
 @cache
 def has_batchnorm(model: str) -> bool:
-    """Of a model's node, as JSON. It is built, and the state of the random number generator restored."""
+    """Whether a model has a BatchNorm layer. model: its node as JSON. The model is built; the RNG state is restored."""
     with torch.random.fork_rng(devices=[]):
         return any(isinstance(module, _BatchNorm) for module in build(json.loads(model), classes=1).modules())

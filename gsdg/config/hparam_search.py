@@ -1,9 +1,9 @@
-"""Hyper-parameter search by random draws: a config's `search` node -> values of its keys, DomainBed's to the bit.
+"""Random hyper-parameter search: a config's `search` node -> values for other keys. The draws equal DomainBed's.
 
-Draw 0 is the config's own values: the plain run, with the same id (gsdg/identity.py). A value's seed is made of the
-draw, the trial and its range's name: every trial draws anew, as in DomainBed, and one range more or less leaves the
-other draws as they are.
-Deviation: initialisation and batches depend on the trial, not on the draw; DomainBed's sweep reseeds them with each.
+Draw 0 is the config without any change: the plain run, with the same run id. Each value has a seed of its
+own, made of the number of the draw, the trial seed and the name of its range. So each trial draws other values, as in
+DomainBed, and adding or removing a range does not change the values of the others.
+Deviation: initialization and batches depend on the trial only; DomainBed's sweep reseeds them for every draw too.
 """
 
 from __future__ import annotations
@@ -13,91 +13,108 @@ from collections.abc import Iterator, Mapping, MutableMapping
 
 import numpy as np
 
-from gsdg.errors import UserError, listing
-from gsdg.seeding import seed_hash
+from gsdg.utils.errors import UserError, listing
+from gsdg.utils.seeding import seed_hash
 
-BASES = {"uniform": None, "log2": 2, "log10": 10}  # [low, high] is of the value, or of its logarithm to a base
+BASES = {"uniform": None, "log2": 2, "log10": 10}  # None: [low, high] bound the value; else its logarithm to that base
 FORMS = (*BASES, "choice")
-EXPONENTS = 300  # to either side: beyond it a power of ten is not a number
-FORBIDDEN = ("search", "split")  # the draws are made from these
+EXPONENTS = 300  # largest absolute value of an exponent: a larger power of ten is no float
+FORBIDDEN = ("search", "split")  # the seeds of the draws are made from these keys
 EXAMPLE = "{key: optimizer.lr, log10: [-5, -3.5]}"
 
 
 def draw(ranges: dict, hparams_seed: int, trial_seed: int) -> dict:
-    """{dotted key: value}, one for each range, in order; {} for draw 0. UserError: ranges that cannot be drawn from.
+    """Draw one value per range.
 
-    A range is {key, uniform | log2 | log10: [low, high]}, `integer: true` to cut what is drawn, or {key, choice: [..]}.
+    Args:
+        ranges: {name: range}. A range is {key, uniform | log2 | log10: [low, high]}, optionally with `integer: true`,
+            which truncates the value, or {key, choice: [values]}. With log2 and log10 the bounds are exponents.
+        hparams_seed: number of the draw, 0 or more.
+        trial_seed: of the split.
+
+    Returns:
+        {dotted key: value} in the order of the ranges; {} for draw 0.
+
+    Raises:
+        UserError: a range or the number of the draw is not valid.
     """
     _check_seed(hparams_seed)
     _check_ranges(ranges)
     if hparams_seed == 0:
         return {}
     seed = seed_hash(hparams_seed, trial_seed)
-    return {one["key"]: _value(one, np.random.RandomState(seed_hash(seed, name))) for name, one in ranges.items()}
+    return {
+        spec["key"]: _draw_value(spec, np.random.RandomState(seed_hash(seed, name))) for name, spec in ranges.items()
+    }
 
 
 def apply(search: dict, config: MutableMapping) -> None:
-    """Put the draw that `search` asks for in place of the config's own values; once more changes nothing more.
+    """Replace values of the config, in place, by the draw that `search` asks for. A second call changes nothing.
 
-    UserError for a key that the config has not; at draw 0 too, or only the next run would find it.
+    UserError for a key that the config does not have; also at draw 0, so that the first run of a search finds it.
     """
     _check_node(search)
     drawn = draw(search["ranges"], search["hparams_seed"], config["split"].get("trial_seed"))
-    for key, node, leaf in _places(search, config):
+    for key, node, leaf in _targets(search, config):
         if key in drawn:
             node[leaf] = drawn[key]
 
 
-def with_own(search: dict, own: dict) -> dict:
-    """The search with the ranges of its algorithm beside its own, in the place of those for the same key.
+def merge_ranges(search: dict, algorithm_ranges: dict) -> dict:
+    """The search with the ranges of the algorithm added; they replace ranges of the search for the same key.
 
-    One of the algorithm's that says `like: lr` is drawn as the search's lr is, under its own name, and left out where
-    the search does not draw that: as in DomainBed, whose ranges depend on the data set.
+    A range of the algorithm with `like: lr` is drawn like the range `lr` of the search, under its own name. It is left
+    out if the search has no such range. So an algorithm's ranges can depend on the data set, as in DomainBed.
     """
     ranges = search.get("ranges")
     if not isinstance(ranges, dict):
         return search  # refused later
-    own = {name: _like(one, ranges) for name, one in own.items() if one.get("like", name) in {name, *ranges}}
-    taken = {one["key"] for one in own.values()}
-    kept = {name: one for name, one in ranges.items() if not (isinstance(one, dict) and one.get("key") in taken)}
-    return search | {"ranges": kept | own}
+    added = {
+        name: _resolve_like(spec, ranges)
+        for name, spec in algorithm_ranges.items()
+        if spec.get("like", name) in {name, *ranges}
+    }
+    replaced = {spec["key"] for spec in added.values()}
+    kept = {name: spec for name, spec in ranges.items() if not (isinstance(spec, dict) and spec.get("key") in replaced)}
+    return search | {"ranges": kept | added}
 
 
-def _like(one: dict, ranges: dict) -> dict:
-    return {**ranges[one["like"]], "key": one["key"]} if "like" in one else one
+def _resolve_like(spec: dict, ranges: dict) -> dict:
+    return {**ranges[spec["like"]], "key": spec["key"]} if "like" in spec else spec
 
 
-def told(search: dict, config: Mapping) -> str:
+def describe_draw(search: dict, config: MutableMapping) -> str:
     """`draw 3 of domainbed: optimizer.lr=0.0003, model.dropout=0.1`: the values as overrides."""
-    values = listing(f"{key}={node[leaf]}" for key, node, leaf in _places(search, config))
+    values = listing(f"{key}={node[leaf]}" for key, node, leaf in _targets(search, config))
     return f"draw {search['hparams_seed']} of {search['name']}: {values}"
 
 
-def _value(one: dict, random: np.random.RandomState) -> object:
-    if "choice" in one:
-        return one["choice"][random.choice(len(one["choice"]))]  # the index: of the values numpy would make its own
-    (form,) = BASES.keys() & one.keys()
-    base, drawn = BASES[form], random.uniform(*one[form])
+def _draw_value(spec: dict, random: np.random.RandomState) -> object:
+    if "choice" in spec:
+        # Draw an index: random.choice(values) would convert the values to numpy's types.
+        return spec["choice"][random.choice(len(spec["choice"]))]
+    (form,) = BASES.keys() & spec.keys()
+    base, drawn = BASES[form], random.uniform(*spec[form])
     value = drawn if base is None else base**drawn
-    return int(value) if one.get("integer") else value
+    return int(value) if spec.get("integer") else value
 
 
-# ---- where the values go --------------------------------------------------------------------------------------------
+# ---- the keys that are drawn ----------------------------------------------------------------------------------------
 
 
-def _places(search: dict, config: Mapping) -> Iterator[tuple[str, Mapping, str]]:
-    """(key, the node it is in, its last word) for each range."""
-    for name, one in search["ranges"].items():
-        *parents, leaf = one["key"].split(".")
+def _targets(search: dict, config: MutableMapping) -> Iterator[tuple[str, MutableMapping, str]]:
+    """For each range: (its dotted key, the node that holds that key, the key's last word)."""
+    for name, spec in search["ranges"].items():
+        *parents, leaf = spec["key"].split(".")
         node = config
         for word in parents:
-            node = node.get(word) if isinstance(node, Mapping) else None
-        if not isinstance(node, Mapping) or leaf not in node:
-            raise UserError(_missing(f"search.ranges.{name}", one["key"], config))
+            node = node.get(word) if isinstance(node, MutableMapping) else None
+        if not isinstance(node, MutableMapping) or leaf not in node:
+            raise UserError(_missing(f"search.ranges.{name}", spec["key"], config))
         if isinstance(node[leaf], Mapping):
-            keys = listing(f"{one['key']}.{key}" for key in node[leaf] if not str(key).startswith("_"))
-            raise UserError(f"search.ranges.{name}.key={one['key']}: it is several keys. Choose one: {keys}.")
-        yield one["key"], node, leaf
+            keys = listing(f"{spec['key']}.{key}" for key in node[leaf] if not str(key).startswith("_"))
+            raise UserError(f"search.ranges.{name}.key={spec['key']}: a group of keys. Choose one: {keys}.")
+        yield spec["key"], node, leaf
 
 
 def _missing(where: str, key: str, config: Mapping) -> str:
@@ -115,7 +132,7 @@ def _leaves(node: Mapping, prefix: str = "") -> Iterator[str]:
             yield f"{prefix}{key}"
 
 
-# ---- what a user may have written -----------------------------------------------------------------------------------
+# ---- checks of what the user wrote ----------------------------------------------------------------------------------
 
 
 def _check_node(search: object) -> None:
@@ -136,42 +153,42 @@ def _check_ranges(ranges: object) -> None:
     if not isinstance(ranges, dict) or not ranges:
         raise UserError(f"search.ranges: found {ranges!r}, expected a range for each value, such as lr: {EXAMPLE}.")
     drawn: dict[str, str] = {}
-    for name, one in ranges.items():
+    for name, spec in ranges.items():
         where = f"search.ranges.{name}"
-        if not isinstance(name, str):  # JSON would make it text, and so another seed
+        if not isinstance(name, str):  # JSON would convert it to text, which gives another seed
             raise UserError(f"{where}: found the number {name} for a name. Put it into quotes.")
-        _check_key(where, one)
-        _check_form(where, one)
-        if one["key"] in drawn:
-            raise UserError(f"{where} and {drawn[one['key']]} both draw {one['key']}. Leave one out: ~{where}")
-        drawn[one["key"]] = where
+        _check_key(where, spec)
+        _check_form(where, spec)
+        if spec["key"] in drawn:
+            raise UserError(f"{where} and {drawn[spec['key']]} both draw {spec['key']}. Leave one out: ~{where}")
+        drawn[spec["key"]] = where
 
 
-def _check_key(where: str, one: object) -> None:
-    key = one.get("key") if isinstance(one, dict) else None
+def _check_key(where: str, spec: object) -> None:
+    key = spec.get("key") if isinstance(spec, dict) else None
     if not isinstance(key, str):
         hint = f"expected a key and how to draw it, such as {EXAMPLE}.\nTo search without it: ~{where}"
-        raise UserError(f"{where}: found {one!r}, {hint}")
+        raise UserError(f"{where}: found {spec!r}, {hint}")
     if key.split(".")[0] in FORBIDDEN:
         raise UserError(f"{where}.key={key}: draws depend on it. Valid: keys outside of {listing(FORBIDDEN)}.")
 
 
-def _check_form(where: str, one: dict) -> None:
-    forms = [form for form in FORMS if form in one]
+def _check_form(where: str, spec: dict) -> None:
+    forms = [form for form in FORMS if form in spec]
     valid = ("key", *forms) if forms == ["choice"] else ("key", *forms, "integer")
-    if len(forms) != 1 or set(one) - set(valid):
-        found = listing(key for key in one if key != "key")
+    if len(forms) != 1 or set(spec) - set(valid):
+        found = listing(key for key in spec if key != "key")
         raise UserError(
             f"{where}: found {found}; valid: one of {listing(FORMS)}; `integer` only beside the first three."
         )
     form = forms[0]
     check = _check_choice if form == "choice" else _check_bounds
-    check(f"{where}.{form}", one[form], BASES.get(form))
-    if not isinstance(one.get("integer", True), bool):
-        raise UserError(f"{where}.integer: found {one['integer']!r}; valid: true, false.")
+    check(f"{where}.{form}", spec[form], BASES.get(form))
+    if not isinstance(spec.get("integer", True), bool):
+        raise UserError(f"{where}.integer: found {spec['integer']!r}; valid: true, false.")
 
 
-def _check_choice(where: str, values: object, _: None) -> None:
+def _check_choice(where: str, values: object, _: int | None) -> None:
     if not isinstance(values, list) or not values:
         raise UserError(f"{where}: found {values!r}, expected a list of values, such as [0.0, 0.1, 0.5].")
 

@@ -1,13 +1,14 @@
-"""Which runs are the same run: the identity of a config, whose hash is the run id. Standard library and Hydra only.
+"""The identity of a run: the part of its config that can change a result. Its hash is the run id.
 
-The identity is the resolved config, without what cannot change a result:
-- the keys of NOT_SCIENTIFIC: folders, device, logging, loading, how torch's optimizers are implemented;
-- a value that is its constructor's default. So a key that is added later, with a default that means what the code did
-  before, changes no id; and an explicit `betas: [0.9, 0.999]` is what Adam does anyway. A constructor's default may
-  therefore not be changed without a new VERSION (tests/golden/defaults.json holds them);
-- dataset.short_side where images are not stored (trainer.transform=exact); a search at its draw 0, the plain config.
-A `_target_` in gsdg counts by its last word, whatever file it is in; a file of weights by its content, wherever it
-lies; the root of a data set by its last word: the images themselves are compared when a run starts (reuse.py).
+Imports only the standard library and Hydra. The identity is the resolved config without:
+- the keys of NOT_SCIENTIFIC: folders, device, logging, data loading, the implementation of torch's optimizers;
+- values that equal the default of their constructor. So a key that is added later, with a default that does what the
+  code did before, changes no run id, and an explicit `betas: [0.9, 0.999]` for Adam does not either. Therefore the
+  default of a constructor must not change without a new VERSION (tests/golden/defaults.json holds all defaults);
+- dataset.short_side where images are not stored (trainer.transform=exact), and a search at draw 0, the plain config.
+
+A `_target_` in gsdg counts by the name of the class, without its module; a file of weights by its content, without its
+path; the root of a data set by the name of its folder. The images themselves are compared when a run starts (reuse.py).
 """
 
 from __future__ import annotations
@@ -17,11 +18,13 @@ import hashlib
 import inspect
 import json
 import os
-from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
-VERSION = 2  # of this definition: it is part of every id
-# What may differ between two executions of the same experiment.
+from gsdg.utils.digest import file_digest
+
+VERSION = 2  # of this definition; part of every run id
+# Keys that may differ between two executions of the same experiment.
 NOT_SCIENTIFIC = (
     "data_dir",
     "runs_dir",
@@ -42,23 +45,24 @@ NOT_SCIENTIFIC = (
 
 
 def run_id(config: dict) -> str:
-    """Twelve hex digits: the same experiment has the same folder everywhere. config: resolved and checked."""
-    return hashed(identity(config))
+    """Twelve hex digits, equal on every machine. config: resolved and checked."""
+    return hash_identity(identity(config))
 
 
-def hashed(identity: dict) -> str:
+def hash_identity(identity: dict) -> str:
+    """The run id of an identity."""
     text = json.dumps([VERSION, identity], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def identity(config: dict) -> dict:
-    """What of a resolved config can change a result. UserError where a `_target_` cannot be imported."""
-    return _by_name(_without_defaults(scientific(config)))
+    """The part of a resolved config that can change a result. UserError if a `_target_` cannot be imported."""
+    return _without_modules(_without_defaults(scientific(config)))
 
 
 def scientific(config: dict) -> dict:
-    """A copy of the config without NOT_SCIENTIFIC and what has no effect beside the other values; without places."""
-    config = _without_places(copy.deepcopy(config))
+    """A copy of the config without the keys that cannot change a result, and without paths; it still has defaults."""
+    config = _without_paths(copy.deepcopy(config))
     for key in NOT_SCIENTIFIC:
         _remove(config, key)
     if config.get("trainer", {}).get("transform") == "exact":
@@ -68,42 +72,27 @@ def scientific(config: dict) -> dict:
     return config
 
 
-def _without_places(config: dict) -> dict:
-    """The config with data and weights known by what they are, not by where they lie; changes and returns `config`."""
+def _without_paths(config: dict) -> dict:
+    """Replace the path of the data by its last folder, that of weights by a digest; changes and returns `config`."""
     dataset, model = config.get("dataset", {}), config.get("model", {})
     if isinstance(dataset.get("root"), str):
-        dataset["root"] = _last_word(Path(config.get("data_dir") or ".", Path(dataset["root"]).expanduser()))
+        dataset["root"] = _last_folder(Path(config.get("data_dir") or ".", Path(dataset["root"]).expanduser()))
     if isinstance(weights := model.get("weights"), str) and (path := Path(weights).expanduser()).is_file():
         model["weights"] = f"sha256 {file_digest(path)}"
     return config
 
 
-def _last_word(path: Path) -> str:
+def _last_folder(path: Path) -> str:
     return os.path.basename(os.path.normpath(path.expanduser().absolute()))
 
 
-def edited(identity: dict, config: dict) -> list[str]:
-    """The dotted keys whose value in a run's config.json is not the one in its identity.json: edited by hand.
+def edited_keys(identity: dict, config: dict) -> list[str]:
+    """The dotted keys with other values in a run's config.json than in its identity.json, because of a manual edit.
 
-    Weights are not compared: they may not be here.
+    model.weights is not compared, because this machine may not have the file.
     """
-    now = _leaves(_by_name(scientific(config)))
-    return [key for key, value in _leaves(identity).items() if now.get(key) != value and key != "model.weights"]
-
-
-def file_digest(path: Path) -> str:
-    """Sixteen hex digits of a file's content; read once for each path, size and time of change."""
-    stat = Path(path).stat()
-    return _file_digest(str(path), stat.st_size, stat.st_mtime_ns)
-
-
-@lru_cache(maxsize=1000)
-def _file_digest(path: str, size: int, changed: int) -> str:
-    total = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            total.update(block)
-    return total.hexdigest()[:16]
+    values = _leaves(_without_modules(scientific(config)))
+    return [key for key, value in _leaves(identity).items() if values.get(key) != value and key != "model.weights"]
 
 
 def _remove(config: dict, key: str) -> None:
@@ -115,8 +104,8 @@ def _remove(config: dict, key: str) -> None:
         node.pop(leaf, None)
 
 
-def _without_defaults(node: object) -> object:
-    """The node, and those in it, without the values that are their constructor's defaults."""
+def _without_defaults(node: Any) -> Any:
+    """The node, and the nodes inside it, without values that equal the default of their constructor."""
     if not isinstance(node, dict):
         return node
     defaults = _defaults(node["_target_"]) if "_target_" in node else {}
@@ -128,35 +117,41 @@ def _without_defaults(node: object) -> object:
 
 
 def _defaults(target: str) -> dict[str, object]:
-    """{argument: its default} of what a `_target_` names."""
-    from gsdg.schema import accepted  # Hydra, and the target's own imports
+    """{argument: its default} of the class or function that a `_target_` names."""
+    from gsdg.config.schema import parameters_of  # here: it imports Hydra, and whatever the target imports
 
-    parameters = accepted({"_target_": target})
+    parameters = parameters_of({"_target_": target})
     return {key: p.default for key, p in parameters.items() if p.default is not inspect.Parameter.empty}
 
 
 def _plain(value: object) -> object:
-    """As JSON has it: a tuple is a list. What JSON has not equals itself only."""
+    """The value as JSON represents it, so that a tuple equals a list; a value that JSON cannot represent as it is."""
     try:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError):
         return value
 
 
-def _by_name(node: object) -> object:
-    """The node with `gsdg.any.file.Name` as `Name`."""
+def _without_modules(node: Any) -> Any:
+    """The node with `Name` for every `gsdg.any.module.Name`."""
     if isinstance(node, list):
-        return [_by_name(value) for value in node]
+        return [_without_modules(value) for value in node]
     if not isinstance(node, dict):
         return node
-    named = {key: _by_name(value) for key, value in node.items()}
-    if str(named.get("_target_", "")).startswith("gsdg."):
-        named["_target_"] = named["_target_"].rpartition(".")[2]
-    return named
+    renamed = {key: _without_modules(value) for key, value in node.items()}
+    if isinstance(renamed.get("_target_"), str):
+        renamed["_target_"] = short_target(renamed["_target_"])
+    return renamed
+
+
+def short_target(target: str) -> str:
+    """The name of a GSDG class without its module, which may be moved; any other class with its module."""
+    return target.rpartition(".")[2] if target.startswith("gsdg.") else target
 
 
 def _leaves(node: dict, prefix: str = "") -> dict[str, object]:
-    found: dict[str, object] = {}
+    """{dotted key: value} of every value that is not a node."""
+    leaves: dict[str, object] = {}
     for key, value in node.items():
-        found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found
+        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return leaves

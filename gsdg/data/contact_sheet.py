@@ -1,4 +1,4 @@
-"""A contact sheet: the first image of each class in each domain, on one page, to look at before any training."""
+"""A contact sheet: the first image of each class in each domain on one page, to look at before training."""
 
 from __future__ import annotations
 
@@ -8,51 +8,70 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from gsdg.data.domains import Domain
-from gsdg.errors import UserError
+from gsdg.data import DataSource
+from gsdg.data.dataset import Domain
+from gsdg.data.image_io import as_rgb
+from gsdg.utils.errors import UserError
+from gsdg.utils.text import printable
 
-THUMB, GAP, MARGIN, MOST = 112, 6, 14, 10  # pixels; and the most classes on a sheet
-CAPTION, TEXT = 16, 13  # sizes of type
+THUMB, GAP, MARGIN = 112, 6, 14  # pixels
+MOST = 10  # classes on a sheet
+CAPTION, TEXT = 16, 13  # font sizes
 INK, PALE = "#202020", "#9a9a9a"
 
 
-def show(source: object, out: Path) -> str:
-    """Write the sheet of any data set to the PNG `out`, in one step; what was written, in words."""
+def show(source: DataSource, out: Path) -> str:
+    """Write the contact sheet of a dataset, atomically, and return a line that says what was written.
+
+    Args:
+        source: the dataset object.
+        out: the PNG file to write.
+
+    Raises:
+        UserError: `out` is not the name of a PNG file or cannot be written.
+    """
     out = Path(out)
     if out.suffix.lower() != ".png" or out.is_dir():
-        raise UserError(f"out={out} is not a PNG file's name. Valid: such as {out.with_suffix('.png').name}.")
+        raise UserError(f"out={out} is not the name of a PNG file. Valid, for example: {out.with_suffix('.png').name}.")
     dataset = source.read()
-    chosen = evenly(len(dataset.classes), MOST)
-    names = [dataset.classes[y] for y in chosen]
-    some = f"{len(names)} of {len(dataset.classes)}" if len(names) < len(dataset.classes) else len(names)
-    shape = f"{len(dataset.domains)} domains x {some} classes"
-    rows = {name: [first(domain, y) for y in chosen] for name, domain in dataset.domains.items()}
+    labels = evenly_spaced(len(dataset.classes), MOST)
+    names = [printable(dataset.classes[y]) for y in labels]
+    classes = f"{len(names)} of {len(dataset.classes)}" if len(names) < len(dataset.classes) else len(names)
+    shape = f"{len(dataset.domains)} domains x {classes} classes"
+    rows = {printable(name): [first_image(domain, y) for y in labels] for name, domain in dataset.domains.items()}
     _write(sheet(f"{dataset.name}: {shape}, the first image of each", names, rows), out)
     return f"wrote {out}: {shape}"
 
 
-def evenly(count: int, most: int) -> list[int]:
-    """All of 0..count-1, or `most` of them, the first and the last included."""
+def evenly_spaced(count: int, most: int) -> list[int]:
+    """0..count-1, or `most` evenly spaced numbers of them, including the first and the last."""
     return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
 
 
-def first(domain: Domain, label: int) -> Image.Image | None:
-    """The domain's first image of that label as RGB, None where it has none."""
-    found = np.flatnonzero(domain.labels == label)
-    if not len(found):
+def first_image(domain: Domain, label: int) -> Image.Image | None:
+    """The domain's first image with this label as RGB, or None if it has none."""
+    indices = np.flatnonzero(domain.labels == label)
+    if not len(indices):
         return None
-    image = domain.load(int(found[0]))
-    return (Image.fromarray(image) if isinstance(image, np.ndarray) else image).convert("RGB")
+    return as_rgb(domain.load(int(indices[0])))
 
 
 def sheet(caption: str, classes: list[str], rows: dict[str, list[Image.Image | None]]) -> Image.Image:
-    """The page: a caption, the classes' names above their columns, a domain's name before its row."""
+    """Draw the page: a caption, a column per class, a row per domain.
+
+    Args:
+        caption: text at the top.
+        classes: names of the columns.
+        rows: {name of the domain: one image per class, or None}.
+    """
+    # Sizes: names to the left of the rows, the caption and the class names above.
     bold, font = ImageFont.load_default(CAPTION), ImageFont.load_default(TEXT)
     left = MARGIN + round(max(font.getlength(name) for name in rows)) + 2 * GAP
     top = MARGIN + CAPTION + TEXT + 4 * GAP
     step = THUMB + GAP
     width = max(left + step * len(classes), MARGIN + round(bold.getlength(caption)) + GAP) - GAP + MARGIN
     page = Image.new("RGB", (width, top + step * len(rows) - GAP + MARGIN), "white")
+    # Text and images.
     draw = ImageDraw.Draw(page)
     draw.text((MARGIN, MARGIN), caption, INK, bold)
     for x, name in enumerate(classes):
@@ -65,7 +84,7 @@ def sheet(caption: str, classes: list[str], rows: dict[str, list[Image.Image | N
 
 
 def _place(page: Image.Image, draw: ImageDraw.ImageDraw, image: Image.Image | None, x: int, y: int) -> None:
-    """An image in the middle of its square, or where there is none a frame that says so."""
+    """Paste an image in the middle of its square; for None, draw an empty frame with the word "none"."""
     if image is None:
         draw.rectangle((x, y, x + THUMB - 1, y + THUMB - 1), outline=PALE)
         draw.text((x + THUMB // 2, y + THUMB // 2), "none", PALE, ImageFont.load_default(TEXT), anchor="mm")
@@ -75,14 +94,14 @@ def _place(page: Image.Image, draw: ImageDraw.ImageDraw, image: Image.Image | No
 
 
 def thumbnail(image: Image.Image) -> Image.Image:
-    """The whole image with its longer side THUMB pixels; what is enlarged keeps its pixels apart."""
+    """Resize the image so that its longer side has THUMB pixels; small images are enlarged without interpolation."""
     scale = THUMB / max(image.size)
-    size = tuple(max(1, round(side * scale)) for side in image.size)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
     return image.resize(size, Image.Resampling.NEAREST if scale > 1 else Image.Resampling.LANCZOS)
 
 
-def shortened(name: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """The name, cut so that it is no wider than `width` pixels."""
+def shortened(name: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int) -> str:
+    """The name, cut off if it is wider than `width` pixels."""
     if font.getlength(name) <= width:
         return name
     while name and font.getlength(name + "..") > width:
@@ -99,5 +118,5 @@ def _write(page: Image.Image, out: Path) -> None:
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror or error}. Name another file with --out.") from error
     finally:
-        if temporary.exists():  # not after os.replace
+        if temporary.exists():  # os.replace did not happen
             temporary.unlink()

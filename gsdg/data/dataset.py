@@ -1,4 +1,4 @@
-"""The two words of the data side: a Domain, and the DomainDataset that holds them in order. No I/O."""
+"""The two core dataset types: Domain, and DomainDataset, an ordered collection of domains. No I/O."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from PIL import Image
 
 @dataclass(frozen=True, eq=False)
 class Domain:
-    """Labelled images of one origin: labels [N] int64, and load(i) -> the i-th image, 0 <= i < N.
+    """The labelled images of one domain.
 
-    An image is Pillow's, or once it has been through `gsdg.data.cache` an array [h, w, 3] uint8. `files[i]` is where
-    it comes from; None where the images are in memory.
+    Args:
+        name: name of the domain.
+        labels: [N] int64, the class index of each image.
+        load: load(i) returns the i-th image, 0 <= i < N: a Pillow image, or an array [h, w, 3] uint8 once the domain
+            has been opened through `gsdg.data.cache.memory_map`.
+        files: files[i] is the path of the i-th image; None if the images are in memory.
     """
 
     name: str
@@ -29,10 +33,23 @@ class Domain:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def paths(self) -> Sequence[str]:
+        """`files` of a domain whose images are files."""
+        assert self.files is not None, self.name
+        return self.files
+
 
 @dataclass(frozen=True, eq=False)
 class DomainDataset:
-    """Domains of one label set; label y means classes[y]. Their order is the data set's own: splits hash its index."""
+    """The domains of a dataset, which share one set of classes.
+
+    Args:
+        name: name of the dataset.
+        classes: class names; label y means classes[y].
+        domains: {name: domain}. The order is fixed by the dataset, because the split of a domain is seeded by the
+            domain's index.
+    """
 
     name: str
     classes: list[str]

@@ -1,11 +1,12 @@
-"""Digits in domains that differ by rotation or by colour, built as DomainBed builds its MNISTs; 1,797 ship with gsdg.
+"""Datasets of digits whose domains differ by rotation or by colour, built as DomainBed builds its MNIST datasets.
 
-A data set here is a pool of digits x what is done to them: RotatedDigits and ColoredDigits have the embedded pool,
-RotatedMNIST and ColoredMNIST (mnist.py) have MNIST's. The pool is shuffled once and domain i of k takes every k-th
-digit from the i-th on, so a digit lives in one domain only.
-Embedded: UCI "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak, 1998), CC BY 4.0, in the copy that
-scikit-learn's `load_digits` bundles (8 x 8 pixels, values 0..16), kept beside this file as digits.npz. As MNIST's, they
-are enlarged to 20 x 20 in the middle of 28 x 28: a rotation cuts no corner of the ink.
+A dataset is a pool of digits x what is done to them: RotatedDigits and ColoredDigits use the 1,797 digits that ship
+with gsdg, RotatedMNIST and ColoredMNIST (mnist.py) use MNIST. The pool is shuffled once, and domain i of k takes every
+k-th digit starting at the i-th, so no digit is in two domains.
+
+Source of the shipped digits: UCI "Optical Recognition of Handwritten Digits" (Alpaydin and Kaynak, 1998), CC BY 4.0, in
+the copy that scikit-learn's `load_digits` bundles (8 x 8 pixels, values 0..16), stored next to this file as digits.npz.
+As in MNIST, they are enlarged to 20 x 20 in the middle of 28 x 28, so that a rotation cuts nothing off.
 """
 
 from __future__ import annotations
@@ -14,29 +15,37 @@ import re
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Generator, Tensor
 
-from gsdg.data.domains import Domain, DomainDataset
-from gsdg.errors import UserError
+from gsdg.data.dataset import Domain, DomainDataset
+from gsdg.utils.errors import UserError
 
-SIZE, INNER = 28, 20
-LABEL_NOISE = 0.25  # ColoredMNIST's: colour tells more of the label than the digit does
+SIZE, INNER = 28, 20  # pixels: the image, and the enlarged digit in it
+LABEL_NOISE = 0.25  # ColoredMNIST's: the colour predicts the label better than the digit does
 SIGNED_PERCENT = r"[+-](0|[1-9][0-9]?|100)%"
 
 
 class Digits:
-    """What all have in common; a subclass adds `_pool`, and what its domains' names mean. `seed` decides all draws."""
+    """Base class. A subclass defines `_pool`, and `_check_names` and `_domain` for the meaning of a domain's name.
 
-    augment = "none"
-    cache = None  # the images are in memory
+    Args:
+        name: name of the dataset.
+        domains: names of the domains, at least one, each once.
+        seed: determines all random draws (which digit is in which domain, label noise, colours), 0 <= seed < 2**32.
+    """
+
+    augment: Literal["none"] = "none"
+    cache: None = None  # the images are in memory
     channels: int
     classes: list[str]
 
-    def __init__(self, *, name: str, domains: Sequence[str], seed: int = 0) -> None:
+    def __init__(self, *, name: str, domains: Sequence[str | int], seed: int = 0) -> None:
+        domains = [str(domain) for domain in domains]  # Hydra reads the angle 15 as a number
         self._check_names(domains)
         if not domains or len(set(domains)) < len(domains):
             raise UserError(f"dataset.domains={list(domains)}: name at least one domain, each once.")
@@ -47,13 +56,14 @@ class Digits:
         self.seed = seed
 
     def read(self) -> DomainDataset:
+        """Build all domains."""
         images, labels = self._pool()
         generator = torch.Generator().manual_seed(self.seed)
         order = self._order(len(labels), generator)
         domains = {}
         for i, name in enumerate(self.domains):
-            own = order[i :: len(self.domains)]
-            domains[name] = self._domain(name, images[own], labels[own], generator)
+            indices = order[i :: len(self.domains)]
+            domains[name] = self._domain(name, images[indices], labels[indices], generator)
         return DomainDataset(self.name, list(self.classes), domains)
 
     def _order(self, n: int, generator: Generator) -> np.ndarray:
@@ -64,40 +74,46 @@ class Digits:
         raise NotImplementedError
 
     def _check_names(self, domains: Sequence[str]) -> None:
-        """UserError: a name does not say what is to be done."""
+        """UserError: a name does not have the form that this dataset needs."""
         raise NotImplementedError
 
     def _domain(self, name: str, images: np.ndarray, labels: np.ndarray, generator: Generator) -> Domain:
+        """Build one domain from its digits; `generator` is shared by all domains, in their order."""
         raise NotImplementedError
 
 
 class Rotated(Digits):
-    """A domain's name is its angle in whole degrees ("0", "15", ..): counterclockwise, bilinear, black outside."""
+    """Rotated digits, 10 classes; a domain's name is the angle in whole degrees, such as "15".
+
+    Rotation is counterclockwise with bilinear interpolation and a black background.
+    """
 
     channels = 1
     classes = [str(digit) for digit in range(10)]
 
     def _check_names(self, domains: Sequence[str]) -> None:
         if wrong := [angle for angle in domains if not _is_angle(angle)]:
-            raise UserError(f"dataset.domains: {wrong} are not angles. Valid: whole degrees as text, such as '15'.")
+            raise UserError(f"dataset.domains: {wrong} are not angles. Valid: whole degrees, such as 15.")
 
     def _domain(self, name: str, images: np.ndarray, labels: np.ndarray, generator: Generator) -> Domain:
-        turned = [Image.fromarray(image).rotate(int(name), Image.Resampling.BILINEAR) for image in images]
-        return Domain(name, labels, partial(_load, np.stack(turned)))  # [N, 28, 28] uint8
+        rotated = [Image.fromarray(image).rotate(int(name), Image.Resampling.BILINEAR) for image in images]
+        pixels = np.stack([np.asarray(image) for image in rotated])  # [N, 28, 28] uint8
+        return Domain(name, labels, partial(_load, pixels))
 
 
 class Colored(Digits):
-    """Red or green digits, two classes. Class 1 is 0 to 4, but every fourth label is wrong (DomainBed's numbers).
+    """Red or green digits with two classes. Class 1 is the digits 0 to 4; 25% of the labels are flipped at random.
 
-    In domain "+90%" green means class 1 and red class 0 for 90 of 100 images, in "-90%" it is the other way round for
-    90 of 100. Images are RGB with an empty blue, to be looked at; models get the red and the green channel.
+    In domain "+90%", 90% of the images of class 1 are green and 90% of those of class 0 are red; in "-90%" the colours
+    are exchanged. Images are RGB with an empty blue channel, so that they can be displayed; models get the red and the
+    green channel. Label noise and colours follow DomainBed's ColoredMNIST.
     """
 
     channels = 2
     classes = ["5 to 9", "0 to 4"]
 
     def _check_names(self, domains: Sequence[str]) -> None:
-        if wrong := [name for name in domains if not (isinstance(name, str) and re.fullmatch(SIGNED_PERCENT, name))]:
+        if wrong := [name for name in domains if not re.fullmatch(SIGNED_PERCENT, name)]:
             raise UserError(
                 f"dataset.domains: {wrong} are not correlations of colour and label. "
                 "Valid: a sign and whole percents as text, such as '+90%' or '-90%'."
@@ -105,14 +121,14 @@ class Colored(Digits):
 
     def _domain(self, name: str, images: np.ndarray, labels: np.ndarray, generator: Generator) -> Domain:
         percent = int(name[1:-1])
-        disagree = (100 - percent if name[0] == "+" else percent) / 100
-        wanted = _flipped(torch.from_numpy(labels) < 5, LABEL_NOISE, generator)
-        colors = _flipped(wanted, disagree, generator)  # False: red, True: green
-        return Domain(name, wanted.long().numpy(), partial(_load_colored, images, colors.long().numpy()))
+        disagreement = (100 - percent if name[0] == "+" else percent) / 100  # P(colour != label)
+        noisy_labels = _flipped(torch.from_numpy(labels) < 5, LABEL_NOISE, generator)
+        colors = _flipped(noisy_labels, disagreement, generator)  # False: red, True: green
+        return Domain(name, noisy_labels.long().numpy(), partial(_load_colored, images, colors.long().numpy()))
 
 
 class Embedded(Digits):
-    """The pool that ships with gsdg."""
+    """The pool of digits that ships with gsdg."""
 
     def _pool(self) -> tuple[np.ndarray, np.ndarray]:
         images, labels = load_digits()
@@ -120,14 +136,27 @@ class Embedded(Digits):
 
 
 class RotatedDigits(Embedded, Rotated):
-    """The embedded digits, turned."""
+    """The shipped digits, rotated: 10 classes.
+
+    Args:
+        name: name of the dataset.
+        domains: angles in whole degrees, counterclockwise, such as "15"; at least one, each once.
+        seed: determines which digit is in which domain, 0 <= seed < 2**32.
+    """
 
     def _order(self, n: int, generator: Generator) -> np.ndarray:
-        return np.random.RandomState(self.seed).permutation(n)  # older than ColoredDigits: published results have it
+        # NumPy's generator instead of torch's: published results of this dataset use this order.
+        return np.random.RandomState(self.seed).permutation(n)
 
 
 class ColoredDigits(Embedded, Colored):
-    """The embedded digits, coloured."""
+    """The shipped digits, coloured red or green: 2 classes, see `Colored`.
+
+    Args:
+        name: name of the dataset.
+        domains: correlations of colour and label, a sign and whole percents such as "+90%"; at least one, each once.
+        seed: determines which digit is in which domain, the label noise and the colours, 0 <= seed < 2**32.
+    """
 
 
 def load_digits() -> tuple[np.ndarray, np.ndarray]:
@@ -144,7 +173,7 @@ def _enlarged(image: np.ndarray) -> np.ndarray:
 
 
 def _flipped(bits: Tensor, probability: float, generator: Generator) -> Tensor:
-    """[N] bool, each turned over with `probability`."""
+    """[N] bool, each bit inverted with the given probability."""
     return bits ^ (torch.rand(len(bits), generator=generator) < probability)
 
 
@@ -158,5 +187,5 @@ def _load_colored(images: np.ndarray, colors: np.ndarray, index: int) -> Image.I
     return Image.fromarray(rgb)
 
 
-def _is_angle(name: object) -> bool:
-    return isinstance(name, str) and name.removeprefix("-").isdecimal() and str(int(name)) == name
+def _is_angle(name: str) -> bool:
+    return name.removeprefix("-").isdecimal() and str(int(name)) == name

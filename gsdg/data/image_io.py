@@ -1,38 +1,40 @@
-"""One image file -> RGB pixels, as Pillow's `convert("RGB")` makes them, with errors that name the file.
+"""Reading one image file as RGB pixels, as Pillow's `convert("RGB")` makes them; errors name the file.
 
-What that means: grey and palette images get three channels; an alpha channel is dropped, not blended; CMYK is converted
-without a colour profile; 16-bit grey is whatever the installed Pillow makes of it; EXIF orientation is ignored, as by
-DomainBed. None of it is corrected here, because published accuracies were measured without.
+Consequences: grey and palette images get three channels; an alpha channel is dropped, not blended; CMYK is converted
+without a colour profile; 16-bit grey is converted as the installed Pillow does it; EXIF orientation is ignored, as in
+DomainBed. None of this is corrected, because published accuracies were measured without corrections.
 """
 
 from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import BinaryIO
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from gsdg.errors import UserError
+from gsdg.utils.errors import UserError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # torchvision's
-MAX_PIXELS = 89_478_485  # 256 MiB of RGB, where Pillow begins to warn of a decompression bomb
-# What PIL raises on a damaged file, by format; OSError covers "truncated", "cannot identify" and the disk's own.
-BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # the latter where warnings are errors
+MAX_PIXELS = 89_478_485  # 256 MiB of RGB; above it Pillow warns of a decompression bomb
+BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)  # the warning is raised if warnings are errors
+# What Pillow raises for damaged files of different formats. OSError covers truncated and unidentified files and errors
+# of the disk.
 UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, *BOMBS)
 
 
 def read_image(path: str) -> Image.Image:
-    """The decoded RGB image. UserError names a file that is damaged, truncated, empty, too large or gone."""
-    with faults_named(path), open(path, "rb") as file:
-        return open_image(file).convert("RGB")  # convert decodes all of it
+    """Decode an image file to RGB. UserError names a file that is damaged, truncated, empty, too large or missing."""
+    with named_faults(path), open(path, "rb") as file:
+        return open_image(file).convert("RGB")  # convert decodes the whole image
 
 
 @contextmanager
-def faults_named(path: str) -> Iterator[None]:
-    """What makes a file unreadable becomes a UserError that names it."""
+def named_faults(path: str) -> Generator[None]:
+    """Turn an error that makes the file unreadable into a UserError that names the file."""
     try:
         yield
     except UNREADABLE as error:
@@ -43,22 +45,27 @@ def faults_named(path: str) -> Iterator[None]:
         ) from error
 
 
+def as_rgb(image: Image.Image | np.ndarray) -> Image.Image:
+    """An image as `Domain.load` returns it, as a Pillow image in RGB."""
+    return (Image.fromarray(image) if isinstance(image, np.ndarray) else image).convert("RGB")
+
+
 def open_image(file: BinaryIO) -> Image.Image:
-    """The image as stored, its size checked, not yet decoded. One of UNREADABLE where it is none."""
+    """Open an image and check its size, without decoding it. Raises one of UNREADABLE if it is not a valid image."""
     image = Image.open(file)
     check_size(image)
     return image
 
 
 def reason(error: Exception) -> str:
-    """What one of UNREADABLE says, without the path or the object that Pillow and the system put in."""
+    """The message of one of UNREADABLE, without the path or object that Pillow and the system include."""
     if isinstance(error, UnidentifiedImageError):
-        return "it is no image of a format that Pillow knows"
+        return "it is not an image in a format that Pillow can read"
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 def check_size(image: Image.Image) -> None:
-    """ValueError where an image, opened but not yet decoded, has no pixels or too many."""
+    """Check the dimensions of an image that is not decoded yet. ValueError: no pixels, or more than MAX_PIXELS."""
     width, height = image.size
     if width < 1 or height < 1:
         raise ValueError(f"it has no pixels ({width} x {height})")
@@ -67,7 +74,7 @@ def check_size(image: Image.Image) -> None:
 
 
 def stored_size(width: int, height: int, short_side: int) -> tuple[int, int]:
-    """(width, height) with the shorter side at most `short_side`, the aspect kept to the nearest pixel."""
+    """(width, height) with a shorter side of at most `short_side`; the aspect ratio is kept to the nearest pixel."""
     short = min(width, height)
     if short <= short_side:
         return width, height

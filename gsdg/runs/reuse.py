@@ -1,7 +1,8 @@
-"""May a start use what earlier starts left in a run's folder? Their code, data, weights and machine beside its own.
+"""Whether a start may use what earlier starts left in the run's folder: compares code, data, weights and machine.
 
-Other data or weights are refused: under the same id they would be another experiment. Other code is said, refused or
-answered by a new run, as `on_code_change` wants. A resume on a machine that computes otherwise is said.
+Other data or weights are refused, because under the same run id they would be another experiment. For other code,
+`on_code_change` chooses: a warning (`note`), an error (`refuse`), or a run from scratch (`rerun`). A resume on another
+machine, which may round differently, logs a warning.
 """
 
 from __future__ import annotations
@@ -9,21 +10,26 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
-from gsdg.environment import described_code, same_code
-from gsdg.errors import UserError
-from gsdg.identity import VERSION, file_digest
-from gsdg.runs import Busy, RunFolder, read_json, read_lines
+from gsdg.config.identity import VERSION
+from gsdg.runs.folder import Busy, RunFolder
+from gsdg.runs.provenance import described_code, same_code
+from gsdg.utils.digest import file_digest
+from gsdg.utils.errors import UserError
+from gsdg.utils.json_files import load_json, read_lines
+
+if TYPE_CHECKING:
+    import numpy as np
 
 log = logging.getLogger(__name__)
 
 OnCodeChange = Literal["note", "rerun", "refuse"]
-# What of environment.jsonl a step's bits depend on: {its dotted key: what it is called}.
-COMPUTES = {
+# The values in environment.jsonl that the exact result of a step depends on: {dotted key: name in messages}.
+MACHINE = {
     "device": "device",
     "gpus": "number of visible GPUs",
     "threads": "threads",
@@ -38,41 +44,63 @@ COMPUTES = {
 # ---- data and weights -----------------------------------------------------------------------------------------------
 
 
-def data_digests(dataset: object) -> dict:
-    """Of a DomainDataset: {"classes": digest, "domains": {name: {"images": how many, "digest": of names and labels}}}.
+class LabelledImages(Protocol):
+    """What the digests need of a `gsdg.data.dataset.Domain`. `gsdg.runs` does not import `gsdg.data`."""
 
-    Names are those of the files, relative to the data set's folder; images in memory have labels only.
+    @property
+    def files(self) -> Sequence[str] | None: ...
+    @property
+    def labels(self) -> np.ndarray: ...
+    def __len__(self) -> int: ...
+
+
+class LabelledDomains(Protocol):
+    """What the digests need of a `gsdg.data.dataset.DomainDataset`."""
+
+    @property
+    def classes(self) -> Sequence[str]: ...
+    @property
+    def domains(self) -> Mapping[str, LabelledImages]: ...
+
+
+def data_digests(dataset: LabelledDomains) -> dict:
+    """Digests of the classes, file names and labels of a DomainDataset.
+
+    The file names are relative to the data set's folder; images in memory have none.
+
+    Returns:
+        {"classes": digest, "domains": {domain: {"images": number of images, "digest": of file names and labels}}}.
     """
     files = [file for domain in dataset.domains.values() for file in domain.files or ()]
-    above = len(os.path.commonpath([os.path.dirname(file) for file in files])) if files else 0
+    root_length = len(os.path.commonpath([os.path.dirname(file) for file in files])) if files else 0
     return {
-        "classes": _digest("\n".join(dataset.classes).encode()),
-        "domains": {name: _domain_digest(domain, above) for name, domain in dataset.domains.items()},
+        "classes": _digest("\n".join(dataset.classes).encode(errors="surrogateescape")),
+        "domains": {name: _domain_digest(domain, root_length) for name, domain in dataset.domains.items()},
     }
 
 
-def _domain_digest(domain: object, above: int) -> dict:
-    names = "\n".join(file[above:] for file in domain.files or ())
+def _domain_digest(domain: LabelledImages, root_length: int) -> dict:
+    names = "\n".join(file[root_length:] for file in domain.files or ())
     return {"images": len(domain), "digest": _digest(names.encode(errors="surrogateescape"), domain.labels.tobytes())}
 
 
 def weights_digests(weights: str | None, file: Path | None) -> dict:
-    """{what model.weights says: the digest of the file it is read from}; {} where there is no such file."""
+    """{value of model.weights: the digest of the file that it stands for}; {} if there is no such file."""
     return {str(weights): file_digest(file)} if weights is not None and file and os.path.isfile(file) else {}
 
 
 def differences(before: dict, now: dict) -> list[str]:
-    """What differs between two starts' {"data", "weights"}, a phrase each; what only one has is not compared."""
-    found = []
+    """One phrase per difference between the {"data", "weights"} of two starts; an entry of only one is not compared."""
+    phrases = []
     if (old := before.get("data")) and (new := now.get("data")):
-        found += ["other classes"] * (old["classes"] != new["classes"])
+        phrases += ["other classes"] * (old["classes"] != new["classes"])
         for name in [*old["domains"], *(name for name in new["domains"] if name not in old["domains"])]:
-            found += _of_domain(name, old["domains"].get(name), new["domains"].get(name))
+            phrases += _domain_differences(name, old["domains"].get(name), new["domains"].get(name))
     old, new = before.get("weights") or {}, now.get("weights") or {}
-    return found + [f"other weights in model.weights={key}" for key in old if key in new and old[key] != new[key]]
+    return phrases + [f"other weights in model.weights={key}" for key in old if key in new and old[key] != new[key]]
 
 
-def _of_domain(name: str, old: dict | None, new: dict | None) -> list[str]:
+def _domain_differences(name: str, old: dict | None, new: dict | None) -> list[str]:
     if old == new:
         return []
     if not old or not new:
@@ -82,55 +110,58 @@ def _of_domain(name: str, old: dict | None, new: dict | None) -> list[str]:
 
 
 def check_inputs(folder: RunFolder, now: dict) -> None:
-    """UserError if the run was begun with other data or weights than `now` has ({"data", "weights"})."""
-    if found := differences(read_json(folder.path / "identity.json"), now):
-        more = f"; and {len(found) - 4} more" if len(found) > 4 else ""
+    """UserError if an earlier start had other data or weights than `now`, {"data", "weights"}."""
+    if phrases := differences(load_json(folder.path / "identity.json"), now):
+        more = f"; and {len(phrases) - 4} more" if len(phrases) > 4 else ""
         raise UserError(
             f"run {folder.path.name} was begun with other data or weights under the same config: "
-            f"{'; '.join(found[:4])}{more}.\n"
-            "Restore what it was begun with, or choose: force=true makes the run afresh with what is here now; "
+            f"{'; '.join(phrases[:4])}{more}.\n"
+            "Restore what it was begun with, or choose: force=true starts the run from scratch with what is here now; "
             f"another runs_dir keeps both. (Its folder: {folder.path})"
         )
 
 
 def note_inputs(folder: RunFolder, identity: dict, now: dict) -> None:
-    """Leave identity.json for later starts; the digests of the first start stay."""
-    before = read_json(folder.path / "identity.json")
-    known = {key: {**now[key], **before.get(key, {})} for key in ("data", "weights")}
-    folder.write("identity.json", {"version": VERSION, "config": identity, **known})
+    """Write identity.json for later starts; digests of earlier starts are kept."""
+    before = load_json(folder.path / "identity.json")
+    digests = {key: {**now[key], **before.get(key, {})} for key in ("data", "weights")}
+    folder.write("identity.json", {"version": VERSION, "config": identity, **digests})
 
 
-# ---- a search's draw 0 ----------------------------------------------------------------------------------------------
+# ---- draw 0 of a search ---------------------------------------------------------------------------------------------
 
 
 def with_search(folder: RunFolder, config: dict) -> dict:
-    """The config with the search that the run is draw 0 of, if an earlier start had one and this one has none."""
-    known = read_json(folder.path / "config.json").get("search")
-    return {**config, "search": known} if known and "search" not in config else config
+    """The config with the `search` node of an earlier start, of which the run is draw 0, if this start has none."""
+    search = load_json(folder.path / "config.json").get("search")
+    return {**config, "search": search} if search and "search" not in config else config
 
 
-def note_search(folder: RunFolder, config: dict) -> None:
-    """Draw 0 of a search is the plain run: one that is done becomes its draw, if only its config.json says so.
+def note_search(folder: RunFolder, config: dict, *, locked: bool = False) -> None:
+    """Write the `search` node of `config` into the config.json of a run that is done.
 
-    Tables count it for the search that asked last.
+    locked: this process has the lock of the run.
+
+    Draw 0 of a search is the plain run, so a plain run that is done becomes draw 0 of the search. Tables count it for
+    the last search that was noted.
     """
-    known = read_json(folder.path / "config.json")
-    if known and "search" in config and known.get("search") != config["search"]:
-        with suppress(Busy), folder.hold():
-            folder.write("config.json", {**known, "search": config["search"]})
+    noted = load_json(folder.path / "config.json")
+    if noted and "search" in config and noted.get("search") != config["search"]:
+        with suppress(Busy), nullcontext() if locked else folder.acquire():
+            folder.write("config.json", {**noted, "search": config["search"]})
 
 
 # ---- code -----------------------------------------------------------------------------------------------------------
 
 
 def other_code(folder: Path, now: dict) -> dict | None:
-    """The first start's noted code that is not `now`; None where every start had this code."""
+    """The state of the code at the first start with other code than `now`; None if all starts had this code."""
     starts = (line for line in read_lines(Path(folder) / "environment.jsonl") if "code" in line)
     return next((start for start in starts if not same_code(start, now)), None)
 
 
 def code_change(folder: RunFolder, now: dict, on_code_change: OnCodeChange) -> bool:
-    """Whether the run is to be made afresh because other code has worked on it. UserError if that is refused."""
+    """Whether the run starts from scratch, because an earlier start had other code. UserError for `refuse`."""
     before = other_code(folder.path, now)
     if before is None:
         return False
@@ -141,30 +172,32 @@ def code_change(folder: RunFolder, now: dict, on_code_change: OnCodeChange) -> b
     )
     if on_code_change == "refuse":
         raise UserError(
-            f"{sentence} (on_code_change=refuse).\nRestore that code, or choose: on_code_change=rerun makes the run "
-            f"afresh, on_code_change=note {'keeps its result' if done else 'goes on'}."
+            f"{sentence} (on_code_change=refuse).\n"
+            "Restore that code, or choose: on_code_change=rerun starts the run from scratch, "
+            f"on_code_change=note {'keeps its result' if done else 'resumes it'}."
         )
-    answer = "it is made afresh" if on_code_change == "rerun" else "on_code_change=rerun makes it afresh"
-    log.warning("%s: %s", sentence, answer)
+    rerun = "it starts from scratch" if on_code_change == "rerun" else "on_code_change=rerun starts it from scratch"
+    log.warning("%s: %s", sentence, rerun)
     return on_code_change == "rerun"
 
 
 # ---- the machine ----------------------------------------------------------------------------------------------------
 
 
-def note_other_machine(folder: RunFolder, now: dict, say: Callable[..., None] = log.warning) -> None:
-    """Say what of the machine differs from the start before: a run that is resumed is then not the same to the bit."""
+def warn_of_other_machine(folder: RunFolder, now: dict) -> None:
+    """Warn if a resumed run is not bit-for-bit repeatable, because the machine differs from that of the last start."""
     before = next(reversed(read_lines(folder.path / "environment.jsonl")), {})
     changed = [
         f"{name} {old} then, {new} now"
-        for key, name in COMPUTES.items()
-        if (old := _at(before, key)) not in (None, new := _at(now, key))
+        for key, name in MACHINE.items()
+        if (old := _value_at(before, key)) not in (None, new := _value_at(now, key))
     ]
     if changed and any(folder.path.glob("checkpoints/step_*.pt")):
-        say("resumed on a machine that computes otherwise, so not the same to the bit: %s", "; ".join(changed))
+        log.warning("resumed on another machine, so the result may differ in the last bits: %s", "; ".join(changed))
 
 
-def _at(line: dict, key: str) -> object:
+def _value_at(line: dict, key: str) -> object:
+    """The value of a dotted key; None if there is none."""
     node: object = line
     for word in key.split("."):
         node = node.get(word) if isinstance(node, dict) else None

@@ -1,6 +1,6 @@
-"""Which code a run is made by beside gsdg: the user's own modules that its config names, and the hash of code.
+"""The user's own modules that a config uses, and fingerprints (hashes) of code. Standard library only.
 
-A module is the user's own if it is neither gsdg's, nor Python's, nor in a site-packages folder. Standard library only.
+A module is the user's own if it belongs neither to gsdg nor to Python and is not in a site-packages folder.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,39 +17,52 @@ INSTALLED = {"site-packages", "dist-packages"}
 NOT_CODE = {"__pycache__", *INSTALLED}
 
 
-def fingerprint(path: Path, pattern: str = "*.py") -> str:
-    """Twelve hex digits: the hash of the name and bytes of every file that `code_files` finds."""
+def fingerprint(path: Path, files: Iterable[Path]) -> str:
+    """Twelve hex digits: a hash of the names and contents of these files of `path`."""
+    return fingerprint_of(path, {file: file.read_bytes() for file in files})
+
+
+def fingerprint_of(path: Path, contents: dict[Path, bytes]) -> str:
+    """The same from contents that have been read already: {file: its bytes}, in the order of `code_files`."""
     total = hashlib.sha256()
-    for file in code_files(path, pattern):
-        content = hashlib.sha256(file.read_bytes()).hexdigest()
+    for file, content in contents.items():
         name = file.relative_to(path).as_posix() if path.is_dir() else file.name
-        total.update(f"{name} {content}\n".encode())
+        total.update(f"{name} {hashlib.sha256(content).hexdigest()}\n".encode())
     return total.hexdigest()[:12]
 
 
 def code_files(path: Path, pattern: str = "*.py") -> list[Path]:
-    """The file itself, or of a package's folder the files that match, but for hidden and installed ones, and caches."""
+    """The sorted files in the folder `path` that match, without hidden files, caches and installed packages.
+
+    If `path` is a file: that file.
+    """
     if not path.is_dir():
         return [path]
-    found = ((file, file.relative_to(path).parts) for file in path.rglob(pattern) if file.is_file())
-    return sorted(file for file, parts in found if not NOT_CODE & {*parts} and not any(p[0] == "." for p in parts))
+    files = ((file, file.relative_to(path).parts) for file in path.rglob(pattern) if file.is_file())
+    return sorted(file for file, parts in files if not NOT_CODE & {*parts} and not any(p[0] == "." for p in parts))
 
 
 def own_modules(configs: object) -> dict[str, Path]:
-    """{top-level name: its package's folder, or its file}: the user's own modules that `configs` (a config, or a list
-    of them) name by `_target_`, and those that these import, to any depth; sorted by name."""
-    found: dict[str, Path] = {}
-    waiting = [target.partition(".")[0] for target in targets(configs)]
-    while waiting:
-        name = waiting.pop()
-        if name not in found and (place := _own_place(name)):
-            found[name] = place
-            waiting += [other for file in code_files(place) if file.suffix == ".py" for other in _imported(file)]
-    return dict(sorted(found.items()))
+    """The user's own modules that `configs` name by `_target_`, and those that these modules import, to any depth.
+
+    Args:
+        configs: a config, or a list of configs.
+
+    Returns:
+        {top-level name: the folder of the package, or the file of the module}, sorted by name.
+    """
+    modules: dict[str, Path] = {}
+    names = [target.partition(".")[0] for target in targets(configs)]
+    while names:
+        name = names.pop()
+        if name not in modules and (path := _own_path(name)):
+            modules[name] = path
+            names += [other for file in code_files(path) if file.suffix == ".py" for other in _imported(file)]
+    return dict(sorted(modules.items()))
 
 
 def targets(node: object) -> Iterator[str]:
-    """Every `_target_` in a config."""
+    """Every `_target_` in a config, or in a list of configs."""
     if isinstance(node, dict):
         if isinstance(node.get("_target_"), str):
             yield node["_target_"]
@@ -60,8 +73,8 @@ def targets(node: object) -> Iterator[str]:
 
 
 @cache
-def _own_place(name: str) -> Path | None:
-    """Where the user's own top-level module of that name is; None if it is another's, or is not there."""
+def _own_path(name: str) -> Path | None:
+    """The folder or file of the user's own top-level module `name`; None if it is not the user's, or not found."""
     if name in ("gsdg", "__main__") or name in sys.stdlib_module_names:
         return None
     try:
@@ -71,13 +84,13 @@ def _own_place(name: str) -> Path | None:
     if spec is None:
         return None
     folders = list(spec.submodule_search_locations or ())
-    places = [Path(place).absolute() for place in folders or [spec.origin or ""] if place]
-    own = [place for place in places if place.exists() and not INSTALLED & set(place.parts)]
+    paths = [Path(path).absolute() for path in folders or [spec.origin or ""] if path]
+    own = [path for path in paths if path.exists() and not INSTALLED & set(path.parts)]
     return own[0] if own else None
 
 
 def _imported(file: Path) -> set[str]:
-    """The top-level names of the modules that a file imports, anywhere in it."""
+    """The top-level names of all modules that a file imports, also inside functions."""
     try:
         tree = ast.parse(file.read_bytes())
     except (SyntaxError, ValueError):

@@ -1,7 +1,7 @@
-"""Gradient surgery: per-domain gradients, a partition of them, and a rule that makes one update of them."""
+"""Gradient surgery: a partition splits the parameters into parts, a rule combines the domain gradients of each part."""
 
 from gsdg.surgery.diagnostics import Diagnostics
-from gsdg.surgery.outliers import NormOutliers
+from gsdg.surgery.norm_outliers import NormOutliers
 from gsdg.surgery.partition import (
     Chunk,
     Groups,

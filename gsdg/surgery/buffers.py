@@ -1,72 +1,84 @@
-"""The domains' gradients G [D, P] and the update [P] in memory, and what every parameter's `.grad` is meanwhile.
+"""The memory of the domain gradients G [D, P] and of the update [P], and the `.grad` of every parameter.
 
-G and the update are flat: one parameter after the other. While a domain's backward pass runs, every `.grad` is a view
-of that domain's row; afterwards the optimizer finds views of the update there. `.grad` always has the strides that
-autograd itself would give it: those of its parameter, where that has no gaps in memory. A parameter whose rows (dim 0)
-are scattered in memory, such as a transposed weight, therefore gets a `.grad` outside G, which is copied: a partition
-cuts rows, so G holds them one after the other.
+G and the update are flat: one parameter after the other. During the backward pass of domain d every `.grad` is a view
+of row d of G; after the surgery every `.grad` is a view of the update.
+
+`.grad` always has the strides that autograd would give it: those of its parameter, if the parameter has no gaps in
+memory. Partitions cut tensors into rows (index 0), so that G must store the rows one after the other. A parameter whose
+rows are scattered in memory, such as a transposed weight, therefore gets a `.grad` of its own outside G, which is
+copied into G after the backward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 import torch
 import torch.distributed
 from torch import Tensor
 
-from gsdg.errors import UserError
 from gsdg.surgery.nonfinite import tensor_name
+from gsdg.utils.errors import UserError
 
-ALIGN = 16  # elements; every row of G begins on a cache line, as vector loads want it (2 CPU cores do not notice)
+ALIGN = 16  # elements; every row of G begins at a cache line, for vector loads (no measurable effect on 2 CPU cores)
 
 
 class GradientBuffers:
-    """Buffers for the gradients of `params`, of one dtype on one device. dtype: of G, theirs or bfloat16."""
+    """Buffers for the gradients of `params`, which have one dtype and one device.
+
+    Args:
+        dtype: of G: the dtype of the parameters, or bfloat16.
+    """
 
     def __init__(self, params: Sequence[Tensor], names: Sequence[str] | None, dtype: torch.dtype) -> None:
         self._params, self._names = params, names
         self.update = params[0].new_zeros(sum(p.numel() for p in params))
         self._update_views = self._views(self.update)
+        # parameter number -> its .grad outside G, for parameters with rows scattered in memory
         self._scattered = {
             k: torch.zeros_like(p) for k, p in enumerate(params) if _is_dense(p) and not _rows_are_dense(p)
         }
         self._G = self.update.new_empty(0, len(self.update), dtype=dtype)
         self._row_views: list[list[Tensor]] = []
-        self._reached = [False] * len(params)
-        self._writes = 0  # to each .grad in the first domain's backward pass
+        self._reached = [False] * len(params)  # whether a loss of this step depends on the parameter
+        self._writes = 0  # the largest number of writes to a .grad in the first domain's backward pass
 
     def rows(self, n_domains: int) -> Tensor:
-        """[n_domains, P]: the first rows of G."""
+        """The first n_domains rows of G: [n_domains, P]."""
         return self._G[:n_domains]
 
     @contextmanager
-    def collecting(self, d: int, n_rows: int, domain: str) -> Iterator[None]:
-        """Inside, one backward pass fills row d of G, which grows to `n_rows` rows if it has no row d yet.
+    def collecting(self, d: int, n_rows: int, domain: str) -> Generator[None]:
+        """Context in which one backward pass fills row d of G.
 
-        domain: its name, in words. UserError if something else than autograd took the place of a `.grad`.
+        Args:
+            n_rows: the number of rows that G is allocated with, if it has no row d yet.
+            domain: how to name the domain in messages.
+        Raises:
+            UserError: if code other than autograd replaced a `.grad`.
         """
         grads = self._zeroed(d, n_rows)
         before = [grad._version for grad in grads]
         self._point(grads)
         yield
         self._check_grads(grads)
-        # Autograd adds to a .grad in place, which raises its version: to see that, nothing waits for the device.
+        # Autograd adds to .grad in place, which increments its version counter. Reading it needs no sync.
         writes = [grad._version - version for grad, version in zip(grads, before, strict=True)]
         self._check_writes(d, max(writes), domain)
         self._reached = [bool(n) or (d > 0 and reached) for n, reached in zip(writes, self._reached, strict=True)]
-        self.clear()  # whatever runs between two domains cannot change a finished row
+        self.clear()  # code that runs between two domains must not change a finished row
         self._store(d)
 
     def point_to_update(self) -> None:
-        """Every `.grad` is the update; None, as after a plain backward pass, where no domain's loss reached."""
+        """Let every `.grad` be its part of the update; None, as after a plain backward pass, where no loss reached."""
         for k, grad in self._scattered.items():
             grad.copy_(self._update_views[k])
         grads = enumerate(self._update_views)
         self._point([self._scattered.get(k, grad) if self._reached[k] else None for k, grad in grads])
 
     def clear(self) -> None:
+        """Set every `.grad` to None."""
         self._point([None] * len(self._params))
 
     def check_reached(self) -> None:
@@ -74,7 +86,7 @@ class GradientBuffers:
         if not any(self._reached):
             raise UserError(
                 f"no domain's loss depends on any of the {len(self._params)} parameters. Build the surgery on the "
-                "parameters of the model that makes the losses, after the last of them was replaced"
+                "parameters of the model that computes the losses, after the last change of its modules"
             )
 
     def _point(self, grads: Sequence[Tensor | None]) -> None:
@@ -82,7 +94,7 @@ class GradientBuffers:
             p.grad = grad
 
     def _zeroed(self, d: int, n_rows: int) -> list[Tensor]:
-        """What collects domain d's gradients, zeroed: views of row d, or of the update where G is bfloat16."""
+        """The tensors that serve as `.grad` for domain d, zeroed: views of row d, or of the update if G is bfloat16."""
         if d >= len(self._G):
             size = len(self.update)
             G = self._G.new_empty(n_rows, -(-size // ALIGN) * ALIGN)[:, :size]
@@ -95,6 +107,7 @@ class GradientBuffers:
         return [self._scattered.get(k, view) for k, view in enumerate(self._flat_views(d))]
 
     def _store(self, d: int) -> None:
+        """Copy into row d of G what autograd could not write there in place."""
         views = self._flat_views(d)
         for k, grad in self._scattered.items():
             views[k].copy_(grad)
@@ -106,18 +119,19 @@ class GradientBuffers:
 
     @property
     def _in_place(self) -> bool:
-        """Whether autograd can write into the rows of G: a .grad has its parameter's type."""
+        """Whether autograd can write into the rows of G: `.grad` must have the dtype of its parameter."""
         return self._G.dtype == self.update.dtype
 
     def _views(self, flat: Tensor) -> list[Tensor]:
-        """flat [P] as the parameters' gradients, each with its parameter's strides where these keep rows in one piece.
+        """Views of flat [P], one per parameter and of its shape; with its strides, if its rows are not scattered.
 
-        `.data`: views that count their own versions, where views of one tensor would share a count.
+        `.data` gives every view its own version counter; other views of one tensor share a counter.
         """
         views = []
         for p, piece in zip(self._params, flat.split([p.numel() for p in self._params]), strict=True):
-            keep = _is_dense(p) and _rows_are_dense(p)
-            view = piece.as_strided(p.shape, p.stride(), piece.storage_offset()) if keep else piece.view(p.shape)
+            same_strides = _is_dense(p) and _rows_are_dense(p)
+            strides = (p.shape, p.stride(), piece.storage_offset())
+            view = piece.as_strided(*strides) if same_strides else piece.view(p.shape)
             views.append(view.data)
         return views
 
@@ -126,19 +140,22 @@ class GradientBuffers:
             if p.grad is not grad:
                 name = tensor_name(k, [p.shape for p in self._params], self._names)
                 raise UserError(
-                    f"during the backward pass something put another tensor in the place of .grad of {name}; the "
-                    "surgery never sees what is in it. DistributedDataParallel(gradient_as_bucket_view=True) does so: "
-                    "leave that option out. So does a hook that steps an optimizer: step it after the surgery"
+                    f"during the backward pass .grad of {name} was replaced by another tensor, whose content the "
+                    "surgery cannot see. DistributedDataParallel(gradient_as_bucket_view=True) does so: leave that "
+                    "option out. So does a hook that steps an optimizer: step it after the surgery"
                 )
 
     def _check_writes(self, d: int, writes: int, domain: str) -> None:
-        """DistributedDataParallel writes to each .grad once more than autograd; in one pass, but not in all of them?"""
+        """UserError if DistributedDataParallel averaged some of the domain gradients and not others.
+
+        It writes to each `.grad` once more than autograd does, so that all passes must have equal numbers of writes.
+        """
         if d == 0:
             self._writes = writes
         elif writes != self._writes and writes and self._writes and _distributed():
             raise UserError(
                 f"DistributedDataParallel averaged the gradients of only some of the domains over the processes "
-                f"({domain} is not like the first), and the replicas would drift apart. It averages once per forward "
+                f"({domain} differs from the first), and the replicas would drift apart. It averages once per forward "
                 "pass: give a generator that makes one forward pass per domain, without shared_graph and no_sync()"
             )
 
@@ -148,12 +165,12 @@ def _distributed() -> bool:
 
 
 def _sorted_strides(p: Tensor) -> list[tuple[int, int]]:
-    """(stride, length) of the dimensions longer than 1, the innermost first."""
+    """(stride, length) of the dimensions longer than 1, innermost first."""
     return sorted((p.stride(k), p.shape[k]) for k in range(p.ndim) if p.shape[k] > 1)
 
 
 def _is_dense(p: Tensor) -> bool:
-    """Whether the elements of p fill a piece of memory without gaps and overlaps."""
+    """Whether the elements of p fill one block of memory without gaps or overlaps."""
     size = 1
     for stride, length in _sorted_strides(p):
         if stride != size:
@@ -163,5 +180,5 @@ def _is_dense(p: Tensor) -> bool:
 
 
 def _rows_are_dense(p: Tensor) -> bool:
-    """Whether, in a p without gaps, dim 0 is outermost: contiguous or channels_last, say."""
+    """Whether dim 0 of p, which has no gaps, is outermost in memory, as in contiguous and channels_last tensors."""
     return p.ndim == 0 or p.shape[0] <= 1 or p.stride(0) * p.shape[0] == p.numel()

@@ -1,4 +1,4 @@
-"""NaN and inf in a gradient: where they came from, in words. Slow and exact; called only when something is wrong."""
+"""Messages about NaN and inf in a gradient: which domain and which tensor. Slow and exact; called only on failure."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-SCALER = ". If the losses are scaled by torch.amp.GradScaler: do not scale them, give backward(losses, scaler=scaler)"
+SCALER_HINT = (
+    ". If the losses are scaled by torch.amp.GradScaler: do not scale them, give backward(losses, scaler=scaler)"
+)
 
 
 class NonFiniteGradient(RuntimeError):
-    """A domain's gradient holds NaN or inf, or its square overflows; the message names the domain and the tensor."""
+    """A domain gradient holds NaN or inf, or its square overflows; the message names the domain and the tensor."""
 
 
 def domain_name(d: int, domains: Sequence[str] | None) -> str:
@@ -25,16 +27,16 @@ def tensor_name(k: int, shapes: Sequence[torch.Size], names: Sequence[str] | Non
 def describe_nonfinite(
     G: Tensor, shapes: Sequence[torch.Size], names: Sequence[str] | None, domains: Sequence[str] | None
 ) -> str | None:
-    """The first tensor of the first domain whose gradient, in G [D, P], is not finite; None if all are."""
+    """Name the first domain and tensor whose gradient in G [D, P] is not finite; None if all are finite."""
     sizes = [shape.numel() for shape in shapes]
     for d, row in enumerate(G):
         for k, gradient in enumerate(row.split(sizes)):
-            bad = gradient.numel() - int(gradient.isfinite().sum())
-            if bad:
+            n_bad = gradient.numel() - int(gradient.isfinite().sum())
+            if n_bad:
                 return (
-                    f"{bad} of {gradient.numel()} values of the gradient of {tensor_name(k, shapes, names)} from "
+                    f"{n_bad} of {gradient.numel()} values of the gradient of {tensor_name(k, shapes, names)} from "
                     f"{domain_name(d, domains)} are NaN or inf; no update was made. Look at that domain's loss and "
-                    f"images, or lower the learning rate{SCALER}"
+                    f"images, or lower the learning rate{SCALER_HINT}"
                 )
     return None
 
@@ -47,7 +49,13 @@ def describe_overflow(
     domains: Sequence[str] | None,
     dtype: torch.dtype,
 ) -> str:
-    """squares [S, D] and their tensors [S]: names one that is not finite although its gradient is."""
+    """Name a domain and tensor whose gradient is finite while its squared norm is not.
+
+    Args:
+        squares: [S, D], squared norms of pieces of the gradients; at least one is not finite.
+        tensors: [S], the tensor of each piece.
+        dtype: of `squares`, for the message.
+    """
     s, d = (~squares.isfinite()).nonzero()[0].tolist()
     return (
         f"the squared norm of the gradient of {tensor_name(int(tensors[s]), shapes, names)} from "
@@ -57,29 +65,34 @@ def describe_overflow(
 
 
 class FirstNonFinite:
-    """Where the first non-finite gradient came from, noted on the device without reading anything there."""
+    """Remembers on the device where the first non-finite gradient came from, without a sync."""
 
     def __init__(self, device: torch.device) -> None:
-        self._found = torch.full((3,), -1, dtype=torch.int64, device=device)  # step, tensor, domain
+        self._first = torch.full((3,), -1, dtype=torch.int64, device=device)  # (step, tensor, domain); -1: none
 
-    def note(self, squares: Tensor, tensors: Tensor, step: int) -> Tensor:
-        """squares [S, D], squared norms of pieces of the gradients; tensors [S], of which -> 0-dim bool: all finite."""
+    def note(self, squares: Tensor, tensors: Tensor, step: int | Tensor) -> Tensor:
+        """Keep step, tensor and domain of the first squared norm that is not finite, unless one was kept before.
+
+        Args:
+            squares: [S, D], squared norms of pieces of the gradients. tensors: [S], the tensor of each piece.
+        Returns: 0-dim bool, whether all are finite.
+        """
         bad = ~squares.isfinite().flatten()
-        finite, first = ~bad.any(), bad.to(torch.uint8).argmax()
-        tensor = tensors.take(first // squares.shape[1])
-        found = torch.stack((torch.zeros_like(first) + step, tensor, first % squares.shape[1]))
-        self._found = torch.where(finite | (self._found[0] >= 0), self._found, found)
+        finite, position = ~bad.any(), bad.to(torch.uint8).argmax()
+        tensor = tensors.take(position // squares.shape[1])
+        place = torch.stack((torch.zeros_like(position) + step, tensor, position % squares.shape[1]))
+        self._first = torch.where(finite | (self._first[0] >= 0), self._first, place)
         return finite
 
     def describe(
         self, shapes: Sequence[torch.Size], names: Sequence[str] | None, domains: Sequence[str] | None
     ) -> str | None:
-        """In words; None if every gradient has been finite. Waits for the device."""
-        step, tensor, domain = self._found.tolist()
+        """The message about the first non-finite gradient; None if all were finite. Waits for the device."""
+        step, tensor, domain = self._first.tolist()
         if step < 0:
             return None
         return (
             f"the gradient of {tensor_name(tensor, shapes, names)} from {domain_name(domain, domains)} held NaN or "
-            f"inf, or its square overflowed, at step {step}; zeros went to the optimizer in its place. Look at that "
-            f"domain's loss and images, or lower the learning rate{SCALER}"
+            f"inf, or its square overflowed, at step {step + 1}; zeros went to the optimizer in its place. Look at "
+            f"that domain's loss and images, or lower the learning rate{SCALER_HINT}"
         )

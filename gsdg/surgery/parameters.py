@@ -1,4 +1,4 @@
-"""The parameters that a surgery was given: checked once when they are given, and for changes at every step."""
+"""The parameters of a surgery: checked once at construction, and for changes at every step."""
 
 from __future__ import annotations
 
@@ -7,35 +7,36 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from gsdg.errors import UserError, listing
+from gsdg.utils.errors import UserError, listing
 
 Given = Iterable[Tensor] | Iterable[tuple[str, Tensor]]
 
 
 class Parameters:
-    """The given parameters, and which of them are trained: those that require grad when they are given.
+    """The given parameters, and which of them are trained: those that require grad now.
 
-    params: parameters, or (name, parameter) pairs as `model.named_parameters()` yields them. names: one per parameter,
-    where `params` are not pairs.
-    Raises UserError for anything that would fail later with a message that does not say what to do.
+    Args:
+        params: parameters, or (name, parameter) pairs as `model.named_parameters()` yields them.
+        names: one per parameter, or None; None if `params` are pairs.
+    Raises:
+        UserError: for anything that would fail later with a message that does not say what to do.
     """
 
     def __init__(self, params: Given, names: Sequence[str] | None) -> None:
         self._given, self._names = _unpacked(params, names)
         self._layouts = [_layout(p) for p in self._given]
-        kept = [k for k, p in enumerate(self._given) if p.requires_grad]
-        self.trained = [self._given[k] for k in kept]
-        self.names = None if self._names is None else [self._names[k] for k in kept]
+        trained = [k for k, p in enumerate(self._given) if p.requires_grad]
+        self.trained = [self._given[k] for k in trained]
+        self.names = None if self._names is None else [self._names[k] for k in trained]
         self._check()
 
     def check_unchanged(self) -> None:
-        """UserError if a parameter was frozen, unfrozen or laid out anew since it was given. Reads nothing on the
-        device."""
+        """UserError if a parameter was frozen, unfrozen or given other strides since construction. Needs no sync."""
         for k, p in enumerate(self._given):
             if _layout(p) != self._layouts[k]:
                 raise UserError(
                     f"{self._name(k)} was {_difference(p, *self._layouts[k])} after the surgery was built, which "
-                    "operates on the parameters as they were then. Build the surgery anew after every such change"
+                    "operates on the parameters as they were then. Build a new surgery after every such change"
                 )
 
     def _name(self, k: int) -> str:
@@ -64,31 +65,36 @@ def _layout(p: Tensor) -> tuple[bool, tuple[int, ...]]:
 
 
 def _difference(p: Tensor, trained: bool, stride: tuple[int, ...]) -> str:
-    """What `_layout` would say otherwise of p now, in words."""
+    """How p differs now from its former layout, in words."""
     if p.requires_grad != trained:
         return "frozen (requires_grad=False)" if trained else "unfrozen (requires_grad=True)"
     return f"given other strides ({list(p.stride())} instead of {list(stride)}, as by .to(memory_format=...))"
 
 
 def _unpacked(params: Given, names: Sequence[str] | None) -> tuple[list[Tensor], list[str] | None]:
-    """The parameters and their names, apart."""
+    """The parameters and their names as two lists; names None if there are none."""
     if isinstance(params, nn.Module | Tensor | dict):
         raise _not_parameters(type(params).__name__)
     items = list(params)
     pairs = [item for item in items if isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str)]
     if pairs and names is not None:
         raise UserError("the parameters were given with their names, and names as well; leave names out")
-    if pairs and len(pairs) == len(items):
-        names, items = [name for name, _ in pairs], [p for _, p in pairs]
-    for item in items:
+    all_named = pairs and len(pairs) == len(items)
+    if all_named:
+        names = [name for name, _ in pairs]
+    tensors = []
+    for item in [p for _, p in pairs] if all_named else items:
         if not isinstance(item, Tensor):
             raise _not_parameters(f"{type(item).__name__} among them")
-    if names is not None and len(names) != len(items):
-        raise UserError(f"found {len(names)} names for {len(items)} parameters; give one a parameter, or none at all")
-    return items, None if names is None else list(names)
+        tensors.append(item)
+    if names is not None and len(names) != len(tensors):
+        raise UserError(
+            f"found {len(names)} names for {len(tensors)} parameters; give one per parameter, or none at all"
+        )
+    return tensors, None if names is None else list(names)
 
 
-def _not_parameters(found: str) -> UserError:
+def _not_parameters(given: str) -> UserError:
     return UserError(
-        f"the parameters are no list of tensors (found {found}); give model.named_parameters(), or model.parameters()"
+        f"the parameters are not a list of tensors (found {given}); give model.named_parameters() or model.parameters()"
     )

@@ -1,14 +1,15 @@
-"""Granularity: what one part is. Partitions from `filter` up are groups of rows (index 0 of a parameter tensor).
+"""Partitions: how the parameters are split into parts (the granularity of the surgery).
 
-    model    everything is one part
-    groups   one part a name pattern
-    module   one part a module: its weight and its bias together
-    tensor   one part a parameter tensor
-    chunk    every tensor cut along dim 0 into n_parts chunks: the paper's
-    filter   one part a row: an output filter of a convolution, an output unit of a linear layer
-    element  one part a number; never tabulated, see `elements.py`
+    model    one part: all parameters
+    groups   one part per name pattern
+    module   one part per module: its weight and its bias together
+    tensor   one part per parameter tensor
+    chunk    every tensor is cut along dim 0 into n_parts chunks (the paper's granularity)
+    filter   one part per row: an output filter of a convolution, an output unit of a linear layer
+    element  one part per element; it has no layout of parts, see `elementwise.py`
 
-A tensor without a second dimension has rows of one element; a 0-dim tensor is one row.
+A *row* of a tensor is its slice at one index of dim 0. Every partition but `element` groups whole rows. A 1-dimensional
+tensor has rows of one element; a 0-dimensional tensor is one row.
 """
 
 from __future__ import annotations
@@ -21,17 +22,22 @@ from typing import Literal
 
 import torch
 
-from gsdg.errors import UserError, check_literal, listing
-from gsdg.surgery.table import Piece, Table, build
+from gsdg.surgery.part_layout import PartLayout, Piece, build_layout
+from gsdg.utils.errors import UserError, check_literal, listing
 
 Layers = Literal["all", "weights"]
 
 
 class Partition(ABC):
-    """layers: "all", or "weights": tensors of fewer than two dimensions (biases, norm scales) are not operated on,
-    their gradients are reduced over the domains (the release keeps the last domain's there, and loses the others)."""
+    """Base class of partitions.
 
-    spans_tensors = False  # whether a part may be more than one tensor
+    Args:
+        layers: "all", or "weights": the rule then combines only tensors of two or more dimensions. The gradients of the
+            others (biases, norm scales) are summed or averaged over the domains, as the rule reduces them. (The
+            release keeps the last domain's gradient there and discards the others.)
+    """
+
+    spans_tensors = False  # whether one part may contain rows of several tensors
 
     def __init__(self, *, layers: Layers = "all") -> None:
         check_literal("layers", layers, Layers)
@@ -39,40 +45,67 @@ class Partition(ABC):
 
     @abstractmethod
     def cut(self, tensor: int, name: str, n_rows: int) -> Iterator[tuple[Hashable, int]]:
-        """(part, number of rows) from the first row of a tensor to its last; parts of the same key are one."""
+        """Cut one tensor into runs of rows, from its first row to its last.
+
+        Args:
+            tensor: the tensor's number. name: its parameter name, "" where no names were given.
+            n_rows: its size along dim 0.
+        Yields: (key, number of rows) of each run. Runs with the same key, also of different tensors, are one part.
+        """
 
     def check(self, names: Sequence[str] | None) -> None:
-        """Refuse parameters that this granularity cannot cut."""
+        """Raise UserError where parameters of these names cannot be cut at this granularity."""
 
     def operates_on(self, shape: Sequence[int]) -> bool:
+        """Whether the rule combines tensors of this shape."""
         return self.layers == "all" or len(shape) >= 2
 
-    def table(
+    def layout(
         self, shapes: Sequence[torch.Size], device: torch.device | str = "cpu", names: Sequence[str] | None = None
-    ) -> Table:
-        """The parts of tensors of these shapes and names, in this order; the index tensors lie on `device`."""
+    ) -> PartLayout:
+        """The layout of the parts for tensors of these shapes and names, with its index tensors on `device`.
+
+        Tensors that the rule operates on are numbered first; every other tensor follows as one part that is only
+        reduced. Three tensors under `Chunk(2, layers="weights")`:
+
+            tensor      conv.weight [4, 3]        conv.bias [4]    head.weight [2, 5]
+            flat axis   0 ...... 5 | 6 ..... 11 | 12 ........ 15 | 16 .. 20 | 21 .. 25
+            part            0      |      1     |       4        |     2    |     3
+
+        The rule combines parts 0 to 3 (n_operated = 4). Part 4, the bias, is reduced. Outliers are looked for per
+        tensor: parts 0 and 1 are the unit 0, parts 2 and 3 the unit 2.
+        """
         self.check(names)
-        numbers: dict[Hashable, int] = {}  # part key -> its number; operated parts first
-        pieces, tensor_of = [], []
-        starts = [0, *accumulate(torch.Size(shape).numel() for shape in shapes)]
-        for operated in (True, False):
-            for tensor in (t for t, shape in enumerate(shapes) if self.operates_on(shape) is operated):
-                n_rows, row = rows_of(shapes[tensor])
-                cuts = self.cut(tensor, names[tensor] if names else "", n_rows) if operated else [((), n_rows)]
-                start = starts[tensor]
-                for key, count in cuts if row else ():
-                    part = numbers.setdefault(key if operated else ("reduced", tensor), len(numbers))
-                    tensor_of += [tensor] * (part == len(tensor_of))
-                    pieces.append(Piece(part, tensor, start, count * row))
-                    start += count * row
-            if operated:
-                n_operated = len(numbers)
-        units = range(len(numbers)) if self.spans_tensors else tensor_of
-        return build(pieces, starts[-1], n_operated, units, device)
+        sizes = [torch.Size(shape).numel() for shape in shapes]
+        starts = [0, *accumulate(sizes)]  # of each tensor on the flat axis; last: P
+        filled = [tensor for tensor, size in enumerate(sizes) if size]  # a tensor without elements has no part
+        # Operated tensors first: parts are numbered in the order in which their keys appear.
+        numbers: dict[Hashable, int] = {}
+        pieces = []
+        for tensor in (t for t in filled if self.operates_on(shapes[t])):
+            n_rows, row_size = rows_of(shapes[tensor])
+            start = starts[tensor]
+            for key, count in self.cut(tensor, names[tensor] if names else "", n_rows):
+                part = numbers.setdefault(key, len(numbers))
+                pieces.append(Piece(part, tensor, start, count * row_size))
+                start += count * row_size
+        n_operated = len(numbers)
+        # Then the rest: one part per tensor.
+        reduced = [t for t in filled if not self.operates_on(shapes[t])]
+        pieces += [Piece(n_operated + k, t, starts[t], sizes[t]) for k, t in enumerate(reduced)]
+        # Norm outliers are looked for per tensor, or per part where a part spans several tensors.
+        tensor_of = {piece.part: piece.tensor for piece in reversed(pieces)}
+        parts = range(n_operated + len(reduced))
+        units = parts if self.spans_tensors else [tensor_of[part] for part in parts]
+        return build_layout(pieces, starts[-1], n_operated, units, device)
 
 
 class WholeModel(Partition):
-    """One part. What PCGrad, MGDA, CAGrad and most others compare."""
+    """One part: all parameters. The granularity of PCGrad, MGDA, CAGrad and most other methods.
+
+    Args:
+        layers: "all" or "weights" (only tensors of two or more dimensions), see `Partition`.
+    """
 
     spans_tensors = True
 
@@ -81,8 +114,15 @@ class WholeModel(Partition):
 
 
 class Groups(Partition):
-    """One part a pattern: the tensors whose names match it and no pattern before it; what no pattern matches is one
-    more part. Patterns are the shell's: `*layer4*`, `*.bias`, `classifier.[0-9]*`."""
+    """One part per name pattern: the tensors whose names match it and no earlier pattern.
+
+    Tensors that match no pattern are one more part.
+
+    Args:
+        patterns: one or more shell patterns on parameter names: `*layer4*`, `*.bias`, `classifier.[0-9]*`. UserError
+            for a pattern whose group is empty.
+        layers: "all" or "weights" (only tensors of two or more dimensions), see `Partition`.
+    """
 
     spans_tensors = True
 
@@ -93,51 +133,64 @@ class Groups(Partition):
         self.patterns = list(patterns)
 
     def check(self, names: Sequence[str] | None) -> None:
-        _need_names(names, "groups")
-        taken = {self._group(name) for name in names}
+        names = _require_names(names, "groups")
+        filled_groups = {self._group(name) for name in names}
         for k, pattern in enumerate(self.patterns):
-            if k not in taken:
-                matched = [name for name in names if fnmatchcase(name, pattern)]
-                why = "patterns before it take all that it matches" if matched else "it matches no parameter"
+            if k not in filled_groups:
+                matches_any = any(fnmatchcase(name, pattern) for name in names)
+                why = "earlier patterns match all of its parameters" if matches_any else "it matches no parameter"
                 raise UserError(f"pattern {pattern!r} makes an empty group: {why}; the parameters are {listing(names)}")
 
     def cut(self, tensor: int, name: str, n_rows: int) -> Iterator[tuple[Hashable, int]]:
         yield self._group(name), n_rows
 
     def _group(self, name: str) -> int:
+        """The number of the first pattern that matches; the number of patterns where none does."""
         matching = (k for k, pattern in enumerate(self.patterns) if fnmatchcase(name, pattern))
         return next(matching, len(self.patterns))
 
 
 class PerModule(Partition):
-    """One part a module: the parameters whose names differ in the last word only."""
+    """One part per module: the parameters whose names differ only after the last dot.
+
+    Args:
+        layers: "all" or "weights" (only tensors of two or more dimensions), see `Partition`.
+    """
 
     spans_tensors = True
 
     def check(self, names: Sequence[str] | None) -> None:
-        _need_names(names, "module")
+        _require_names(names, "module")
 
     def cut(self, tensor: int, name: str, n_rows: int) -> Iterator[tuple[Hashable, int]]:
         yield module_of(name), n_rows
 
 
 class PerTensor(Partition):
-    """One part a parameter tensor."""
+    """One part per parameter tensor.
+
+    Args:
+        layers: "all" or "weights" (only tensors of two or more dimensions), see `Partition`.
+    """
 
     def cut(self, tensor: int, name: str, n_rows: int) -> Iterator[tuple[Hashable, int]]:
         yield tensor, n_rows
 
 
 class Chunk(Partition):
-    """Every tensor cut along dim 0 into chunks of ceil(C / n_parts) rows: at most n_parts, the last may be short.
+    """Every tensor is cut along dim 0 into at most n_parts chunks of ceil(C / n_parts) rows; the last may be shorter.
 
     Source: `torch.chunk(n_parts)`, as the GradSurgery release cuts.
+
+    Args:
+        n_parts: chunks per tensor, an integer >= 1. The paper uses 10.
+        layers: "all" or "weights" (only tensors of two or more dimensions), see `Partition`.
     """
 
     def __init__(self, n_parts: int = 10, *, layers: Layers = "all") -> None:
         super().__init__(layers=layers)
         if isinstance(n_parts, bool) or not isinstance(n_parts, int) or n_parts < 1:
-            raise UserError(f"n_parts is {n_parts!r}; it is the number of chunks a tensor is cut into, an integer >= 1")
+            raise UserError(f"n_parts is {n_parts!r}; it is the number of chunks per tensor, an integer >= 1")
         self.n_parts = n_parts
 
     def cut(self, tensor: int, name: str, n_rows: int) -> Iterator[tuple[Hashable, int]]:
@@ -147,7 +200,11 @@ class Chunk(Partition):
 
 
 class PerFilter(Partition):
-    """One part a row."""
+    """One part per row: an output filter of a convolution, an output unit of a linear layer.
+
+    Args:
+        layers: "all" or "weights" (only tensors of two or more dimensions), see `Partition`.
+    """
 
     def cut(self, tensor: int, name: str, n_rows: int) -> Iterator[tuple[Hashable, int]]:
         for row in range(n_rows):
@@ -155,38 +212,43 @@ class PerFilter(Partition):
 
 
 class PerElement(Partition):
-    """One part a number: the granularity of the sign rules. A Gram rule works on D x D numbers for each."""
+    """One part per element: the granularity of the sign rules. A Gram rule works on D x D numbers per element.
+
+    Args:
+        layers: "all" or "weights" (only tensors of two or more dimensions), see `Partition`.
+    """
 
     def cut(self, tensor: int, name: str, n_rows: int) -> Iterator[tuple[Hashable, int]]:
-        raise NotImplementedError("elements are not tabulated: see gsdg/surgery/elements.py")
+        raise NotImplementedError("the partition `element` has no layout of parts: see gsdg/surgery/elementwise.py")
 
 
 def part_of_rows(partition: Partition, shapes: Sequence[torch.Size], names: Sequence[str]) -> list[int]:
-    """The part of every row of every tensor, numbered in order of appearance; all layers are cut."""
+    """The part of every row of every tensor, numbered in order of appearance; `layers` is ignored."""
     numbers: dict[Hashable, int] = {}
     parts = []
     for tensor, (name, shape) in enumerate(zip(names, shapes, strict=True)):
-        n_rows, row = rows_of(shape)
-        for key, count in partition.cut(tensor, name, n_rows) if row else ():
+        n_rows, row_size = rows_of(shape)
+        for key, count in partition.cut(tensor, name, n_rows) if row_size else ():
             parts += [numbers.setdefault(key, len(numbers))] * count
     return parts
 
 
 def rows_of(shape: Sequence[int]) -> tuple[int, int]:
-    """(number of rows, elements a row) of a tensor; a row has 0 elements if the tensor has none."""
+    """(number of rows, elements per row) of a tensor; 0 elements per row where the tensor has none."""
     size = torch.Size(shape).numel()
     n_rows = shape[0] if len(shape) else 1
     return n_rows, size // n_rows if size else 0
 
 
 def module_of(name: str) -> str:
-    """`layer1.0.conv1.weight` -> `layer1.0.conv1`; a parameter of the model itself -> `model`."""
+    """`layer1.0.conv1.weight` -> `layer1.0.conv1`; `model` for a parameter of the top-level module."""
     return name.rpartition(".")[0] or "model"
 
 
-def _need_names(names: Sequence[str] | None, granularity: str) -> None:
+def _require_names(names: Sequence[str] | None, granularity: str) -> Sequence[str]:
     if names is None:
         raise UserError(
-            f"granularity {granularity!r} goes by the parameters' names, and none were given; pass names="
+            f"granularity {granularity!r} needs the names of the parameters, and none were given; pass names="
             "[name for name, _ in model.named_parameters()]"
         )
+    return names

@@ -1,44 +1,43 @@
-"""GradSurgery for anybody's loop: per-domain gradients at the cost of one ERM step, then partition x rule, then .grad.
+"""GradSurgery for any training loop: per-domain gradients at the cost of one ERM step, combined by partition and rule.
 
     surgery = GradSurgery(model.named_parameters(), n_parts=10, alpha=0.6)
-    for batches in loader:                             # one (images, labels) per domain
-        losses = (cross_entropy(model(x), y) for x, y in batches)   # a generator: one forward alive at a time
-        metrics = surgery.backward(losses)             # leaves the update in every .grad
+    for batches in loader:                             # one (images, labels) per source domain
+        losses = (cross_entropy(model(x), y) for x, y in batches)   # a generator: one forward pass alive at a time
+        metrics = surgery.backward(losses)             # writes the update into every .grad
         optimizer.step()
 
-The gradients lie in one matrix G [D, P], allocated once: while domain d runs backward, every .grad is a view of row d.
-A parameter that no domain's loss reaches has .grad None afterwards, as after a plain backward pass.
-Method: ECAI 2024, see `rules/corgrad.py`. Weight decay and clipping belong after `backward`. With BatchNorm in train
-mode each domain is normalised by its own statistics; with frozen BN, GroupNorm or LayerNorm the domains' gradients add
-up to those of one joint step exactly.
+The domain gradients are the rows of one matrix G [D, P], allocated once: during the backward pass of domain d every
+.grad is a view of row d. A parameter that no domain's loss reaches has .grad None afterwards, as after a plain backward
+pass. Method: ECAI 2024, see `rules/corgrad.py`. Apply weight decay and gradient clipping after `backward`. With
+BatchNorm in train mode every domain is normalised by its own statistics; with frozen BatchNorm, GroupNorm or LayerNorm
+the sum of the domain gradients is exactly the gradient of one joint step.
 
-float16 autocast: give the scaler the losses through the surgery, which then needs no `scaler.scale`:
+float16 autocast: pass the GradScaler to `backward` instead of calling `scaler.scale`:
 
         surgery.backward(losses, scaler=scaler)        # torch.amp.GradScaler
-        scaler.step(optimizer)                         # skips the step if a domain's gradient held inf or NaN
+        scaler.step(optimizer)                         # skips the step if a domain gradient held inf or NaN
         scaler.update()                                # and lowers the scale
 
-The rule sees the gradients unscaled, and .grad is scaled again, so that `scaler.unscale_` may come before clipping. A
-step that the scaler skips is no step of `alpha_schedule`, and no rule remembers it.
+The rule sees unscaled gradients, and .grad is scaled again, so that `scaler.unscale_` may be called before clipping. A
+step that the scaler skips does not advance `alpha_schedule` and does not change the state of a rule.
 
-DistributedDataParallel: works with its default options, if every loss has a forward pass of its own. It averages each
-domain's gradient over the processes, so all processes make the same update. Rules that draw random numbers draw from
-torch's default generators: seed these equally in all processes.
+DistributedDataParallel: works with its default options, if every loss has its own forward pass. It averages each domain
+gradient over the processes, so that all processes compute the same update. Rules that draw random numbers use torch's
+default generators: seed these equally in all processes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Sized
-from typing import Literal
+from functools import partial
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
 
-from gsdg.errors import UserError, check_literal, listing
 from gsdg.surgery.buffers import GradientBuffers
-from gsdg.surgery.elements import Elements
-from gsdg.surgery.grams import kernels
+from gsdg.surgery.elementwise import ElementGramCombiner, ElementRuleCombiner
 from gsdg.surgery.nonfinite import (
     FirstNonFinite,
     NonFiniteGradient,
@@ -46,27 +45,39 @@ from gsdg.surgery.nonfinite import (
     describe_overflow,
     domain_name,
 )
-from gsdg.surgery.outliers import AlphaSchedule, NormOutliers, modified_squares
+from gsdg.surgery.norm_outliers import AlphaSchedule, NormOutliers
 from gsdg.surgery.parameters import Given, Parameters
 from gsdg.surgery.partition import Chunk, Layers, Partition, PerElement
-from gsdg.surgery.rules.base import ElementRule, Metrics, Reduction, Rule
+from gsdg.surgery.partwise import PartCombiner
+from gsdg.surgery.rules.base import ElementRule, GramRule, Metrics, Reduction, Rule
 from gsdg.surgery.rules.corgrad import CorGrad, Order, ProjectOn
 from gsdg.surgery.rules.precision import GRAM_EPS
+from gsdg.utils.errors import UserError, check_literal, listing
 
 Storage = Literal["full", "bf16"]
+Combiner = PartCombiner | ElementRuleCombiner | ElementGramCombiner
 
 
 class Surgery:
-    """A partition, a rule and the norm-outlier stage on the gradients of `params`.
+    """Gradient surgery on `params`: a partition, a rule and the norm-outlier correction.
 
-    params: parameters, or `model.named_parameters()`, of one dtype (float32 or float64) on one device; those without
-    requires_grad are left out. Move the model to its device and memory format, and freeze what is to be frozen, first:
-    a later change is refused. names: one per parameter, where params bring none; for messages, and for the
-    granularities that go by names. outliers: off if not given. storage: "bf16" keeps G in half the memory
-    (benchmarks/storage.py measures what it does to the update); for float32 parameters.
-
-    step: updates made so far, an int; a 0-dim tensor on the device once a GradScaler was given on an accelerator, where
-    the host does not know which steps are skipped.
+    Args:
+        params: the model's parameters, or `model.named_parameters()`, all float32 or all float64, on one device. Those
+            without requires_grad are left out. First move the model to its device and memory format and freeze what is
+            to be frozen: changes after this call are refused.
+        partition: splits the parameters into parts.
+        rule: combines the D domain gradients of each part.
+        outliers: the norm-outlier correction; None: off.
+        storage: "full", or "bf16": G takes half the memory (benchmarks/storage.py measures what this does to the
+            update); for float32 parameters only.
+        names: one per parameter, if `params` has none. Used in messages, and by the partitions `module` and `groups`.
+    Attributes:
+        step: number of updates so far, an int. Once a GradScaler was given on an accelerator: a 0-dim tensor on it,
+            because the host does not know which steps are skipped.
+        metrics: of the last update: name -> 0-dim tensor.
+        combiner: computes the update from the domain gradients; holds the rule and the outlier correction.
+    Raises:
+        UserError: for parameters, or a combination of partition, rule and correction, that cannot work.
     """
 
     def __init__(
@@ -81,48 +92,27 @@ class Surgery:
     ) -> None:
         check_literal("storage", storage, Storage)
         self._parameters = Parameters(params, names)
-        self.names, trained = self._parameters.names, self._parameters.trained
-        self.shapes, like = [p.shape for p in trained], trained[0]
-        _check_use(self.shapes, like.dtype, partition, storage)
-        self.partition, self.rule = partition, rule
-        self.outliers = NormOutliers(1.0) if outliers is None else outliers
-        self.table, self._elements = None, None
-        if isinstance(partition, PerElement):
-            operated = [partition.operates_on(shape) for shape in self.shapes]
-            sizes = [p.numel() for p in trained]
-            self._elements = Elements(sizes, operated, rule, self.outliers, like.device)
-        elif isinstance(rule, ElementRule):
-            raise UserError(
-                f"{type(rule).__name__} is an element-wise rule, and the partition is {type(partition).__name__}; "
-                "valid: element (in a config, algorithm/partition=element)"
-            )
-        else:
-            self.table = partition.table(self.shapes, like.device, self.names)
+        trained, self.names = self._parameters.trained, self._parameters.names
+        self.shapes = [p.shape for p in trained]
+        dtype, device = trained[0].dtype, trained[0].device
+        _check_use(self.shapes, dtype, partition, storage)
+        self.partition = partition
+        outliers = NormOutliers(1.0) if outliers is None else outliers
+        self.combiner = _combiner(self.shapes, self.names, device, partition, rule, outliers)
         self.step = 0
         self.metrics: Metrics = {}
-        self._buffers = GradientBuffers(trained, self.names, torch.bfloat16 if storage == "bf16" else like.dtype)
+        self._buffers = GradientBuffers(trained, self.names, torch.bfloat16 if storage == "bf16" else dtype)
         self._update = self._buffers.update
-        self._first_nonfinite = FirstNonFinite(like.device)
         self._n_domains, self._domains = 0, None
-        self._reading_is_free = like.device.type == "cpu"  # elsewhere the host would wait for the device
-        self._scale: Tensor | None = None  # the scaler's, 0-dim, during a `backward` that was given one
+        self._losses = torch.zeros(0, dtype=dtype, device=device)
+        self._first_nonfinite = FirstNonFinite(device)
+        self._sync_is_free = device.type == "cpu"  # on other devices reading a value stalls the host
+        self._scale: Tensor | None = None  # of the GradScaler, 0-dim, during a `backward` that was given one
         self._finite: Tensor | None = None  # 0-dim bool: whether all gradients of that step are finite
 
-    @torch.no_grad()
-    def combine(self, G: Tensor, domains: Sequence[str] | None = None) -> Tensor:
-        """G [D, P], a domain's gradient a row, in parameter order -> the update [P], in a buffer every call reuses.
-
-        If G holds NaN or inf: on a CPU, raises NonFiniteGradient and writes nothing. On an accelerator that would stall
-        the queue; there the update is all zeros, and `first_nonfinite` says later where it came from.
-        """
-        self._check(G)
-        G = G if G.stride(1) == 1 else G.contiguous()
-        self._domains = domains
-        self.rule.start_step(len(G))
-        combined = self._combine_elements if self.table is None else self._combine_parts
-        self.metrics = combined(G, GRAM_EPS[G.dtype])
-        self.step += 1
-        return self._update
+    @property
+    def rule(self) -> Rule:
+        return self.combiner.rule
 
     def backward(
         self,
@@ -132,45 +122,103 @@ class Surgery:
         shared_graph: bool = False,
         scaler: GradScaler | None = None,
     ) -> dict[str, Tensor]:
-        """Run each loss backward as it comes, operate on the gradients, and leave the update in every .grad.
+        """Run the backward pass of each loss, combine the domain gradients, and write the update into every .grad.
 
-        losses: D scalars, each of a graph of its own (or, with `shared_graph`, all of one), not scaled.
-        A generator is asked for the next loss only when the last one's graph is gone. domains: their D names, for
-        messages. scaler: scales the losses and .grad; where a gradient is not finite, .grad is NaN, at which
-        `scaler.step` skips the step. What .grad held before is discarded.
-        Returns the mean loss, unscaled, and the rule's metrics: 0-dim tensors on the device, so that nothing waits for
-        it. After an error every .grad is None: an optimizer step would then change nothing.
+        The previous content of .grad is discarded. After an error every .grad is None, so that an optimizer step
+        changes nothing.
+
+        Args:
+            losses: D scalars, not scaled. Each has its own graph, or all share one with `shared_graph`. A generator is
+                asked for the next loss after the graph of the previous loss was freed.
+            domains: the names of the D domains, for messages.
+            scaler: scales the losses and .grad. Where a gradient is not finite, .grad is NaN, at which `scaler.step`
+                skips the step.
+        Returns: "loss", the mean of the unscaled losses, and the metrics of the rule: 0-dim tensors on the device, so
+            that nothing waits for the device.
+        Raises:
+            UserError: for losses that are no scalars with a graph, do not match `domains` or reach no parameter.
+            NonFiniteGradient: on a CPU, without a scaler, if a domain gradient holds NaN or inf.
         """
         try:
             self._scale = self._scale_of(scaler)
-            mean_loss = self._accumulate(losses, domains, shared_graph, scaler)
+            self._fill_rows(losses, domains, shared_graph, scaler)
             self.combine(self.gradients, domains)
             if self._scale is not None:
-                self._scale_update()
+                assert self._finite is not None, "`combine` has checked the gradients"
+                self._scale_update(self._scale, self._finite)
         except BaseException:
             self._buffers.clear()
             raise
         finally:
             self._scale = None
         self._buffers.point_to_update()
-        return {"loss": mean_loss, **self.metrics}
+        return {"loss": self.losses.mean(), **self.metrics}
+
+    def collect(
+        self, losses: Iterable[Tensor], domains: Sequence[str] | None = None, *, shared_graph: bool = False
+    ) -> Tensor:
+        """Run the backward pass of each loss and return the domain gradients G [D, P]; the rule is not applied.
+
+        Args: as for `backward`.
+        Returns: a view of the buffer that the next `collect` or `backward` overwrites. Row d holds the gradients of
+            loss d, flattened and concatenated in parameter order; zeros for parameters that the loss does not reach.
+            Every .grad is None afterwards, also after an error. `set_grads` writes an update [P] into .grad.
+        """
+        try:
+            self._fill_rows(losses, domains, shared_graph, None)
+        except BaseException:
+            self._buffers.clear()
+            raise
+        return self.gradients
+
+    @torch.no_grad()
+    def combine(self, G: Tensor, domains: Sequence[str] | None = None) -> Tensor:
+        """Combine the domain gradients G [D, P] into one update [P], and count a step.
+
+        Args:
+            G: one row per domain, its gradients flattened and concatenated in parameter order.
+            domains: the names of the D domains, for messages.
+        Returns: the update, in a buffer that every call reuses.
+        Raises:
+            NonFiniteGradient: on a CPU, if G holds NaN or inf; nothing is written then. On an accelerator this check
+                would stall the host: there the update is all zeros, and `first_nonfinite` names the gradient later.
+        """
+        self._check_shape(G)
+        G = G if G.stride(1) == 1 else G.contiguous()
+        self._domains = domains
+        self.rule.start_step(len(G))
+        check_finite = partial(self._check_finite, G)
+        self.metrics = self.combiner.combine(G, self._update, self.step, GRAM_EPS[G.dtype], check_finite)
+        self.step += 1
+        return self._update
+
+    @torch.no_grad()
+    def set_grads(self, update: Tensor) -> None:
+        """Write `update` [P] into every .grad; .grad is None where no loss of the last `collect` reached."""
+        self._update.copy_(update)
+        self._buffers.point_to_update()
 
     @property
     def gradients(self) -> Tensor:
-        """[D, P]: the gradients kept from the last `backward`."""
+        """[D, P]: the domain gradients of the last `collect` or `backward`."""
         return self._buffers.rows(self._n_domains)
 
-    def find_nonfinite(self, G: Tensor | None = None, domains: Sequence[str] | None = None) -> str | None:
-        """Which domain's gradient of which tensor holds NaN or inf, in words; None if all is finite.
+    @property
+    def losses(self) -> Tensor:
+        """[D]: the losses of the last `collect` or `backward`, detached and unscaled."""
+        return self._losses
 
-        Looks at every value of G [D, P], or of the gradients kept from the last `backward`. Waits for the device.
+    def find_nonfinite(self, G: Tensor | None = None, domains: Sequence[str] | None = None) -> str | None:
+        """Name the domain and tensor whose gradient holds NaN or inf; None if all are finite.
+
+        Reads every value of G [D, P] (None: of `gradients`), and so waits for the device.
         """
         if G is None:
             G, domains = self.gradients, domains or self._domains
         return describe_nonfinite(G, self.shapes, self.names, domains)
 
     def first_nonfinite(self) -> str | None:
-        """Which gradient was the first to be replaced by zeros since the start, in words; None if none was."""
+        """Name the first gradient that was replaced by zeros, with its step; None if none was. Waits for the device."""
         return self._first_nonfinite.describe(self.shapes, self.names, self._domains)
 
     def state_dict(self) -> dict:
@@ -180,66 +228,25 @@ class Surgery:
         self.step = int(state["step"])
         self.rule.load_state_dict(state["rule"])
 
-    def _combine_parts(self, G: Tensor, gram_eps: float) -> Metrics:
-        table, ops, D = self.table, kernels(G), len(G)
-        slots = ops.slot_grams(G, table)  # [S, D, D]
-        finite = self._noted(G, slots.diagonal(dim1=1, dim2=2), table.slot_tensor)
-        grams = table.sums(slots)  # [K, D, D]
-        M = grams[: table.n_operated].permute(1, 2, 0).contiguous()  # [D, D, K]
-        if finite is not None:
-            M = torch.where(finite, M, 0.0)  # what a rule remembers stays finite
-        C, metrics = self.rule.coefficients(M, gram_eps)
-        if not self.outliers.off:
-            norms = table.unit_sums(modified_squares(C, M)).sqrt()  # [U, D]
-            shares = self.outliers.shares(norms, self.step, gram_eps)[table.part_unit[: table.n_operated]]  # [K, D]
-            C = C * shares.t().unsqueeze(1)
-        reduced = 1 / D if self.rule.reduction == "mean" else 1.0
-        plain = C.new_full((table.n_parts - table.n_operated, D), reduced)
-        weights = torch.cat((C.sum(0).t(), plain))  # [K, D]
-        ops.combine(G, weights, table, self._update, finite)
-        return metrics
-
-    def _combine_elements(self, G: Tensor, gram_eps: float) -> Metrics:
-        finite = self._noted(G, self._elements.squares(G), self._elements.tensors)
-        metrics = self._elements.combine(G, self._update, self.step, gram_eps)
-        if finite is not None:
-            self._update.masked_fill_(~finite, 0)
-            metrics = {name: torch.where(finite, value, 0.0) for name, value in metrics.items()}
-        return metrics
-
-    def _noted(self, G: Tensor, squares: Tensor, tensors: Tensor) -> Tensor | None:
-        """squares [S, D], squared norms of pieces of the gradients, and their tensors [S]. On a CPU: refuse what is not
-        finite. Elsewhere: note where it came from, and return a 0-dim bool, whether all is. With a scaler: leave what
-        is not finite to the scaler, which looks for it, and return the 0-dim bool."""
-        if self._scale is not None:
-            self._finite = squares.isfinite().all()
-            return self._finite
-        if not self._reading_is_free:
-            return self._first_nonfinite.note(squares, tensors, self.step)
-        if not squares.isfinite().all():
-            raise NonFiniteGradient(
-                describe_nonfinite(G, self.shapes, self.names, self._domains)
-                or describe_overflow(squares, tensors, self.shapes, self.names, self._domains, squares.dtype)
-            )
-        return None
-
-    def _accumulate(
+    def _fill_rows(
         self,
         losses: Iterable[Tensor],
         domains: Sequence[str] | None,
         shared_graph: bool,
         scaler: GradScaler | None,
-    ) -> Tensor:
-        """Fill one row of G per loss, unscaled; returns the mean loss, 0-dim, unscaled."""
+    ) -> None:
+        """Fill one row of G per loss, unscaled, and keep the losses [D], unscaled."""
         self._parameters.check_unchanged()
         expected = len(domains) if domains is not None else len(losses) if isinstance(losses, Sized) else 0
         values = []
-        for loss in losses:  # no enumerate: it would hold the last loss during the next forward
+        for loss in losses:  # no enumerate: it would keep the previous loss alive during the next forward pass
             d = len(values)
             _check_loss(loss, d, domains)
             values.append(loss.detach().reshape(()))
             with self._buffers.collecting(d, max(expected, d + 1), domain_name(d, domains)):
-                _run_backward(loss if self._scale is None else scaler.scale(loss), d, domains, shared_graph)
+                _run_backward(
+                    loss if scaler is None or self._scale is None else scaler.scale(loss), d, domains, shared_graph
+                )
             del loss
         if not values or (domains is not None and len(values) != len(domains)):
             wanted = "at least 1" if domains is None else f"{len(domains)}, one for each of {listing(domains)}"
@@ -248,34 +255,59 @@ class Surgery:
         self._n_domains, self._domains = len(values), domains
         if self._scale is not None:
             self.gradients.mul_(self._scale.reciprocal())
-        return torch.stack(values).mean()
+        self._losses = torch.stack(values)
+
+    def _check_finite(self, G: Tensor, squares: Tensor, tensors: Tensor) -> Tensor | None:
+        """Check the squared norms [S, D] of pieces of the gradients, which belong to the tensors [S].
+
+        With a GradScaler: return whether all are finite, 0-dim; the scaler then skips the step. On an accelerator:
+        return the same, and note on the device which gradient was not. On a CPU: raise NonFiniteGradient, or return
+        None.
+        """
+        if self._scale is not None:
+            self._finite = squares.isfinite().all()
+            return self._finite
+        if not self._sync_is_free:
+            return self._first_nonfinite.note(squares, tensors, self.step)
+        if not squares.isfinite().all():
+            raise NonFiniteGradient(
+                describe_nonfinite(G, self.shapes, self.names, self._domains)
+                or describe_overflow(squares, tensors, self.shapes, self.names, self._domains, squares.dtype)
+            )
+        return None
 
     def _scale_of(self, scaler: GradScaler | None) -> Tensor | None:
-        """The factor by which a scaler multiplies losses now, 0-dim on the device; None without an enabled scaler."""
+        """The factor by which the scaler multiplies losses, 0-dim on the device; None without an enabled scaler."""
         if scaler is None or not scaler.is_enabled():
             return None
         return scaler.scale(torch.ones((), device=self._update.device))
 
-    def _scale_update(self) -> None:
-        """Scale the update as the scaler expects it; all NaN, and no step, where a gradient was not finite."""
-        self._update.mul_(torch.where(self._finite, self._scale, torch.nan))
-        skipped = ~self._finite
-        self.step = self.step - (int(skipped) if self._reading_is_free else skipped.long())
+    def _scale_update(self, scale: Tensor, finite: Tensor) -> None:
+        """Scale the update, as the scaler expects it; after a non-finite gradient: all NaN, and no step is counted."""
+        self._update.mul_(torch.where(finite, scale, torch.nan))
+        skipped = ~finite
+        self.step = self.step - (int(skipped) if self._sync_is_free else skipped.long())
 
-    def _check(self, G: Tensor) -> None:
+    def _check_shape(self, G: Tensor) -> None:
         like = self._update
         right_type = G.dtype in (like.dtype, torch.bfloat16)
         if G.ndim != 2 or G.shape[1] != len(like) or len(G) < 1 or not right_type or G.device != like.device:
             raise UserError(
                 f"G is {list(G.shape)} {G.dtype} on {G.device}; it must be [D, {len(like)}] {like.dtype} on "
-                f"{like.device} (or bfloat16): one row a domain, its gradients flattened and concatenated in "
+                f"{like.device} (or bfloat16): one row per domain, its gradients flattened and concatenated in "
                 "parameter order"
             )
 
 
 class GradSurgery(Surgery):
-    """The paper's method: `Chunk(n_parts)` x `CorGrad`, then `NormOutliers(alpha)`. The options are described there,
-    the verbs in `Surgery`."""
+    """The method of the paper: `Chunk(n_parts)`, `CorGrad` and `NormOutliers(alpha)`.
+
+    Args:
+        params, storage, names: see `Surgery`.
+        n_parts, layers: see `Chunk`.
+        order, project_on, reduction: see `CorGrad`.
+        alpha, alpha_schedule, total_steps: see `NormOutliers`; alpha_schedule is its `schedule`.
+    """
 
     def __init__(
         self,
@@ -302,8 +334,30 @@ class GradSurgery(Surgery):
         )
 
 
+def _combiner(
+    shapes: Sequence[torch.Size],
+    names: Sequence[str] | None,
+    device: torch.device,
+    partition: Partition,
+    rule: Rule,
+    outliers: NormOutliers,
+) -> Combiner:
+    """What computes the update of parameters of these shapes and names. UserError where rule and partition clash."""
+    if isinstance(partition, PerElement):
+        kind = ElementRuleCombiner if isinstance(rule, ElementRule) else ElementGramCombiner
+        sizes = [shape.numel() for shape in shapes]
+        return kind(sizes, [partition.operates_on(shape) for shape in shapes], rule, outliers, device)
+    if isinstance(rule, ElementRule):
+        raise UserError(
+            f"{type(rule).__name__} is an element-wise rule, and the partition is {type(partition).__name__}; "
+            "valid: element (in a config, algorithm/partition=element)"
+        )
+    gram_rule = cast(GramRule, rule)  # the other kind, which need not be a subclass of GramRule
+    return PartCombiner(partition.layout(shapes, device, names), gram_rule, outliers)
+
+
 def _check_use(shapes: Sequence[torch.Size], dtype: torch.dtype, partition: Partition, storage: Storage) -> None:
-    """UserError where the partition or the storage is of no use for parameters of these shapes and this dtype."""
+    """UserError if the partition or the storage cannot be used for parameters of these shapes and this dtype."""
     if storage == "bf16" and dtype != torch.float32:
         raise UserError(
             f"storage='bf16' rounds the gradients to 8 bits, and the parameters are {dtype}; valid for float32 "
@@ -318,9 +372,9 @@ def _check_use(shapes: Sequence[torch.Size], dtype: torch.dtype, partition: Part
 
 def _check_loss(loss: Tensor, d: int, domains: Sequence[str] | None) -> None:
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
-        found = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        given = f"shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise UserError(
-            f"the loss of {domain_name(d, domains)} is no scalar that requires grad (found {found}); "
+            f"the loss of {domain_name(d, domains)} is no scalar that requires grad (found {given}); "
             "give the reduced loss of that domain, not detached"
         )
 
@@ -329,9 +383,10 @@ def _run_backward(loss: Tensor, d: int, domains: Sequence[str] | None, shared_gr
     try:
         loss.backward(retain_graph=shared_graph)
     except RuntimeError as error:
-        if "backward through the graph a second time" not in str(error):  # torch has no class of its own for it
+        if "backward through the graph a second time" not in str(error):  # torch has no exception class for this error
             raise
         raise UserError(
-            f"the loss of {domain_name(d, domains)} shares its graph with a loss before it, which is freed by now. "
-            "Give a generator that makes one forward pass per domain, or backward(losses, shared_graph=True)"
+            f"the loss of {domain_name(d, domains)} shares its graph with an earlier loss, which was freed by its "
+            "backward pass. Give a generator that makes one forward pass per domain, or "
+            "backward(losses, shared_graph=True)"
         ) from error

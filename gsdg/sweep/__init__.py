@@ -1,1 +1,1 @@
-"""Many runs on a cluster: which there are, how each stands, what is submitted. Everything is on disk (folder.py)."""
+"""Sweeps: enumerates the runs, submits them to SLURM, shows and cancels them. All state is on disk (folder.py)."""

@@ -1,29 +1,36 @@
 """`python -m gsdg.sweep plan | status | cancel | retry | prepare`: sweeps on a cluster, from any login node.
 
-Everything is read from the run folders and SLURM's queue: the process that launched a sweep is not needed any more.
+Everything is read from the run folders and SLURM's queue; the process that launched a sweep is not needed.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import shlex
 import sys
-from collections import Counter
 from pathlib import Path
+from typing import Any
 
-from gsdg.errors import UserError, explain, listing, plural
+from gsdg.config.command_line import refuse_flags
+from gsdg.config.messages import explain
+from gsdg.config.places import absolute_path
 from gsdg.sweep import slurm
-from gsdg.sweep.folder import Frozen, SweepFolder, find, matching, owners
-from gsdg.sweep.history import SILENT, History, Submitted
-from gsdg.sweep.states import TO_COME, TO_SUBMIT, Standing, stand, stand_in, states_in
+from gsdg.sweep.cancel import Cancellation
+from gsdg.sweep.folder import FrozenRun, SweepFolder, filter_runs, find_sweep, owners
+from gsdg.sweep.run_states import TO_SUBMIT, CachedStatusReader, RunState, run_states
+from gsdg.utils.errors import UserError, listing
+from gsdg.utils.terminal import closed_pipe_is_no_error
+from gsdg.utils.text import let_streams_print_any_text
 
-EXIT = "Exit status: 0 every run is done; 3 some run or wait; 1 none runs or waits, and some are not done."
+EXIT = "Exit status: 0 all runs are done; 3 some are running or pending; 1 none is, and some are not done."
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command; its exit status. A mistake of the user's is printed to stderr, without a traceback."""
-    chosen = options(arguments)
+    """Run one command; returns its exit status. A UserError is printed to stderr, without a traceback."""
+    let_streams_print_any_text()
     try:
+        chosen = options(arguments)
         return chosen.command(chosen)
     except Exception as error:
         if not (message := explain(error)):
@@ -33,108 +40,121 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def options(arguments: list[str] | None = None) -> argparse.Namespace:
-    """The command line, read; words may follow options, which argparse alone does not allow."""
-    chosen, more = parser().parse_known_args(arguments)
-    if dashed := [word for word in more if word.startswith("-")]:
-        parser().error(f"unrecognized: {listing(dashed)}")
-    chosen.words += more
+    """The parsed command line. Positional words may follow options, which argparse alone does not allow.
+
+    UserError for an unknown option.
+    """
+    words = sys.argv[1:] if arguments is None else arguments
+    chosen, unparsed = parser().parse_known_args(words)
+    flags = [word for word in unparsed if word.startswith("-")]
+    refuse_flags(words[1:], flags, f"python -m gsdg.sweep {words[0]}")
+    chosen.words += unparsed
     return chosen
 
 
 def parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
     top = argparse.ArgumentParser(prog="python -m gsdg.sweep", description=__doc__.splitlines()[0])
     commands = top.add_subparsers(required=True, metavar="plan | status | cancel | retry | prepare")
-    one = _of_overrides(commands, "plan", _plan, "what a sweep would run, what of it is done, what the rest will cost")
-    one.add_argument("--all", action="store_true", help="list every run")
-    one = _of_sweep(commands, "status", _status, "how the runs of a sweep stand", EXIT)
-    one.add_argument("--all", action="store_true", help="list every run")
-    one.add_argument("--watch", nargs="?", type=float, const=5.0, metavar="SECONDS", help="until the end (every 5 s)")
-    _of_sweep(commands, "cancel", _cancel, "take runs out of the queue and stop those that run; `retry` resumes them")
-    one = _of_sweep(commands, "retry", _retry, "submit runs again, as they were frozen, from their last checkpoints")
-    one.add_argument("--resubmit", choices=TO_SUBMIT, default="failed", help="which ones (default: failed and missing)")
-    _of_overrides(commands, "prepare", _prepare, "fetch weights and build data caches, for jobs without internet")
+    plan = _add_overrides_command(
+        commands, "plan", _plan, "what a sweep would run, what of it is done, and what the rest will cost"
+    )
+    plan.add_argument("--all", action="store_true", help="list every run")
+    status = _add_sweep_command(commands, "status", _status, "the states of a sweep's runs", EXIT)
+    status.add_argument("--all", action="store_true", help="list every run")
+    status.add_argument("--watch", action="store_true", help="show it again and again until no run is active")
+    status.add_argument("--every", type=float, default=5.0, metavar="SECONDS", help="between updates (default: 5)")
+    cancel = _add_sweep_command(
+        commands, "cancel", _cancel, "take runs out of the queue and stop those that are running; `retry` resumes them"
+    )
+    cancel.add_argument("--yes", action="store_true", help="do not ask for confirmation if no sweep is named")
+    retry = _add_sweep_command(
+        commands, "retry", _retry, "submit runs again with their frozen configs, from their last checkpoints"
+    )
+    retry.add_argument(
+        "--resubmit", choices=TO_SUBMIT, default="failed", help="which runs (default: failed and missing)"
+    )
+    _add_overrides_command(
+        commands, "prepare", _prepare, "download weights and build data caches, for jobs without internet"
+    )
     return top
 
 
-def _of_sweep(commands, name: str, function, text: str, epilog: str = "") -> argparse.ArgumentParser:
+def _add_sweep_command(commands, name: str, function, text: str, epilog: str = "") -> argparse.ArgumentParser:
+    """A command for a submitted sweep: its words name the sweep and filter its runs."""
     command = commands.add_parser(name, help=text, description=text, epilog=epilog)
-    command.add_argument("words", nargs="*", metavar="SWEEP | key=value", help="part of a sweep's name (default: the "
+    command.add_argument("words", nargs="*", metavar="SWEEP | key=value", help="part of a sweep's name (default: your "
                          "latest); which of its runs: split.target=sketch algorithm=erm")  # fmt: skip
-    command.add_argument("--runs-dir", type=Path, default=Path("runs"), help="where run folders are (default: runs)")
+    command.add_argument(
+        "--runs-dir", type=folder, default=folder("runs"), help="where run folders are (default: runs)"
+    )
     command.set_defaults(command=function)
     return command
 
 
-def _of_overrides(commands, name: str, function, text: str) -> argparse.ArgumentParser:
+def folder(text: str) -> Path:
+    """The absolute path of a folder, because jobs work in another directory than the command."""
+    return Path(absolute_path(text))
+
+
+def _add_overrides_command(commands, name: str, function, text: str) -> argparse.ArgumentParser:
+    """A command for a sweep that was not submitted: its words are the overrides of `python launch.py -m`."""
     command = commands.add_parser(name, help=text, description=text)
-    command.add_argument("words", nargs="*", metavar="key=value", help="as those of: python launch.py -m ...")
-    command.add_argument("-m", "--multirun", action="store_true", help="changes nothing: it is always a sweep")
+    command.add_argument("words", nargs="*", metavar="key=value", help="overrides, as of: python launch.py -m ...")
+    command.add_argument("-cd", "--config-dir", type=folder, metavar="FOLDER", help="a folder with your own YAML files")
+    command.add_argument("-m", "--multirun", action="store_true", help="accepted and ignored: this is always a sweep")
     command.set_defaults(command=function)
     return command
 
 
-# ---- sweeps that were submitted -----------------------------------------------------------------------------------
+# ---- commands for submitted sweeps ----------------------------------------------------------------------------------
 
 
 def _status(chosen: argparse.Namespace) -> int:
-    from gsdg.sweep import table
+    from gsdg.sweep import status_text
 
     sweep, runs = chosen_runs(chosen)
+    read = CachedStatusReader()
 
-    def look() -> list[Standing]:
-        return stand(runs, sweep.runs_dir, queue(sweep.runs_dir))
+    def look() -> list[RunState]:
+        return run_states(runs, sweep.runs_dir, queue(sweep.runs_dir), read)
 
-    def draw(found: list[Standing]) -> str:
-        return table.status(sweep, found, every=chosen.all)
+    def draw(states: list[RunState]) -> str:
+        return status_text.status(sweep, states, every=chosen.all)
 
-    found, shown = None, False
-    if chosen.watch is not None:
+    states, is_on_screen = None, False
+    if chosen.watch:
         with contextlib.suppress(KeyboardInterrupt):
-            found, shown = table.watch(look, draw, chosen.watch, sys.stdout), sys.stdout.isatty()
-    found = found or look()
-    if not shown:
-        print(draw(found))
-    return table.exit_status(found)
+            states, is_on_screen = status_text.watch(look, draw, chosen.every, sys.stdout), sys.stdout.isatty()
+    states = states or look()  # not watched, or interrupted
+    if not is_on_screen:
+        print(draw(states))
+    return status_text.exit_status(states)
 
 
 def _cancel(chosen: argparse.Namespace) -> int:
     sweep, runs = chosen_runs(chosen)
-    held = queue(sweep.runs_dir)
-    history = History(sweep.runs_dir, held)
-    found = [one for one in stand_in(history, runs) if one.state in (*TO_COME, "cancelled")]
-    tasks = history.holding(one.run_id for one in found)
-    ending = [one for one in found if one.state != "cancelled" and is_ours(one, history, tasks)]
-    for owner in {history.task(one.run_id).sweep.path for one in ending}:
-        SweepFolder(owner).append("cancelled", runs=[one.run_id for one in ending])
-    states = listing(f"{count} {state}" for state, count in Counter(one.state for one in ending).items())
-    print(f"sweep {sweep.name}: {len(ending)} of {plural(len(runs), 'run')} cancelled" + f" ({states})" * bool(ending))
-    for one in found:
-        if one.state == "running" and one not in ending:
-            print(f"left alone: run {one.run_id} works on {one.host}, but in no task that SLURM has from a sweep")
-    withdraw(tasks, History(sweep.runs_dir, held))
-    if held is None and ending:
-        print(f"{SILENT}: what runs stops by itself, what waits stays. Cancel again when SLURM is back.")
+    cancellation = Cancellation(sweep, runs, queue(sweep.runs_dir))
+    named = any("=" not in word for word in chosen.words)
+    if cancellation.to_cancel and not (named or chosen.yes) and not _confirmed(chosen, cancellation):
+        print("nothing was cancelled")
+        return 1
+    print("\n".join(cancellation.carry_out()))
     return 0
 
 
-def is_ours(one: Standing, history: History, tasks: list[Submitted]) -> bool:
-    """Whether the run is a submitted task's: one of these, or one that cannot be seen from here."""
-    task = history.task(one.run_id)
-    unseen = task is not None and (history.queue is None or task.cluster == "local" or one.state == "pending")
-    return unseen or any(one.run_id in task.runs for task in tasks)
-
-
-def withdraw(tasks: list[Submitted], history: History) -> None:
-    """scancel the tasks that have nothing else to do; the others see for themselves what was cancelled."""
-    states = states_in(history, (run_id for task in tasks for run_id in task.runs))
-    to_come = {run_id for run_id, state in states.items() if state in TO_COME}
-    busy = {run_id for run_id in to_come if not history.cancelled(run_id, history.task(run_id))}
-    idle = [task for task in tasks if task.cluster == "slurm" and busy.isdisjoint(task.runs)]
-    if idle:
-        slurm.cancel([history.queue[task.key].job for task in idle])
-        print(f"{plural(len(idle), 'task')} taken from SLURM")
-    if len(tasks) > len(idle):
-        print(f"{plural(len(tasks) - len(idle), 'task')} left to stop the cancelled runs, which takes seconds")
+def _confirmed(chosen: argparse.Namespace, cancellation: Cancellation) -> bool:
+    """Whether the user confirms to cancel the latest sweep. UserError where stdin is no terminal to ask at."""
+    print(f"no sweep is named: the latest is {cancellation.describe()}")
+    if sys.stdin.isatty():
+        with contextlib.suppress(EOFError, KeyboardInterrupt):
+            return input("Cancel these runs? [y/N] ").strip().lower() in ("y", "yes")
+        return False
+    words = [cancellation.sweep.name, *chosen.words, "--runs-dir", str(chosen.runs_dir), "--yes"]
+    raise UserError(
+        "nothing was cancelled: no sweep is named, and there is no terminal to ask for confirmation.\n"
+        f"To cancel these runs: {shlex.join(['python', '-m', 'gsdg.sweep', 'cancel', *words])}"
+    )
 
 
 def _retry(chosen: argparse.Namespace) -> int:
@@ -145,19 +165,19 @@ def _retry(chosen: argparse.Namespace) -> int:
     return 0
 
 
-def chosen_runs(chosen: argparse.Namespace) -> tuple[SweepFolder, list[Frozen]]:
-    """The sweep and its runs that the command line names."""
+def chosen_runs(chosen: argparse.Namespace) -> tuple[SweepFolder, list[FrozenRun]]:
+    """The sweep that the command line names, and those of its runs that match the filters."""
     names = [word for word in chosen.words if "=" not in word]
     if len(names) > 1:
         raise UserError(f"several sweeps are named: {listing(names)}. Give one; filters are key=value.")
-    sweep = find(chosen.runs_dir, names[0] if names else None)
-    return sweep, matching(sweep.runs(), [word for word in chosen.words if "=" in word])
+    sweep = find_sweep(chosen.runs_dir, names[0] if names else None)
+    return sweep, filter_runs(sweep.runs(), [word for word in chosen.words if "=" in word])
 
 
 def queue(runs_dir: Path) -> dict | None:
-    """What SLURM has of those who submitted from `runs_dir`.
+    """The tasks in SLURM's queue of all users who submitted from `runs_dir`.
 
-    None where there is no SLURM or it does not answer: what is on disk is shown all the same.
+    None where SLURM is absent or does not answer; the commands then show what is on disk.
     """
     try:
         return slurm.queue(owners=owners(runs_dir))
@@ -165,49 +185,53 @@ def queue(runs_dir: Path) -> dict | None:
         return None
 
 
-# ---- sweeps that are only overrides so far --------------------------------------------------------------------------
+# ---- commands for sweeps that are not submitted ---------------------------------------------------------------------
 
 
 def _plan(chosen: argparse.Namespace) -> int:
-    from gsdg.environment import code_state
-    from gsdg.sweep import table
-    from gsdg.sweep.earlier import due as to_submit
+    from gsdg.runs.provenance import code_state
+    from gsdg.sweep import status_text
+    from gsdg.sweep.earlier import runs_to_submit
     from gsdg.sweep.estimate import estimate
 
-    runs, resubmit, launcher = enumerated(chosen.words)
+    runs, resubmit, launcher = enumerated(chosen.words, chosen.config_dir)
     runs_dir = Path(runs[0].config["runs_dir"])
-    found = stand(runs, runs_dir, queue(runs_dir))
-    due = to_submit(runs, found, resubmit, runs_dir, code_state([run.config for run in runs]))
-    begun = [0 if resubmit == "all" or one.state == "done" else one.step for one in due]
-    cost = estimate([one.config for one in due], runs_dir, begun)
-    size, side = launcher.get("runs_per_task") or len(due), launcher.get("side_by_side", 1)
-    tasks = -(-len(due) // max(1, size))
-    at_once = min(tasks, launcher.get("array_parallelism", 1)) * min(side, size)
-    print(table.plan(found, due, resubmit, tasks, cost, at_once, "GPU" if launcher.get("gpus_per_node") else "CPU"))
+    states = run_states(runs, runs_dir, queue(runs_dir))
+    due = runs_to_submit(runs, states, resubmit, runs_dir, code_state([run.config for run in runs]))
+    steps_done = [0 if resubmit == "all" or run.state == "done" else run.step for run in due]
+    cost = estimate([run.config for run in due], runs_dir, steps_done)
+    # How many tasks the launcher would submit, and how many runs would be executed at a time.
+    runs_per_task, side_by_side = launcher.get("runs_per_task") or len(due), launcher.get("side_by_side", 1)
+    tasks = -(-len(due) // max(1, runs_per_task))
+    at_once = min(tasks, launcher.get("array_parallelism", 1)) * min(side_by_side, runs_per_task)
+    print(
+        status_text.plan(states, due, resubmit, tasks, cost, at_once, "GPU" if launcher.get("gpus_per_node") else "CPU")
+    )
     if chosen.all:
-        print("\n" + "\n".join(table.rows(found, ("state", "reason"))))
+        print("\n" + "\n".join(status_text.run_table(states, ("state", "reason"))))
     return 0
 
 
 def _prepare(chosen: argparse.Namespace) -> int:
-    from gsdg.sweep.prepare import prepare
+    from gsdg.sweep.prefetch import prefetch
 
-    runs, _, _ = enumerated(chosen.words)
-    prepare([run.config for run in runs])
+    runs, _, _ = enumerated(chosen.words, chosen.config_dir)
+    prefetch([run.config for run in runs])
     return 0
 
 
-def enumerated(overrides: list[str]) -> tuple[list[Frozen], str, dict]:
-    """What `python launch.py -m <overrides>` would run, its resubmit=..., and its launcher's parameters."""
-    from omegaconf import OmegaConf
+def enumerated(overrides: list[str], config_dir: Path | None = None) -> tuple[list[FrozenRun], str, dict[str, Any]]:
+    """The runs of `python launch.py -m <overrides>`, its resubmit=..., and its launcher's parameters."""
+    from gsdg.config.schema import as_dict
+    from gsdg.sweep.compose import from_command_line
+    from gsdg.sweep.enumerate_runs import freeze_runs
 
-    from gsdg.sweep.freeze import frozen
-    from gsdg.sweep.grid import from_command_line
-
-    composer, jobs, master = from_command_line(overrides)
-    first, launcher = composer.compose(jobs[0]), OmegaConf.to_container(master.hydra.launcher)
-    return frozen(composer, jobs), "all" if first.force else first.resubmit, launcher
+    composer, jobs, master = from_command_line(overrides, config_dir)
+    first = composer.compose(jobs[0])
+    launcher = as_dict(master.hydra.launcher, resolve=False)
+    return freeze_runs(composer, jobs), "all" if first.force else first.resubmit, launcher
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with closed_pipe_is_no_error():
+        sys.exit(main())

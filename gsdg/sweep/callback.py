@@ -1,7 +1,7 @@
-"""What a sweep leaves behind, so that its table is made from disk: the list of its runs. No torch.
+"""Lists the runs of a sweep in its folder, from which the table at the end of the sweep is made. No torch.
 
-Hydra calls `SweepCallback` before the first job; every job adds its run's id to the sweep's folder. Nothing is
-taken from return values: one killed job would lose them all.
+Hydra calls `SweepCallback` before the first job; every job adds the id of its run to the sweep's folder. Hydra's return
+values are not used, because one killed job would lose all of them.
 """
 
 from __future__ import annotations
@@ -10,25 +10,34 @@ from pathlib import Path
 
 from hydra.experimental.callback import Callback
 
+from gsdg.config.places import absolute_path
+from gsdg.utils.json_files import append_text
+
 
 class SweepCallback(Callback):
-    """Remembers which sweep this process has launched, for the table at its end."""
+    """Holds the folders and the size of the sweep that this process launched, for the table at the end.
+
+    Class attributes:
+        folder: the sweep's folder; None if this process launched no sweep.
+        runs_dir: the folder of the runs.
+        size: number of runs of the sweep; None where the sweeper does not know it in advance.
+    """
 
     folder: Path | None = None
     runs_dir: Path | None = None
+    size: int | None = None
 
     def on_multirun_start(self, config, **kwargs) -> None:
-        SweepCallback.folder = Path(config.hydra.sweep.dir)
-        SweepCallback.runs_dir = Path(config.runs_dir)
+        SweepCallback.folder = Path(absolute_path(config.hydra.sweep.dir))
+        SweepCallback.runs_dir = Path(absolute_path(config.runs_dir))
 
 
 def note_run(folder: Path, run_id: str) -> None:
-    """Add a run to the sweep in `folder`. One short append: concurrent jobs do not tear each other's lines."""
-    with (folder / "runs.txt").open("a") as file:
-        file.write(run_id + "\n")
+    """Add the id of a run to the list in the sweep's folder."""
+    append_text(folder / "runs.txt", run_id + "\n")
 
 
 def noted_runs(folder: Path) -> list[str]:
-    """The ids noted in `folder`, in order, each once."""
+    """The run ids in the list of the sweep's folder, in order, each once."""
     path = folder / "runs.txt"
     return list(dict.fromkeys(path.read_text().split())) if path.exists() else []

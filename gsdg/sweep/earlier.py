@@ -1,4 +1,7 @@
-"""Which runs of a sweep are to be submitted, seen what earlier starts left: gsdg/reuse.py's questions, asked of all."""
+"""Which runs of a sweep are to be submitted, given their states and what earlier starts of them left on disk.
+
+The checks are those that gsdg/runs/reuse.py makes when a single run starts, applied to all runs of a sweep at once.
+"""
 
 from __future__ import annotations
 
@@ -6,72 +9,97 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from gsdg.environment import described_code
-from gsdg.errors import UserError, plural
-from gsdg.own_code import own_modules
-from gsdg.reuse import differences, note_search, other_code
-from gsdg.runs import RunFolder, read_json
-from gsdg.sweep.folder import Frozen
-from gsdg.sweep.states import TO_SUBMIT, Standing
+from gsdg.runs.folder import RunFolder
+from gsdg.runs.provenance import described_code
+from gsdg.runs.reuse import differences, note_search, other_code
+from gsdg.runs.user_code import own_modules
+from gsdg.sweep.folder import FrozenRun
+from gsdg.sweep.run_states import TO_SUBMIT, RunState
+from gsdg.utils.errors import UserError, plural
+from gsdg.utils.json_files import read_json
 
 
-def due(runs: Sequence[Frozen], found: Sequence[Standing], resubmit: str, runs_dir: Path, code: dict) -> list[Standing]:
-    """Those of `found`, the states of `runs`, that are to be submitted. code: `code_state` of all their configs.
+def runs_to_submit(
+    runs: Sequence[FrozenRun], states: Sequence[RunState], resubmit: str, runs_dir: Path, code: dict
+) -> list[RunState]:
+    """Those of `states` whose runs are to be submitted; prints a note about runs that are done with other code.
 
-    Runs that are done with other code are among them under on_code_change=rerun, else a note about them is printed.
-    UserError under on_code_change=refuse, and where runs were begun with other data or weights.
+    Args:
+        states: the states of `runs`, in the same order.
+        resubmit: the user's choice, a key of TO_SUBMIT.
+        code: the result of `code_state` for all the configs.
+
+    Raises:
+        UserError: a run is done with other code and has on_code_change=refuse, or was started with other data or
+            weights than those on disk now.
     """
-    again: set[str] = set()
+    rerun: set[str] = set()
     if resubmit != "all":
         check_inputs(runs, runs_dir)
-        done = {one.run_id for one in found if one.state == "done"}
-        for run in runs:
-            if run.run_id in done and "search" in run.config:
+        done_ids = {state.run_id for state in states if state.state == "done"}
+        done = [run for run in runs if run.run_id in done_ids]
+        for run in done:
+            if "search" in run.config:
                 note_search(RunFolder(runs_dir / run.run_id), run.config)
-        again = _with_other_code([run for run in runs if run.run_id in done], runs_dir, code)
-    return [one for one in found if one.state in TO_SUBMIT[resubmit] or one.run_id in again]
+        rerun = _runs_to_rerun(done, runs_dir, code)
+    return [state for state in states if state.state in TO_SUBMIT[resubmit] or state.run_id in rerun]
 
 
-def _with_other_code(done: Sequence[Frozen], runs_dir: Path, code: dict) -> set[str]:
-    """The ids of the runs that are to be made afresh; prints a note about those that stay. UserError if refused."""
-    stale: dict[str, list[str]] = {"note": [], "rerun": [], "refuse": []}
+def _runs_to_rerun(done: Sequence[FrozenRun], runs_dir: Path, code: dict) -> set[str]:
+    """The ids of the runs that are done with other code than `code` and have on_code_change=rerun.
+
+    Prints a note about those with on_code_change=note. UserError if any has on_code_change=refuse.
+    """
+    run_ids: dict[str, list[str]] = {"note": [], "rerun": [], "refuse": []}  # by on_code_change
     for run in done:
-        own = {name: digest for name, digest in code["modules"].items() if name in own_modules(run.config)}
-        if other_code(runs_dir / run.run_id, {**code, "modules": own}):
-            stale[run.config.get("on_code_change", "note")].append(run.run_id)
-    if refused := stale["refuse"]:
+        modules = {name: digest for name, digest in code["modules"].items() if name in own_modules(run.config)}
+        if other_code(runs_dir / run.run_id, {**code, "modules": modules}):
+            run_ids[run.config.get("on_code_change", "note")].append(run.run_id)
+    if refused := run_ids["refuse"]:
         raise UserError(
             f"{plural(len(refused), 'run')} of those that are done had other code than {described_code(code)}, such as "
-            f"{refused[0]} (on_code_change=refuse).\nRestore that code, or choose: on_code_change=rerun makes them "
-            "afresh, on_code_change=note keeps their results."
+            f"{refused[0]} (on_code_change=refuse).\nRestore that code, or choose: on_code_change=rerun starts them "
+            "from scratch, on_code_change=note keeps their results."
         )
-    if noted := stale["note"]:
+    if noted := run_ids["note"]:
         print(
             f"note: {plural(len(noted), 'run')} of those that are done had other code than {described_code(code)}; "
             "on_code_change=rerun submits them again"
         )
-    return set(stale["rerun"])
+    return set(run_ids["rerun"])
 
 
-def check_inputs(runs: Sequence[Frozen], runs_dir: Path) -> None:
-    """UserError if a run was begun with other data or weights than are here now. What is not here is not compared."""
-    seen: dict[str, dict] = {}
-    begun = [(run, before) for run in runs if (before := read_json(runs_dir / run.run_id / "identity.json"))]
-    changed = {run.run_id: found for run, before in begun if (found := _changed(run.config, before, seen))}
-    if changed:
-        run_id, found = next(iter(changed.items()))
+def check_inputs(runs: Sequence[FrozenRun], runs_dir: Path) -> None:
+    """UserError if a run was started with other data or weights than those on disk now.
+
+    Data and weights that are not on disk are not compared.
+    """
+    inputs: dict[str, dict] = {}
+    identities = {run.run_id: read_json(runs_dir / run.run_id / "identity.json") for run in runs}
+    changes = {
+        run.run_id: changed
+        for run in runs
+        if identities[run.run_id] and (changed := _changed_inputs(run.config, identities[run.run_id], inputs))
+    }
+    if changes:
+        run_id, changed = next(iter(changes.items()))
         raise UserError(
-            f"{plural(len(changed), 'run')} of {len(runs)} in {runs_dir} began with other data or weights under the "
-            f"same config, such as {run_id}: {'; '.join(found[:3])}.\n"
-            "Restore what they began with, or choose: resubmit=all makes every run afresh with what is here now; "
-            "another runs_dir keeps both."
+            f"{plural(len(changes), 'run')} of {len(runs)} in {runs_dir} began with other data or weights under the "
+            f"same config, such as {run_id}: {'; '.join(changed[:3])}.\n"
+            "Restore what they began with, or choose: resubmit=all starts every run from scratch with what is here "
+            "now; another runs_dir keeps both."
         )
 
 
-def _changed(config: dict, before: dict, seen: dict[str, dict]) -> list[str]:
+def _changed_inputs(config: dict, identity: dict, inputs: dict[str, dict]) -> list[str]:
+    """How the data and weights on disk differ from those in a run's identity.json.
+
+    Args:
+        inputs: a cache, {dataset and model as JSON: digests}: the runs of a sweep share data and weights.
+    """
     from gsdg.experiment import inputs_here  # imports torch
 
     key = json.dumps([config["dataset"], config["data_dir"], config["model"]], sort_keys=True)
-    if key not in seen:
-        seen[key] = inputs_here(config)
-    return differences(before, seen[key])
+    if key not in inputs:
+        inputs[key] = inputs_here(config)
+    return differences(identity, inputs[key])

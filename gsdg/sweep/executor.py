@@ -1,4 +1,4 @@
-"""How a task is run: the launcher's parameters, checked for what would lose work, as submitit's executor."""
+"""How a task is run: the parameters of hydra.launcher, their checks, and the submitit executor made from them."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from gsdg.errors import UserError
+from gsdg.runs.batch_script import ARRAY_LINE
+from gsdg.sweep.executor_checks import check
+from gsdg.sweep.slurm_environment import setup_lines
 
-OURS = (
-    "submitit_folder",
-    "max_num_timeout",
-    "runs_per_task",
-    "side_by_side",
-)  # submitit's executors have none of these
-SHARED = {  # parameters of every submitit executor; the others carry the cluster's name
+if TYPE_CHECKING:
+    from submitit import AutoExecutor
+
+# Parameters of hydra.launcher that are not given to submitit's `update_parameters`.
+NOT_OF_EXECUTOR = ("submitit_folder", "max_num_timeout", "runs_per_task", "side_by_side")
+# Parameters of submitit's executors for every cluster. The names of all others begin with the cluster: slurm_partition.
+SHARED = {
     "timeout_min",
     "cpus_per_task",
     "gpus_per_node",
@@ -29,68 +32,82 @@ SHARED = {  # parameters of every submitit executor; the others carry the cluste
 
 @dataclass(frozen=True)
 class Task:
-    """`cluster` is slurm or local; `parameters` are those of the launcher's config, by their names there."""
+    """The settings of the tasks of a sweep.
+
+    Args:
+        cluster: slurm or local.
+        parameters: the config hydra.launcher, {name: value}.
+    """
 
     cluster: str
-    parameters: dict
+    parameters: dict[str, Any]
 
     @property
     def wants_gpu(self) -> bool:
-        given = self.parameters
-        return bool(given.get("gpus_per_node") or given.get("gpus_per_task") or "gpu" in (given.get("gres") or ""))
+        additional = self.parameters.get("additional_parameters") or {}
+        gpus = (self.parameters.get("gpus_per_node"), self.parameters.get("gpus_per_task"), additional.get("gpus"))
+        return any(gpus) or "gpu" in (self.parameters.get("gres") or "")
 
     def check(self) -> None:
-        """UserError for what would lose work later."""
-        for name in ("tasks_per_node", "nodes"):
-            if self.parameters[name] != 1:
-                raise UserError(f"hydra.launcher.{name}={self.parameters[name]}: a run is one process. Valid: 1.")
-        for name in ("runs_per_task", "side_by_side", "array_parallelism"):
-            if (value := self.parameters.get(name)) is not None and value < 1:
-                raise UserError(f"hydra.launcher.{name}={value}. Valid: 1 or more.")
-        if self.cluster == "slurm":
-            self._check_end()
+        """UserError for parameters that would lose work, contradict one another or have no effect."""
+        check(self.cluster, self.parameters)
 
-    def _check_end(self) -> None:
-        delay, minutes = self.parameters["signal_delay_s"], self.parameters["timeout_min"]
-        most, timeouts = min(0.2 * 60 * minutes, 600), self.parameters["max_num_timeout"]
-        if not 0 < delay < most:
-            raise UserError(
-                f"hydra.launcher.signal_delay_s={delay} with timeout_min={minutes}. Valid: below {most:.0f} s, the "
-                "smaller of 20% of the time limit and 10 min:\nsubmitit takes an earlier signal for a preemption, and "
-                "queues the task again and again. Raise hydra.launcher.timeout_min or lower signal_delay_s."
-            )
-        if timeouts < 1:
-            raise UserError(
-                f"hydra.launcher.max_num_timeout={timeouts}: a run that reaches the time limit would not be queued "
-                "again.\nValid: 1 or more; the preset has 1000."
-            )
+    def executor(self, jobs: Path, start: Path, array: str = "", **changed: Any) -> AutoExecutor:
+        """The submitit executor that submits tasks with these settings.
 
-    def executor(self, jobs: Path, start: Path, **changed: object) -> object:
-        """submitit's executor; a job's Python begins with the file `start`, which finds the snapshot of the code."""
+        Args:
+            jobs: the folder for submitit's files and for logs.
+            start: the bootstrap.py of the copy of the code: each job runs it first.
+            array: the name of the array. It is written into the batch script, and names the job unless the user has
+                chosen another name.
+            changed: parameters to replace, under their names in hydra.launcher.
+        """
         import submitit
 
         python = f"{shlex.quote(sys.executable)} {shlex.quote(str(start))}"
-        first = {"python": python, "max_num_timeout": self.parameters["max_num_timeout"]}
-        executor = submitit.AutoExecutor(jobs, self.cluster, **self._prefixed(first))
-        given = {key: value for key, value in {**self.parameters, **changed}.items() if key not in OURS}
-        executor.update_parameters(**self._prefixed(given))
+        constructor_arguments = {"python": python, "max_num_timeout": self.parameters["max_num_timeout"]}
+        executor = submitit.AutoExecutor(jobs, self.cluster, **self._prefixed(constructor_arguments))
+        parameters = {**self.parameters, **changed}
+        parameters = {key: value for key, value in parameters.items() if key not in NOT_OF_EXECUTOR}
+        if self.cluster == "slurm":
+            setup = [f"{ARRAY_LINE}{array}", *(parameters.get("setup") or []), *setup_lines(self.parameters)]
+            parameters["name"] = parameters.get("name") or array
+            parameters["setup"] = setup
+            parameters["additional_parameters"] = sbatch_options(parameters.get("additional_parameters") or {})
+        executor.update_parameters(**self._prefixed(parameters))
         return executor
 
     def _prefixed(self, parameters: dict) -> dict:
-        """As AutoExecutor wants them; what is null is submitit's own default."""
+        """The parameters under AutoExecutor's names. Those that are null are left out: submitit has defaults."""
         return {
-            key if key in SHARED else f"{self.cluster}_{key}": value
+            key if key in SHARED and not names_gpu_type(key, value) else f"{self.cluster}_{key}": value
             for key, value in parameters.items()
             if value is not None
         }
 
 
-def script(executor: object, tasks: int) -> str:
-    """What submitit will give to sbatch. Its private method: there is no public way to see it before it is sent."""
-    inner = executor._executor
-    before = inner.parameters
-    inner.parameters = {**before, **({"map_count": tasks} if tasks > 1 else {})}
+def names_gpu_type(key: str, value: object) -> bool:
+    """Whether it is gpus_per_node with a type of GPU, `a100:1`: submitit's shared parameter takes only a number."""
+    return key == "gpus_per_node" and isinstance(value, str)
+
+
+def sbatch_options(parameters: dict) -> dict:
+    """additional_parameters without those that are null and without flags that are false: they give no option."""
+    return {key: value for key, value in parameters.items() if value is not None and value is not False}
+
+
+def script(executor: AutoExecutor, tasks: int) -> str:
+    """The batch script that submitit will give to sbatch for this many tasks.
+
+    submitit has no public method that returns the script without submitting it, so a private one is called.
+    """
+    from submitit import SlurmExecutor
+
+    slurm_executor = executor._executor
+    assert isinstance(slurm_executor, SlurmExecutor)
+    parameters = slurm_executor.parameters
+    slurm_executor.parameters = {**parameters, **({"map_count": tasks} if tasks > 1 else {})}
     try:
-        return inner._make_submission_file_text("true", "test")
+        return slurm_executor._make_submission_file_text("true", "test")
     finally:
-        inner.parameters = before
+        slurm_executor.parameters = parameters

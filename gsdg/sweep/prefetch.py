@@ -1,23 +1,25 @@
-"""What a job needs from outside, brought or built on the login node: weights, data sets, decoded images.
+"""`python -m gsdg.sweep prepare`: on the login node, downloads weights, reads data sets and decodes images for jobs.
 
-Configs are a sweep's frozen, resolved ones. Whatever is looked at here is looked at by the job's own code, so the job
-finds it at the same place, as long as it sees the same folders: data_dir, dataset.cache, torch.hub's cache.
+All configs are frozen, resolved ones. Every file is looked up with the code that the jobs use, so a job finds it at the
+same path, as long as it sees the same folders: data_dir, dataset.cache, torch.hub's cache.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gsdg.data.cache import Cache, in_memory
-from gsdg.data.cache_build import NoRoom
-from gsdg.data.domains import DomainDataset
-from gsdg.errors import UserError
-from gsdg.schema import build
+from gsdg.config.schema import build
+from gsdg.data import DataSource
+from gsdg.data.cache.builder import CacheUnavailable
+from gsdg.data.cache.memory_map import Cache, in_memory
+from gsdg.data.dataset import DomainDataset
+from gsdg.data.source import data_source
+from gsdg.utils.errors import UserError
 
 if TYPE_CHECKING:
     from gsdg.models.weights import Pretrained
@@ -25,35 +27,42 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 
-def prepare(configs: Sequence[dict], say: Say = print) -> None:
-    """Fetch, read and decode what the runs of these configs will look for, and `say` a line about each thing.
+def prefetch(configs: Sequence[dict], say: Say = print) -> None:
+    """Download, read and decode everything that the runs of these configs will need.
 
-    UserError at the end, with everything that is not here and why.
+    Args:
+        configs: the configs of the runs.
+        say: prints a line about each data set and each weights file.
+
+    Raises:
+        UserError: at the end, with the list of everything that is missing, and why.
     """
     problems: list[str] = []
-    decode = {_data_key(config) for config in configs if config["trainer"]["transform"] == "batched"}
-    classes = [
-        _data_set(config, _data_key(config) in decode, say, problems) for config in _distinct(configs, _data_key)
+    # Data sets: read once each, and decoded if at least one run uses decoded images.
+    to_decode = {_data_key(config) for config in configs if config["trainer"]["transform"] == "batched"}
+    class_counts = [
+        _data_set(config, _data_key(config) in to_decode, say, problems) for config in _distinct(configs, _data_key)
     ]
-    unfit = _weights(configs, say, problems)
+    # Models: built once each, because a job would find a mistake of their config only hours later.
+    unavailable = _weights(configs, say, problems)
     for config in _distinct(configs, _model_key):
-        if _weights_key(config) not in unfit:
-            with _noted(problems):
-                _build(config, max(classes, default=1))
+        if _weights_key(config) not in unavailable:
+            with _collected(problems):
+                _build(config, max(class_counts, default=1))
     if problems := list(dict.fromkeys(problems)):
         raise UserError("not everything is here:\n" + "\n".join(map(_item, problems)))
     say("everything is here: jobs need no internet")
 
 
-def missing(configs: Sequence[dict]) -> list[str]:
-    """A line for each data set and weights file that is not here, without reading, fetching or building any."""
+def missing_inputs(configs: Sequence[dict]) -> list[str]:
+    """A line for each data set and weights file that is missing on this host. Reads and downloads nothing."""
     problems: list[str] = []
     for config in _distinct(configs, _data_key):
-        with _noted(problems):
-            source = _source(config)
+        with _collected(problems):
+            source = data_source(config)
             getattr(source, "check_present", lambda: None)()
     for config in _distinct(configs, _weights_key):
-        with _noted(problems):
+        with _collected(problems):
             if (pretrained := _pretrained(config["model"])) and not os.path.isfile(file := pretrained.file()):
                 problems.append(f"model={config['model']['name']}: its weights are not at {file}")
     return list(dict.fromkeys(problems))
@@ -63,10 +72,10 @@ def missing(configs: Sequence[dict]) -> list[str]:
 
 
 def _data_set(config: dict, decode: bool, say: Say, problems: list[str]) -> int:
-    """Read, and decoded where a run will want it so; how many classes it has, 1 if that cannot be told."""
+    """Read the data set and, with `decode`, decode its images; its number of classes, 1 if it cannot be read."""
     dataset = None
-    with _noted(problems):
-        source = _source(config)
+    with _collected(problems):
+        source = data_source(config)
         dataset = source.read()
         say(f"{source.name}: {_described(source, dataset)}")
         if decode and source.cache:
@@ -74,24 +83,23 @@ def _data_set(config: dict, decode: bool, say: Say, problems: list[str]) -> int:
     return len(dataset.classes) if dataset else 1
 
 
-def _source(config: dict) -> object:
-    return build(config["dataset"], data_dir=config["data_dir"])
-
-
-def _described(source: object, dataset: DomainDataset) -> str:
+def _described(source: DataSource, dataset: DomainDataset) -> str:
     images = sum(map(len, dataset.domains.values()))
     where = getattr(source, "root", None) or ("in memory" if in_memory(dataset) else "on disk")
     return f"{images:,} images of {len(dataset.domains)} domains, {where}"
 
 
 def _decoded(dataset: DomainDataset, cache: Cache) -> str:
-    """Where the decoded images are, after decoding those that are not there yet. Raises as Cache.open."""
+    """Decode the images of the domains that are not in the cache yet; a text that says where they are.
+
+    Raises as `Cache.open`.
+    """
     if cache.off:
         return "dataset.cache=off, so every image is decoded at every draw"
     before = {name: cache.find(domain) for name, domain in dataset.domains.items()}
     try:
         folders = [folder or cache.folder(dataset.domains[name]) for name, folder in before.items()]
-    except NoRoom as error:
+    except CacheUnavailable as error:
         if not cache.auto:
             raise
         return f"no cache, so every image is decoded at every draw: {error}"
@@ -104,26 +112,27 @@ def _decoded(dataset: DomainDataset, cache: Cache) -> str:
 
 
 def _weights(configs: Sequence[dict], say: Say, problems: list[str]) -> set[str]:
-    """Every weights file, fetched if need be; returns the `_weights_key`s of those that cannot be had."""
-    unfit = set()
+    """Download the weights files that are missing; the `_weights_key`s of those that could not be downloaded."""
+    unavailable = set()
     for config in _distinct(configs, _weights_key):
-        found = len(problems)
-        with _noted(problems):
-            say(f"{config['model']['name']}: {_fetched(config['model'])}")
-        if len(problems) > found:
-            unfit.add(_weights_key(config))
-    return unfit
+        problems_before = len(problems)
+        with _collected(problems):
+            say(f"{config['model']['name']}: {_download(config['model'])}")
+        if len(problems) > problems_before:
+            unavailable.add(_weights_key(config))
+    return unavailable
 
 
-def _fetched(model: dict) -> str:
+def _download(model: dict) -> str:
+    """Download the model's weights file if it is missing; a text that says where it is."""
     if model.get("weights") is None:
-        return "random weights, nothing to fetch"
+        return "random weights, nothing to download"
     if not (pretrained := _pretrained(model)):
-        return f"weights {model['weights']}, as its own code finds them"
+        return f"weights {model['weights']}, which the model's own code loads"
     file = pretrained.file()
-    before = os.path.isfile(file)
+    was_here = os.path.isfile(file)
     pretrained.load()
-    return f"weights {'here already' if before else 'fetched'}: {_size([file])} at {file}"
+    return f"weights {'here already' if was_here else 'downloaded'}: {_size([file])} at {file}"
 
 
 def _pretrained(model: dict) -> Pretrained | None:
@@ -135,7 +144,7 @@ def _pretrained(model: dict) -> Pretrained | None:
 
 
 def _build(config: dict, classes: int) -> None:
-    """On the CPU, and not kept: what it refuses, a job would refuse hours later."""
+    """Build the model on the CPU, to check its config, and discard it."""
     build(config["model"], classes=classes, precision=config["trainer"]["precision"])
 
 
@@ -155,16 +164,16 @@ def _weights_key(config: dict) -> str:
 
 
 def _distinct(configs: Iterable[dict], key: Callable[[dict], str]) -> list[dict]:
-    """The first config of each key."""
-    found: dict[str, dict] = {}
+    """The first config of each distinct key."""
+    first: dict[str, dict] = {}
     for config in configs:
-        found.setdefault(key(config), config)
-    return list(found.values())
+        first.setdefault(key(config), config)
+    return list(first.values())
 
 
 @contextmanager
-def _noted(problems: list[str]) -> Iterator[None]:
-    """Go on after what a user can mend, or the file system refuses; the end tells of it."""
+def _collected(problems: list[str]) -> Generator[None]:
+    """Add a UserError or OSError to `problems` and continue, so that all problems are reported together."""
     try:
         yield
     except (UserError, OSError) as error:

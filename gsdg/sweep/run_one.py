@@ -1,6 +1,7 @@
-"""One run of a task, in a process of its own: reads {run_id, config, submission} from stdin, exits with how it ended:
+"""One run of a task, in its own process: reads {run_id, config, sweep, submission} from stdin.
 
-0 done, 1 failed (its status says why), 3 another live process writes it, 4 taken over by another, 75 saved and stopped.
+Exit codes: 0 done; 1 failed (status.json says why); 3 another live process writes the run; 4 another process has taken
+the run over; 75 saved and stopped.
 """
 
 from __future__ import annotations
@@ -8,56 +9,57 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from contextlib import suppress
+import traceback
 from pathlib import Path
 from signal import SIGINT, SIGTERM, SIGUSR2
 
-from gsdg.errors import UserError
-from gsdg.runs import STALE_AFTER, Busy, LockLost, RunFolder
-from gsdg.signals import Signals, Stopped
-from gsdg.sweep.job import BUSY, DONE, FAILED, LOST, STOPPED, has_told
+from gsdg.runs.folder import STALE_AFTER, Busy, LockLost, RunFolder
+from gsdg.runs.run_log import reason_of
+from gsdg.sweep import failure
+from gsdg.sweep.task_process import BUSY, DONE, FAILED, STOPPED, TAKEN_OVER
+from gsdg.utils.errors import UserError
+from gsdg.utils.stop_signals import Signals, Stopped
+from gsdg.utils.text import let_streams_print_any_text
 
-PATIENCE = STALE_AFTER + 30.0  # seconds to wait for the heartbeat of a process that was killed elsewhere to go stale
+PATIENCE = STALE_AFTER + 30.0  # seconds: after this the heartbeat of a process that was killed on another host is stale
 
 
-def main(order: dict) -> int:
+def main(request: dict) -> int:
+    """Execute the run that the task asks for; the exit code."""
     from gsdg.experiment import prepare, run  # imports torch
 
-    folder = RunFolder(Path(order["config"]["runs_dir"]) / order["run_id"])
-    # SIGTERM comes before SIGKILL when a job is preempted or cancelled: save, and work on until the end.
+    folder = RunFolder(Path(request["config"]["runs_dir"]) / request["run_id"])
+    # SLURM sends SIGTERM before SIGKILL when a job is preempted or cancelled: save, and keep training until the end.
     signals = Signals(stop=(SIGUSR2, SIGINT), save=(SIGTERM,))
     try:
-        plan = prepare(order["config"])
-        if plan.run_id != order["run_id"]:
+        plan = prepare(request["config"])
+        if plan.run_id != request["run_id"]:
             raise UserError(
-                f"run {order['run_id']} was frozen with another code or another weights file: its config is now run "
+                f"run {request['run_id']} was frozen with another code or another weights file: its config is now run "
                 f"{plan.run_id}.\n"
                 "Submit the sweep again."
             )
-        run(plan, signals=signals, submission=order["submission"], patience=PATIENCE)
+        run(plan, signals=signals, submission=request["submission"], patience=PATIENCE)
     except Busy as error:
-        print(error, flush=True)
+        print(
+            str(error).splitlines()[0], flush=True
+        )  # the other lines advise a user; here the task waits (task_process.py)
         return BUSY
     except LockLost as error:
         print(error, flush=True)
-        return LOST
+        return TAKEN_OVER
     except (Stopped, KeyboardInterrupt):
         return STOPPED
     except Exception as error:
-        logging.getLogger(__name__).exception("run %s failed", order["run_id"])
-        _note(folder, error, order["submission"])
+        logging.getLogger(__name__).exception("run %s failed", request["run_id"])
+        if not failure.is_final(folder.status, request["submission"]):  # it failed before `run` could record it
+            reason, details = reason_of(error), traceback.format_exc()
+            failure.record(folder, Path(request["sweep"]), request["submission"], reason, details)
         return FAILED
     return DONE
 
 
-def _note(folder: RunFolder, error: Exception, submission: str) -> None:
-    """What failed before the run had its folder is in its status too."""
-    if not has_told(folder.status, submission):
-        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        with suppress(Busy, LockLost), folder.hold(submission=submission):
-            folder.set_status(state="failed", reason=reason)
-
-
 if __name__ == "__main__":
+    let_streams_print_any_text()
     logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(asctime)s %(levelname)s %(message)s")
     sys.exit(main(json.load(sys.stdin)))

@@ -1,4 +1,7 @@
-"""What SLURM's words mean: refusals of sbatch, and the last lines of a job's log. From text to text; nothing is run."""
+"""Explains SLURM's messages: the refusals of sbatch, and the last lines of a job's log. Text in, text out.
+
+`explain` and `termination_reason` are the two entry points; slurm.py runs the commands.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,22 @@ import os
 import re
 from dataclasses import dataclass
 
-LOST = (errno.ENOTCONN, errno.ECONNREFUSED, errno.ECONNRESET, errno.ETIMEDOUT)  # the connection, as a controller dies
-SILENCE = (
+from gsdg.utils.text import align_columns
+
+# Connection errors that a client reports while its controller is going down.
+CONNECTION_ERRORS = (errno.ENOTCONN, errno.ECONNREFUSED, errno.ECONNRESET, errno.ETIMEDOUT)
+NO_ANSWER_TEXTS = (
     "Unable to contact slurm controller",
     "timed out on send/recv",
     "Zero Bytes were transmitted",
-    *map(os.strerror, LOST),
+    *map(os.strerror, CONNECTION_ERRORS),
 )
-NODES = "Requested node configuration is not available"
+NODES_UNAVAILABLE = "Requested node configuration is not available"
 TOO_LONG = "the time limit is above the partition's"
-# States in which a node takes or will soon take jobs. `idle*` does not answer; for `mix-` and `plnd` a job is planned.
-UP = ("idle", "mix", "alloc", "comp", "plnd")
-RELEVANT = (
+# States in which a node accepts jobs, now or soon. `idle*` does not answer; for `mix-` and `plnd` a job is planned.
+UP_STATES = ("idle", "mix", "alloc", "comp", "plnd")
+# Options of the batch script that an error message repeats.
+SHOWN_OPTIONS = (
     "partition",
     "account",
     "qos",
@@ -30,13 +37,13 @@ RELEVANT = (
     "time",
     "constraint",
 )
-MINE = "sacctmgr show assoc user=$USER format=account,qos,partition"
+SACCTMGR = "sacctmgr show assoc user=$USER format=account,qos,partition"
 
-# (what SLURM says, what it means and what to do, whether the table of partitions helps)
-MEANINGS = (
+# (pattern in SLURM's message, what it means and what to do, whether to show the table of partitions)
+EXPLANATIONS = (
     (r"invalid partition", "There is no such partition. Choose one: hydra.launcher.partition=NAME", True),
-    (r"Invalid account", f"Choose your account: hydra.launcher.account=NAME. Yours: {MINE}", False),
-    (r"Invalid qos", f"Choose one of your QOS: hydra.launcher.qos=NAME. Yours: {MINE}", False),
+    (r"Invalid account", f"Choose your account: hydra.launcher.account=NAME. Yours: {SACCTMGR}", False),
+    (r"Invalid qos", f"Choose one of your QOS: hydra.launcher.qos=NAME. Yours: {SACCTMGR}", False),
     (
         r"SubmitJob\w*Limit",
         "You may not have so many tasks queued; each task of an array counts. Wait for some to end, submit a part of "
@@ -45,30 +52,43 @@ MEANINGS = (
     ),
     (
         r"temporarily unavailable|temporarily unable",
-        "SLURM's own list of jobs is full (MaxJobCount: everybody's, and those that ended in the last minutes). "
-        "Try again later, or put several runs in a task: hydra.launcher.runs_per_task=4",
+        "SLURM's own list of jobs is full (MaxJobCount: it counts the jobs of all users, also those that ended in the "
+        "last minutes). Try again later, or put several runs in a task: hydra.launcher.runs_per_task=4",
         False,
     ),
     (
         r"QOS|Assoc|accounting/QOS policy",
-        f"A limit of your account or QOS. Ask for less (gpus_per_node, timeout_min, mem_gb), or another: {MINE}",
+        f"A limit of your account or QOS. Ask for less (gpus_per_node, timeout_min, mem_gb), or another: {SACCTMGR}",
         False,
     ),
-    (r"time limit", "Ask for less time: hydra.launcher.timeout_min=MINUTES. A run that is not done comes back.", True),
-    (r"feature", "No node has such a feature: hydra.launcher.constraint=NAME", True),
-    (r"array", "The array is larger than MaxArraySize (scontrol show config).", False),
-    (r"inactive or drain|not permitted|denied", "Closed, or closed to you: hydra.launcher.partition=NAME", True),
-    (r"Invalid node name", "There is no such node: hydra.launcher.exclude, nodelist. `sinfo -N` lists them.", False),
     (
-        rf"{NODES}|generic resource|\bMemory\b",
+        r"time limit",
+        "Ask for less time: hydra.launcher.timeout_min=MINUTES. A run that is not done then resumes.",
+        True,
+    ),
+    (r"feature", "No node has this feature. Choose another: hydra.launcher.constraint=NAME", True),
+    (r"array", "The array is larger than MaxArraySize (scontrol show config).", False),
+    (
+        r"inactive or drain|not permitted|denied",
+        "Closed, or closed to you. Choose another: hydra.launcher.partition=NAME",
+        True,
+    ),
+    (
+        r"Invalid node name",
+        "There is no such node. Check hydra.launcher.exclude and nodelist; `sinfo -N` lists them.",
+        False,
+    ),
+    (
+        rf"{NODES_UNAVAILABLE}|generic resource|\bMemory\b",
         "No node has all of this. Ask for less: hydra.launcher.gpus_per_node, cpus_per_task, mem_gb, nodes",
         True,
     ),
     (r"unrecognized option|Invalid --", "An option of hydra.launcher or its additional_parameters is wrong.", False),
 )
 
-# What slurmstepd and srun write into a job's log, the telling ones first: a job over its memory is also `CANCELLED`.
-DEATHS = (
+# (pattern in what slurmstepd and srun write into a job's log, what happened), the specific patterns first: a job that
+# ran out of memory is also `CANCELLED`.
+TERMINATIONS = (
     (r"oom.kill|Out Of Memory|OOM Killed|[Ee]xceeded (?:job )?memory limit", "killed by SLURM: out of memory"),
     (r"DUE TO TIME LIMIT", "killed by SLURM: time limit"),
     (r"DUE TO PREEMPTION", "killed by SLURM: preempted"),
@@ -80,13 +100,27 @@ DEATHS = (
     (r"exit code \d+", "ended with {}"),
     (r"(?<=srun: fatal: ).*", "could not start: {}"),
 )
-SPEAKER = re.compile(r"slurmstepd[^:]*: |srun: |\S*/slurm_script: line ")
-START = "Starting with JobEnvironment("  # submitit's first line of each start: a requeued job's log goes on
+SLURM_LINE = re.compile(r"slurmstepd[^:]*: |srun: |\S*/slurm_script: line ")
+START_LINE = "Starting with JobEnvironment("  # submitit's first line per start: a requeued job appends to its log
 
 
 @dataclass(frozen=True)
-class Nodes:
-    """Nodes of a partition that are alike. minutes: its longest time limit, None without one; memory in MB."""
+class NodeGroup:
+    """Equal nodes of a partition.
+
+    Args:
+        partition: name of the partition.
+        default: whether it is the default partition.
+        open: whether the partition accepts jobs.
+        minutes: the partition's time limit; None without a limit.
+        count: number of nodes.
+        cpus: CPUs per node.
+        memory: megabytes per node.
+        gpus: GPUs per node.
+        gres: SLURM's description of the GPUs, such as `gpu:a100:4`; "" without GPUs.
+        features: names that `--constraint` accepts.
+        up: whether the nodes accept jobs, now or soon.
+    """
 
     partition: str
     default: bool
@@ -101,18 +135,18 @@ class Nodes:
     up: bool
 
     @classmethod
-    def of(cls, *fields: str) -> Nodes:
-        """From sinfo's %P %a %l %D %c %m %G %f %t."""
+    def of(cls, *fields: str) -> NodeGroup:
+        """From the fields %P %a %l %D %c %m %G %f %t of sinfo."""
         name, availability, limit, count, cpus, memory, gres, features, state = fields
         return cls(
             name.rstrip("*"), name.endswith("*"), availability == "up", minutes(limit), int(count), int(cpus),
             int(memory), gpus(gres), gres.replace("(null)", ""), features.replace("(null)", ""),
-            state.rstrip("-") in UP,
+            state.rstrip("-") in UP_STATES,
         )  # fmt: skip
 
 
 def minutes(text: str) -> float | None:
-    """Of SLURM's M, M:S, H:M:S, D-H, D-H:M, D-H:M:S; None: without limit, or not understood."""
+    """The minutes of a time limit M, M:S, H:M:S, D-H, D-H:M or D-H:M:S; None: unlimited, or another format."""
     days, dash, rest = text.rpartition("-")
     if not re.fullmatch(r"\d*(-\d+)?(:\d+)*", text) or not rest:
         return None
@@ -125,110 +159,129 @@ def minutes(text: str) -> float | None:
 
 
 def gpus(gres: str) -> int:
-    """`gpu:a100:4(S:0-1),gpu:2` -> 6."""
+    """The number of GPUs in a gres: `gpu:a100:4(S:0-1),gpu:2` -> 6."""
     return sum(int(number) for number in re.findall(r"\bgpu(?::[^:,(]+)?:(\d+)", gres))
 
 
 def megabytes(text: str) -> float:
-    """`32GB`, `300M`, `4000`."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", text.strip().upper())
-    return float(found[1]) * 1024.0 ** ("KMGT".index(found[2] or "M") - 1) if found else 0.0
+    """The megabytes of `32GB`, `300M` or `4000`; 0.0 for another format."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)B?", text.strip().upper())
+    return float(match[1]) * 1024.0 ** ("KMGT".index(match[2] or "M") - 1) if match else 0.0
 
 
 def options(script: str) -> dict[str, str]:
-    """The `#SBATCH --key=value` lines; a user's SBATCH_PARTITION and the like beat them, as with sbatch."""
-    found = dict(re.findall(r"^#SBATCH --([\w-]+)=(.*)$", script, re.MULTILINE))
-    for variable, key in (("SBATCH_PARTITION", "partition"), ("SBATCH_TIMELIMIT", "time")):
-        if os.environ.get(variable):
-            found[key] = os.environ[variable]
-    return {key: value.strip().strip("'\"") for key, value in found.items()}
+    """{key: value} of the `#SBATCH --key=value` lines of a batch script."""
+    lines = re.findall(r"^#SBATCH --([\w-]+)=(.*)$", script, re.MULTILINE)
+    return {key: value.strip().strip("'\"") for key, value in lines}
 
 
-def is_silence(stderr: str) -> bool:
-    return any(text in stderr for text in SILENCE)
+def is_no_answer(stderr: str) -> bool:
+    """Whether a client command failed because SLURM's controller did not answer."""
+    return any(text in stderr for text in NO_ANSWER_TEXTS)
 
 
-def is_of_nodes(stderr: str) -> bool:
-    return NODES in stderr
+def is_about_nodes(stderr: str) -> bool:
+    """Whether sbatch refused a script because no node can take it, now or ever."""
+    return NODES_UNAVAILABLE in stderr
 
 
-def wanted(asked: dict[str, str], nodes: list[Nodes]) -> list[Nodes]:
-    """The nodes of the partitions that are asked for, or of the default one."""
-    names = asked.get("partition", "").split(",")
-    return [some for some in nodes if some.partition in names or (some.default and names == [""])]
+def requested_nodes(requested: dict[str, str], nodes: list[NodeGroup]) -> list[NodeGroup]:
+    """The nodes of the requested partitions; those of the default partition where none is requested."""
+    names = requested.get("partition", "").split(",")
+    return [group for group in nodes if group.partition in names or (group.default and names == [""])]
 
 
-def will_come(asked: dict[str, str], nodes: list[Nodes]) -> bool:
-    """Whether nodes that now are down or drained would do: then the job may wait for them."""
-    tasks = _number(asked.get("ntasks-per-node", "1"))
-    cpus = _number(asked.get("cpus-per-task", "1")) * tasks
-    cards = max(
-        _number(asked.get("gpus-per-node", "0")),
-        gpus(asked.get("gres", "")),
-        _number(asked.get("gpus-per-task", "0")) * tasks,
+def could_start_later(requested: dict[str, str], nodes: list[NodeGroup]) -> bool:
+    """Whether nodes that are down or drained now could take the job: then it may wait for them in the queue.
+
+    Args:
+        requested: the options of the batch script.
+    """
+    # What the job needs, per node.
+    tasks = _number(requested.get("ntasks-per-node", "1"))
+    cpus = _number(requested.get("cpus-per-task", "1")) * tasks
+    gpu_count = max(
+        _number(requested.get("gpus-per-node", "0")),
+        gpus(requested.get("gres", "")),
+        _number(requested.get("gpus-per-task", "0")) * tasks,
     )
-    memory = max(megabytes(asked.get("mem", "0")), megabytes(asked.get("mem-per-cpu", "0")) * cpus)
-    memory = max(memory, megabytes(asked.get("mem-per-gpu", "0")) * cards)
-    able = [some for some in wanted(asked, nodes) if some.cpus >= cpus and some.gpus >= cards and some.memory >= memory]
-    enough = sum(some.count for some in able) >= _number(asked.get("nodes", "1"))
-    return enough and not all(some.up and some.open for some in able)
+    memory = max(
+        megabytes(requested.get("mem", "0")),
+        megabytes(requested.get("mem-per-cpu", "0")) * cpus,
+        megabytes(requested.get("mem-per-gpu", "0")) * gpu_count,
+    )
+    # The nodes that are large enough, whatever their state.
+    suitable = [
+        group
+        for group in requested_nodes(requested, nodes)
+        if group.cpus >= cpus and group.gpus >= gpu_count and group.memory >= memory
+    ]
+    enough = sum(group.count for group in suitable) >= _number(requested.get("nodes", "1"))
+    return enough and not all(group.up and group.open for group in suitable)
 
 
 def _number(text: str) -> int:
-    """`2`, or `a100:2`."""
+    """The number in `2` or `a100:2`; 1 where there is none."""
     last = text.rpartition(":")[2]
     return int(last) if last.isdigit() else 1
 
 
-def too_long(asked: dict[str, str], nodes: list[Nodes]) -> str:
-    """A message if no partition that is asked for lets a job run so long; "" if one does."""
-    time, here = minutes(asked.get("time", "")), wanted(asked, nodes)
-    if time is None or not here or any(some.minutes is None or time <= some.minutes for some in here):
+def time_limit_problem(requested: dict[str, str], nodes: list[NodeGroup]) -> str:
+    """A message if the time limit is above that of every requested partition; "" if one of them allows it."""
+    time, groups = minutes(requested.get("time", "")), requested_nodes(requested, nodes)
+    if time is None or not groups or any(group.minutes is None or time <= group.minutes for group in groups):
         return ""
     return f"{TOO_LONG}, {time:g} minutes: SLURM would queue the jobs and never start them"
 
 
-def explained(stderr: str, nodes: list[Nodes], asked: dict[str, str]) -> str:
-    """SLURM's refusal with what it means, what was asked and what the partitions have."""
-    said = _said(stderr)
-    lines = [said if said.startswith(TOO_LONG) else f"SLURM refuses the jobs: {said}"]
-    for pattern, meaning, helps in MEANINGS:
-        if re.search(pattern, said, re.IGNORECASE):
-            lines += [meaning] + [table(nodes)] * (helps and bool(nodes))
+# ---- messages -------------------------------------------------------------------------------------------------------
+
+
+def explain(stderr: str, nodes: list[NodeGroup], requested: dict[str, str]) -> str:
+    """SLURM's refusal, what it means, what was requested and, where that helps, what the partitions have.
+
+    Args:
+        stderr: of sbatch, or a message of `time_limit_problem`.
+        nodes: all nodes of the cluster; [] where they are not known.
+        requested: the options of the batch script; {} where they are not known.
+    """
+    message = _sbatch_message(stderr)
+    lines = [message if message.startswith(TOO_LONG) else f"SLURM refuses the jobs: {message}"]
+    if shown := [f"{key}={requested[key]}" for key in SHOWN_OPTIONS if key in requested]:
+        lines.append(f"Asked for: {', '.join(shown)}")
+    for pattern, meaning, show_table in EXPLANATIONS:
+        if re.search(pattern, message, re.IGNORECASE):
+            lines += [meaning] + [partition_table(nodes)] * (show_table and bool(nodes))
             break
-    if told := [f"{key}={asked[key]}" for key in RELEVANT if key in asked]:
-        lines.insert(1, f"Asked for: {', '.join(told)}")
     return "\n".join(lines)
 
 
-def _said(stderr: str) -> str:
-    """The lines that sbatch wrote, without its prefixes; the last line where there are none."""
+def _sbatch_message(stderr: str) -> str:
+    """The lines that sbatch wrote, without its prefixes; the last line of `stderr` where sbatch wrote none."""
     lines = [line.strip() for line in stderr.splitlines() if line.strip()]
-    of_sbatch = [line for line in lines if re.match(r"sbatch: |allocation failure", line)]
-    chosen = [re.sub(r"^sbatch: (error: )?|^allocation failure: ", "", line) for line in of_sbatch or lines[-1:]]
+    sbatch_lines = [line for line in lines if re.match(r"sbatch: |allocation failure", line)]
+    chosen = [re.sub(r"^sbatch: (error: )?|^allocation failure: ", "", line) for line in sbatch_lines or lines[-1:]]
     return "; ".join(dict.fromkeys(chosen)) or "no reason given"
 
 
-def table(nodes: list[Nodes]) -> str:
-    """What the partitions have: one line for nodes that are alike, whatever their state."""
+def partition_table(nodes: list[NodeGroup]) -> str:
+    """What the partitions have: one line per kind of node, whatever the state of the nodes."""
     counts: dict[tuple[str, ...], int] = {}
-    for some in nodes:
-        limit = "none" if some.minutes is None else f"{some.minutes:g} min"
-        name = f"{some.partition}{' (default)' * some.default}{'' if some.open else ' (closed)'}"
-        row = (name, limit, str(some.cpus), f"{some.memory} MB", some.gres or "none", some.features or "-")
-        counts[row] = counts.get(row, 0) + some.count
+    for group in nodes:
+        limit = "none" if group.minutes is None else f"{group.minutes:g} min"
+        name = f"{group.partition}{' (default)' * group.default}{'' if group.open else ' (closed)'}"
+        row = (name, limit, str(group.cpus), f"{group.memory} MB", group.gres or "none", group.features or "-")
+        counts[row] = counts.get(row, 0) + group.count
     head = ("partition", "time limit", "CPUs", "memory", "GPUs", "features", "nodes")
     rows = [head, *((*row, str(count)) for row, count in counts.items())]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "What there is, per node:\n" + "\n".join(f"  {line}" for line in lines)
+    return "What there is, per node:\n" + "\n".join(f"  {line}" for line in align_columns(rows))
 
 
-def cause_of_death(text: str) -> str:
-    """What SLURM says of the end of the last start in a job's log; "" if nothing."""
-    lines = [line for line in text.rpartition(START)[2].splitlines() if SPEAKER.match(line)]
-    for pattern, phrase in DEATHS:
+def termination_reason(text: str) -> str:
+    """What SLURM wrote in a job's log about the end of the last start; "" if it wrote nothing."""
+    lines = [line for line in text.rpartition(START_LINE)[2].splitlines() if SLURM_LINE.match(line)]
+    for pattern, phrase in TERMINATIONS:
         for line in lines:
-            if found := re.search(pattern, line):
-                return phrase.format(found[0])
+            if match := re.search(pattern, line):
+                return phrase.format(match[0])
     return ""

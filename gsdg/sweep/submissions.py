@@ -1,6 +1,8 @@
-"""What was ever submitted and cancelled from a runs_dir, by any of its sweeps, and what of it SLURM's queue holds.
+"""All submissions and cancellations of a runs_dir, by all of its sweeps, matched with the tasks in SLURM's queue.
 
-Sweeps that overlap share runs, so what counts for a run is its last submission by any of them. Standard library only.
+Sweeps may share runs, so a run's state follows from its last submission by any sweep. Which submission is the last, and
+whether it was cancelled, is decided by the order of events and never by their times, because the clocks of hosts
+differ. A task is recognised in the queue by its job number and by its batch script. Standard library only.
 """
 
 from __future__ import annotations
@@ -8,115 +10,204 @@ from __future__ import annotations
 import socket
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from gsdg.runs import RunFolder, process_start
-from gsdg.sweep import slurm
+from gsdg.runs.batch_script import array_of
+from gsdg.runs.folder import RunFolder, process_start
+from gsdg.sweep import failure, slurm
 from gsdg.sweep.folder import SweepFolder, all_sweeps
+from gsdg.sweep.slurm import QueuedTask
 
-ACCEPTED_WITHIN = 60.0  # seconds that sbatch may take: until then a submission without a job number is on its way
-SILENT = "SLURM does not answer"
+ACCEPTED_WITHIN = 60.0  # seconds that sbatch may take: until then a task without a job number is "being submitted"
+NO_ANSWER = "SLURM does not answer"
 
 
 @dataclass(frozen=True)
-class Submitted:
-    """A submitted task: the runs of its pack, in order. job: None where SLURM has not given it a number."""
+class SubmittedTask:
+    """One submitted task, which works on one pack of runs.
+
+    Args:
+        sweep: the sweep that submitted the task.
+        cluster: `slurm` or `local`.
+        array: name of the job array that the task is an element of.
+        index: index of the task in its array.
+        runs: the ids of the pack's runs, in order.
+        submitted: unix seconds on the clock of the submitting host: for display, not for comparisons.
+        order: number of the submission among all submissions from the runs_dir; 0 where none was noted.
+        job: SLURM's job number, or the process id without SLURM; None where it was not noted.
+        host: the submitting host; None where it was not noted.
+        done_before: the runs that were done before the submission, and that the task runs again from scratch.
+    """
 
     sweep: SweepFolder
     cluster: str
     array: str
     index: int
     runs: tuple[str, ...]
-    submitted: float  # unix seconds
+    submitted: float
+    order: int
     job: str | None
     host: str | None
-
-    @property
-    def key(self) -> tuple[str, int]:
-        """Its name and index in SLURM's queue."""
-        return self.array, self.index
+    done_before: frozenset[str] = frozenset()
 
     def has_process_here(self) -> bool:
-        """Of a task without SLURM: whether its process is alive. The sweep's name is in its command line."""
-        if process_start(int(self.job)) is None:
+        """For a task without SLURM: whether its process is alive on this host.
+
+        The command line of the process contains the sweep's name, which tells it from a later process with its number.
+        """
+        if self.job is None or process_start(int(self.job)) is None:
             return False
         try:
             return self.sweep.name.encode() in Path(f"/proc/{self.job}/cmdline").read_bytes()
         except OSError:
-            return True  # a system that does not tell: the number alone must do
+            return True  # an operating system without /proc: only the number can be compared
 
 
 class History:
-    """All that was submitted and cancelled from a runs_dir, and what of it SLURM's queue holds."""
+    """All submissions and cancellations of a runs_dir, and SLURM's queue.
+
+    Args:
+        queue: the result of `slurm.queue()`; None where SLURM is absent or does not answer.
+    """
 
     def __init__(self, runs_dir: Path, queue: dict | None) -> None:
         self.runs_dir, self.queue, self.now = Path(runs_dir), queue, time.time()
-        self._tasks: dict[str, list[Submitted]] = defaultdict(list)  # of each run, oldest first
-        self._cancelled: dict[str, float] = {}
-        self._alive = cache(self._has_process)
-        self.last_words = cache(slurm.last_words)  # the runs of a pack share their log
+        self._tasks: dict[str, list[SubmittedTask]] = defaultdict(list)  # {run id: its tasks, oldest first}
+        self._arrays: list[tuple[int, float, str]] = []  # (order, time, name) of every array
+        self._cancelled: dict[str, set[str]] = defaultdict(set)  # {run id: the arrays that it was cancelled in}
+        self._failed: dict[tuple[str, str], str] = {}  # {(run id, array): reason}, from the sweeps' events
+        self._has_live_process = cache(self._find_live_process)
+        self.termination_reason = cache(slurm.termination_reason)  # cached, because the runs of a pack share one log
         for sweep in all_sweeps(runs_dir):
             self._read(sweep)
+        self._arrays.sort()
+        self._position = {array: position for position, (*_, array) in enumerate(self._arrays)}
         for tasks in self._tasks.values():
-            tasks.sort(key=lambda task: task.submitted)
+            tasks.sort(key=lambda task: self._position[task.array])
+
+    # ---- reading ------------------------------------------------------------------------------------------------
 
     def _read(self, sweep: SweepFolder) -> None:
+        """Add the events of one sweep, in file order."""
         events = sweep.events()
+        self._failed |= failure.failures(events)
         accepted = {event["array"]: event for event in events if event["event"] == "accepted"}
+        # SLURM may use a job number twice, when its controller was killed before it saved the number.
+        last_array = {job: event["array"] for event in accepted.values() for job in event["jobs"]}
+        arrays_so_far: dict[str, list[str]] = defaultdict(list)  # {run id: the arrays of this sweep with the run}
         for event in events:
             if event["event"] == "submitted":
-                for task in _tasks(sweep, event, accepted.get(event["array"])):
+                self._arrays.append((event.get("order", 0), event["time"], event["array"]))
+                for task in self._tasks_of(sweep, event, accepted.get(event["array"], {}), last_array):
                     for run_id in task.runs:
                         self._tasks[run_id].append(task)
+                        arrays_so_far[run_id].append(task.array)
             elif event["event"] == "cancelled":
                 for run_id in event["runs"]:
-                    self._cancelled[run_id] = max(event["time"], self._cancelled.get(run_id, 0.0))
+                    self._cancelled[run_id] |= set(arrays_so_far[run_id])
 
-    def task(self, run_id: str) -> Submitted | None:
-        """The task that has or had this run: the last that SLURM still holds, else the last of all."""
+    def _tasks_of(
+        self, sweep: SweepFolder, event: dict, accepted: dict, last_array: dict[str, str]
+    ) -> Iterator[SubmittedTask]:
+        """The tasks of one `submitted` event.
+
+        Args:
+            accepted: the `accepted` event of the same array; {} where none was noted.
+            last_array: {job number: the last array of the sweep that was accepted with this number}.
+        """
+        jobs = {index: job for index, job in enumerate(accepted.get("jobs", ())) if last_array[job] == event["array"]}
+        if not accepted and event["cluster"] == "slurm":  # the launching process died before it noted the numbers
+            jobs = jobs_of(sweep, event["array"], self.queue or {})
+        all_runs = (run_id for pack in event["packs"] for run_id in pack)
+        done_before = frozenset(event.get("done_before", all_runs))
+        for index, pack in enumerate(event["packs"]):
+            yield SubmittedTask(
+                sweep,
+                cluster=event["cluster"],
+                array=event["array"],
+                index=index,
+                runs=tuple(pack),
+                submitted=event["time"],
+                order=event.get("order", 0),
+                job=str(jobs[index]) if index in jobs else None,
+                host=accepted.get("host"),
+                done_before=done_before,
+            )
+
+    # ---- submissions --------------------------------------------------------------------------------------------
+
+    @property
+    def next_order(self) -> int:
+        """The order of the next submission. The caller holds `submit.launch_lock`, or two launches get the same."""
+        return max((order for order, *_ in self._arrays), default=0) + 1
+
+    def task(self, run_id: str) -> SubmittedTask | None:
+        """The last active task that has this run, else the last task that had it; None if it was never submitted."""
         tasks = self._tasks.get(run_id, [])
-        held = [task for task in tasks if self.holds(task)]
-        return (held or tasks or [None])[-1]
+        active = [task for task in tasks if self.is_active(task)]
+        return (active or tasks or [None])[-1]
 
-    def holding(self, run_ids: Iterable[str]) -> list[Submitted]:
-        """Every task in the queue, or alive without SLURM, that has one of these runs; each once."""
+    def is_not_older(self, array: str | None, task: SubmittedTask) -> bool:
+        """Whether `array`, the submission that a status.json names, is the task's submission or a later one."""
+        return self._position.get(array, -1) >= self._position[task.array]
+
+    def is_cancelled(self, run_id: str, task: SubmittedTask | None) -> bool:
+        """Whether the run was cancelled after `task`, its last task, was submitted."""
+        return run_id in self._cancelled and (task is None or task.array in self._cancelled[run_id])
+
+    def failure_reason(self, run_id: str, task: SubmittedTask | None) -> str | None:
+        """Why the run failed in this task, where this could not be written into the run's own folder; else None."""
+        return self._failed.get((run_id, task.array)) if task else None
+
+    # ---- tasks that are queued or at work -----------------------------------------------------------------------
+
+    def active_tasks(self, run_ids: Iterable[str]) -> list[SubmittedTask]:
+        """Every active task that has at least one of these runs, each task once."""
         tasks = (task for run_id in run_ids for task in self._tasks.get(run_id, []))
-        return [task for task in {(task.sweep.name, *task.key): task for task in tasks}.values() if self.holds(task)]
+        distinct = {(task.array, task.index): task for task in tasks}
+        return [task for task in distinct.values() if self.is_active(task)]
 
-    def holds(self, task: Submitted) -> bool:
-        """Whether it is still to come or at work, for all that can be known."""
-        return self._alive(task) if task.cluster == "local" else task.key in (self.queue or {})
+    def is_active(self, task: SubmittedTask) -> bool:
+        """Whether the task is in SLURM's queue, or its process is alive (as far as this host can see)."""
+        return self._has_live_process(task) if task.cluster == "local" else self.queue_entry(task) is not None
 
-    def _has_process(self, task: Submitted) -> bool:
+    def queue_entry(self, task: SubmittedTask) -> QueuedTask | None:
+        """The task's entry in SLURM's queue.
+
+        An entry with the task's number but another batch script is a different job: SLURM may use a number twice.
+        """
+        entry = (self.queue or {}).get(task.job) if task.cluster == "slurm" else None
+        return entry if entry and (not entry.script or is_submitted_by(entry, task.sweep)) else None
+
+    def wait_reason(self, task: SubmittedTask, run_id: str) -> str | None:
+        """Why this active task has not started the run yet; None where the task is over."""
+        if self.is_active(task):
+            entry = self.queue_entry(task)
+            if entry is None or entry.state == "RUNNING":
+                return "starting" if task.runs[0] == run_id else "waits for earlier runs of its task"
+            return f"{entry.state} ({entry.reason})" if entry.reason else entry.state
+        if task.cluster != "local" and self.queue is None:
+            return NO_ANSWER
+        is_being_submitted = task.job is None and abs(self.now - task.submitted) < ACCEPTED_WITHIN
+        return "being submitted" if is_being_submitted else None
+
+    def _find_live_process(self, task: SubmittedTask) -> bool:
+        """For a task without SLURM: whether its process is alive. On another host, the heartbeats of its runs tell."""
         if task.host == socket.gethostname():
             return task.has_process_here()
-        return any(RunFolder(self.runs_dir / run_id).is_live() for run_id in task.runs)  # one beats: it goes on
-
-    def cancelled(self, run_id: str, task: Submitted | None) -> bool:
-        """Whether the run was cancelled after it was last submitted."""
-        return run_id in self._cancelled and (task is None or self._cancelled[run_id] >= task.submitted)
-
-    def wait(self, task: Submitted, run_id: str) -> str | None:
-        """Why a run of this task has not begun; None where the task is over."""
-        if self.holds(task):
-            queued = None if task.cluster == "local" else self.queue[task.key]
-            if queued is None or queued.state == "RUNNING":
-                return "starting" if task.runs[0] == run_id else "waits its turn in its task"
-            return f"{queued.state} ({queued.reason})" if queued.reason else queued.state
-        if task.cluster != "local" and self.queue is None:
-            return SILENT
-        on_its_way = task.job is None and self.now - task.submitted < ACCEPTED_WITHIN
-        return "being submitted" if on_its_way else None
+        return any(RunFolder(self.runs_dir / run_id).is_live() for run_id in task.runs)
 
 
-def _tasks(sweep: SweepFolder, event: dict, accepted: dict | None) -> list[Submitted]:
-    jobs = (accepted or {}).get("jobs") or [None] * len(event["packs"])
-    where = {"cluster": event["cluster"], "array": event["array"], "submitted": event["time"]}
-    host = (accepted or {}).get("host")
-    return [
-        Submitted(sweep, index=index, runs=tuple(pack), job=job and str(job), host=host, **where)
-        for index, (pack, job) in enumerate(zip(event["packs"], jobs, strict=True))
-    ]
+def is_submitted_by(entry: QueuedTask, sweep: SweepFolder) -> bool:
+    """Whether a task in the queue was submitted by this sweep, under whatever path its folder is mounted."""
+    return Path(entry.script).parts[-4:-1] == (".sweeps", sweep.name, "jobs")
+
+
+def jobs_of(sweep: SweepFolder, array: str, queue: dict[str, QueuedTask]) -> dict[int, str]:
+    """{index in the array: job number} for the tasks of an array that are in the queue, by their batch scripts."""
+    array_of_script = cache(lambda script: array_of(sweep.jobs / Path(script).name))  # the tasks share one script
+    entries = [entry for entry in queue.values() if is_submitted_by(entry, sweep)]
+    return {entry.index: entry.job for entry in entries if array_of_script(entry.script) == array}

@@ -1,18 +1,26 @@
-"""The one exception that is shown to a user as a message, without a traceback."""
+"""UserError, the exception that is shown to the user as a message without a traceback, and helpers for messages."""
 
 from __future__ import annotations
 
 import errno
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from difflib import get_close_matches
 from typing import get_args
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # of an OSError: nothing more can be written
+from gsdg.utils.text import printable
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # errno of an OSError: no space left
+NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)  # errno of an OSError: the user may not read or write there
 
 
 class UserError(ValueError):
-    """Something the user can mend: the message says what was wrong, what was found, what is valid, what to do."""
+    """A mistake that the user can fix. The message says what is wrong, what was found, what is valid and what to do.
+
+    The message can be printed with any encoding, even if file names in it are not valid UTF-8.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(printable(message))
 
 
 def listing(names: Iterable[object]) -> str:
@@ -26,13 +34,19 @@ def plural(count: int, noun: str) -> str:
 
 
 def check_literal(name: str, value: object, literal: object) -> None:
-    """UserError unless `value` is one of a Literal's."""
+    """UserError unless `value` is one of the values of `literal`, a typing.Literal."""
     if value not in get_args(literal):
         raise UserError(f"{name} is {value!r}; valid: {listing(get_args(literal))}")
 
 
 def check_range(where: str, interval: str, **values: float | None) -> None:
-    """UserError unless each value, `<where>.<its name>`, is in an interval such as "[0, 1)" or "(0, inf)"; None is."""
+    """UserError unless each value is in the interval.
+
+    Args:
+        where: the dotted key of the node that holds the values, for the message.
+        interval: such as "[0, 1)" or "(0, inf)".
+        values: by name; None is always valid.
+    """
     low, high = (float(end) for end in interval[1:-1].split(","))
     for name, value in values.items():
         above = value is None or (value >= low if interval[0] == "[" else value > low)
@@ -40,8 +54,19 @@ def check_range(where: str, interval: str, **values: float | None) -> None:
             raise UserError(f"{where}.{name}: found {value}, expected a number in {interval}.")
 
 
+def refuse_renamed(kind: type, names: Iterable[str], renamed: Mapping[str, str]) -> None:
+    """UserError if a user's class uses a name of `renamed` {old: new}: nothing would read it.
+
+    Args:
+        kind: the class.
+        names: the attributes that it, or an instance of it, defines.
+    """
+    for old in renamed.keys() & set(names):
+        raise UserError(f"{kind.__name__}.{old} is now called {renamed[old]}, and nothing reads {old}. Rename it.")
+
+
 def nearest(key: str, config: Mapping) -> str:
-    """` Did you mean `optimizer.lr`?` for `lr`: the config's keys whose last word is the same, or else is like it."""
+    """` Did you mean `optimizer.lr`?` for `lr`: keys of the config with the same last word, or else a similar one."""
     word, last_words = key.rpartition(".")[2], {other: other.rpartition(".")[2] for other in dotted_keys(config)}
     if word not in last_words.values():
         (word,) = get_close_matches(word, last_words.values(), n=1) or [None]
@@ -51,7 +76,7 @@ def nearest(key: str, config: Mapping) -> str:
 
 
 def dotted_keys(node: Mapping, prefix: str = "") -> Iterator[str]:
-    """`optimizer`, `optimizer.lr`, ...: every key that may be set, without those in a search's `ranges`."""
+    """`optimizer`, `optimizer.lr`, ...: every key that can be set, without the keys inside a search's `ranges`."""
     for key, value in node.items():
         if not str(key).startswith("_"):
             yield f"{prefix}{key}"
@@ -59,35 +84,7 @@ def dotted_keys(node: Mapping, prefix: str = "") -> Iterator[str]:
                 yield from dotted_keys(value, f"{prefix}{key}.")
 
 
-def explain(error: BaseException) -> str | None:
-    """The message for a mistake of the user's, found by us or by Hydra; None for bugs, whose traceback is shown."""
-    from hydra.errors import HydraException
-    from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
-
-    if isinstance(error, UserError):
-        return f"error: {error}"
-    if not isinstance(error, HydraException | OmegaConfBaseException):
-        return None
-    cause = error.__cause__
-    lines = [f"error: {without_plus(str(error))}"]
-    if cause is not None and str(cause) not in str(error):
-        lines.append(str(cause))
-    if isinstance(cause, ConfigAttributeError | ConfigKeyError) and hasattr(cause.parent_node, "keys"):
-        lines.append(_valid_keys(cause))
-    return "\n".join(lines)
-
-
-def without_plus(message: str) -> str:
-    """Hydra's message without its advice to add the key with a `+`: a run's config takes no key that it has not."""
-    return re.sub(r"\n *(To append to your|Or add a second \+).*", "", message)
-
-
-def _valid_keys(error: Exception) -> str:
-    from omegaconf import OmegaConf
-
-    node = error.parent_node
-    config = OmegaConf.to_container(node._get_root(), resolve=False)
-    config.pop("hydra", None)
-    guess = nearest(str(error.full_key), config).strip()
-    valid = f"Valid here: {listing(sorted(key for key in node if key not in ('_target_', 'hydra')))}."
-    return f"{guess} {valid}".strip()
+def first_line(error: BaseException) -> str:
+    """`NonFinite: loss is nan`: the class and the first line of the message; for a UserError without the class."""
+    message = (str(error).splitlines() or [""])[0]
+    return message if isinstance(error, UserError) else f"{type(error).__name__}: {message}"

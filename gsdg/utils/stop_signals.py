@@ -1,6 +1,7 @@
-"""Signals are noted when they come and obeyed between two steps, where a run can save itself. Standard library only.
+"""Handling of signals that ask a run to save or to stop. Standard library only.
 
-Until `defer()` a signal to stop is obeyed at once: while data is read and weights are loaded nothing can be saved.
+The handler only sets flags; the run checks them between two steps, where it can save a checkpoint. Until `defer()` a
+signal to stop is obeyed at once, because there is nothing to save yet while data and weights are loaded.
 """
 
 from __future__ import annotations
@@ -10,53 +11,62 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Generator, Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from gsdg.utils.terminal import ERASE
 
 STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-NOTHING_SAVED = "stopped before it could make a step, nothing had to be saved"
+NOTHING_SAVED = "stopped before the first step, nothing had to be saved"
 
 
 class Stopped(BaseException):
-    """A run stops because a signal asked; `said` tells what was saved."""
+    """A run stops because of a signal; `message` says what was saved."""
 
-    def __init__(self, number: int, said: str = NOTHING_SAVED) -> None:
-        super().__init__(number, said)
-        self.signal, self.said = signal.Signals(number), said
+    def __init__(self, number: int, message: str = NOTHING_SAVED) -> None:
+        super().__init__(number, message)
+        self.signal, self.message = signal.Signals(number), message
 
     def __str__(self) -> str:
-        return f"{self.signal.name}: {self.said}"
+        return f"{self.signal.name}: {self.message}"
 
 
 def end(number: int) -> NoReturn:
-    """End the program as the signal would have ended it: KeyboardInterrupt, or SystemExit(128 + number)."""
+    """End the program as the signal would have done: KeyboardInterrupt, or SystemExit(128 + number)."""
     raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
 
 
 class Signals:
-    """Inside `with`, a signal of `stop` asks to save and stop, one of `save` to save and go on.
+    """Inside `with`, the `stop` signals ask to save and stop, the `save` signals ask to save and go on.
 
-    Only signals that are handled by default are taken: an ignored one stays ignored (background jobs), one that another
-    library handles is left to it (submitit); outside the main thread none is taken. A second SIGINT is obeyed at once.
-    Processes forked inside, such as loaders of images, do not hear them: SLURM signals a whole tree of processes.
+    A handler is installed only where the signal has its default handler: an ignored signal stays ignored (background
+    jobs), and one that another library handles is left to that library (submitit). Outside the main thread no handler
+    is installed. A second SIGINT raises KeyboardInterrupt at once.
+
+    The signals are blocked in processes that are forked inside, such as data loader workers: SLURM sends a signal to
+    every process of a job, and only the run itself may react to it.
+
+    Args:
+        stop: numbers of the signals that ask to save and stop.
+        save: numbers of the signals that ask to save only.
     """
 
-    _inside: Signals | None = None  # what the processes forked now must not hear
+    _active: Signals | None = None  # the innermost `with`; child processes that are started now block its signals
 
     def __init__(self, stop: Sequence[int] = STOP, save: Sequence[int] = ()) -> None:
-        self.stop: signal.Signals | None = None  # the first that asked to stop
+        self.stop: signal.Signals | None = None  # the first signal that asked to stop
         self._to_stop, self._to_save = frozenset(stop), frozenset(save) - frozenset(stop)
         self._deferred = self._save = self._interrupted = False
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}  # {signal: its handler}
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            self._outer, Signals._inside = Signals._inside, self
+            self._outer, Signals._active = Signals._active, self
             self._children = set(multiprocessing.active_children())
             for number in self._to_stop | self._to_save:
                 if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
-                    self._previous[number] = signal.signal(number, self._note)
+                    self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -64,19 +74,19 @@ class Signals:
             for number in list(self._previous):
                 signal.signal(number, self._previous.pop(number))
             for child in set(multiprocessing.active_children()) - self._children:
-                child.kill()  # it would not hear the SIGTERM with which Python ends a forgotten child, and waits for it
-            Signals._inside = self._outer
+                child.kill()  # at exit Python sends it SIGTERM, which it blocks, and would wait for it forever
+            Signals._active = self._outer
 
     def defer(self) -> None:
-        """From now on a signal is only noted."""
+        """From now on a signal only sets flags; the caller looks at `stop` and `take_save()` after every step."""
         self._deferred = True
 
     def take_save(self) -> bool:
-        """Whether a signal, of either kind, has come since the last call."""
+        """Whether a signal of either kind has come since the last call."""
         asked, self._save = self._save, False
         return asked
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         self._save = True
         if number == signal.SIGINT and self._interrupted:
             raise KeyboardInterrupt
@@ -84,23 +94,38 @@ class Signals:
         if number in self._to_stop:
             self.stop = self.stop or signal.Signals(number)
             if not self._deferred:
-                self._deferred = True  # obeyed once: what is written of it is not to be torn by another
+                self._deferred = True  # the next signal must not interrupt what the run now writes about this one
                 raise Stopped(number)
-        self._say(number)
+        self._print(number)
 
-    def _say(self, number: int) -> None:
-        """Not by logging: the signal may have come in the middle of a line of it."""
+    def _print(self, number: int) -> None:
+        """Confirm the signal on stderr. Not with logging: the handler may have interrupted a logging call."""
         more = " (again to stop at once)" if number == signal.SIGINT else ""
         with contextlib.suppress(OSError):
-            os.write(2, f"{signal.Signals(number).name}: saving after this step{more}\n".encode())
+            start = ERASE if os.isatty(2) else ""  # erases the progress bar
+            os.write(2, f"{start}{signal.Signals(number).name}: saving after this step{more}\n".encode())
 
-    def _deafen(self) -> None:
+    def _block_in_child(self) -> None:
         signal.pthread_sigmask(signal.SIG_BLOCK, self._previous)
 
 
+@contextlib.contextmanager
+def blocked_in_children() -> Generator[None]:
+    """Processes that are started inside, by any start method, block the signals that the active `Signals` handles.
+
+    A child inherits the signal mask of its parent. A signal that reaches the parent meanwhile is delivered afterwards.
+    """
+    numbers = Signals._active._previous if Signals._active else ()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _after_fork() -> None:
-    if Signals._inside:
-        Signals._inside._deafen()
+    if Signals._active:
+        Signals._active._block_in_child()
 
 
 os.register_at_fork(after_in_child=_after_fork)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import ast
+import itertools
 import os
-import subprocess
-import sys
+from pathlib import Path
 
+import hydra
 import pytest
 from analysis_folders import config, write_run
 from helpers import REPOSITORY
@@ -14,93 +15,88 @@ from helpers import REPOSITORY
 nbformat = pytest.importorskip("nbformat")
 nbclient = pytest.importorskip("nbclient")
 
-NOTEBOOKS = sorted((REPOSITORY / "analysis").glob("*.ipynb"))
-NAMES = [path.stem for path in NOTEBOOKS]
+# Words that the notebook shows of `demo_runs`.
+SHOWN = {
+    "1_results": ["rotated_digits, training_domain", "the runs behind the numbers", "image/png", "against erm"],
+    "2_ablation": ["image/png", "grad_surgery (alpha=", "average rank"],
+    "3_conflicts": ["image/png"],
+    "4_compare_with_domainbed": ["rotated_digits, leave_one_domain_out", "needs the runs that also leave out"],
+}
 
 
 @pytest.fixture(scope="module")
 def demo_runs(tmp_path_factory):
-    """The quickstart's runs with fewer steps and targets, diagnostics, and a small ablation."""
+    """Runs of the quickstart's two algorithms with fewer steps and targets, with an ablation and diagnostics."""
+    from gsdg.experiment import prepare, run
+
     runs = tmp_path_factory.mktemp("demo") / "runs"
-    small = ["trainer.steps=5", "trainer.eval_every=2", "trainer.log_every=1", "split.target=0,15", f"runs_dir={runs}"]
-    for sweep in (
-        ["experiment=quickstart"],
-        ["experiment=quickstart", "algorithm=pcgrad,grad_surgery", "algorithm.diagnostics=true", "split.trial_seed=1"],
-        [
-            "experiment=ablation/alpha_n_parts_digits",
-            "algorithm.alpha=0,1",
-            "algorithm.n_parts=1,5",
-            "split.target=0,30",
-        ],
-    ):
-        overrides = {one.split("=")[0]: one for one in [*small, *sweep]}  # a sweep's own values beat `small`
-        command = [sys.executable, "launch.py", "-m", *overrides.values()]
-        subprocess.run(command, cwd=REPOSITORY, check=True, capture_output=True)
+    small = ["trainer.steps=5", "trainer.eval_every=2", "trainer.log_every=1", "device=cpu", f"runs_dir={runs}"]
+    sweep = [["algorithm=erm", f"split.target={target}"] for target in (0, 15)]
+    for alpha, n_parts in itertools.product((0, 1), (1, 5)):
+        knobs = [f"algorithm.alpha={alpha}", f"algorithm.n_parts={n_parts}", "algorithm.diagnostics=true"]
+        sweep.append(["algorithm=grad_surgery", "split.target=0", *knobs])
+    with hydra.initialize_config_dir(str(REPOSITORY / "conf"), version_base="1.3"):
+        for overrides in sweep:
+            run(prepare(hydra.compose("config", ["experiment=quickstart", *small, *overrides])))
     return runs
 
 
-def executed(path, runs):
-    """The notebook after a run of all its cells in its own folder, `runs` in place of its RUNS."""
+def executed(name: str, *folders: Path) -> list[str]:
+    """What the notebook shows of each folder in place of its RUNS: all its cells run in its own folder.
+
+    The folders share a kernel, whose names are deleted in between.
+    """
+    path = REPOSITORY / "analysis" / f"{name}.ipynb"
     book = nbformat.read(path, as_version=4)
-    (first,) = [cell for cell in book.cells if cell.source.startswith("RUNS = ")]
-    lines = first.source.splitlines()
-    first.source = "\n".join([f"RUNS = {str(runs)!r}", *lines[1:]])
+    cells = [cell for cell in book.cells if cell.cell_type == "code"]
+    (number,) = [number for number, cell in enumerate(cells) if cell.source.startswith("RUNS = ")]
+    _, _, rest = cells[number].source.partition("\n")
+    book.cells = []
+    for folder in folders:
+        copies = [nbformat.v4.new_code_cell(cell.source) for cell in cells]
+        copies[number].source = f"RUNS = {str(folder)!r}\n{rest}"
+        book.cells += [*copies, nbformat.v4.new_code_cell("%reset -f")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(REPOSITORY) + os.pathsep + os.environ.get("PYTHONPATH", ""))
-        client = nbclient.NotebookClient(book, timeout=300, resources={"metadata": {"path": str(path.parent)}})
-        return client.execute()
+        nbclient.NotebookClient(book, timeout=300, resources={"metadata": {"path": str(path.parent)}}).execute()
+    size = len(cells) + 1
+    batches = [book.cells[start : start + size] for start in range(0, len(book.cells), size)]
+    return ["\n".join(map(outputs, batch)) for batch in batches]
 
 
-def shown(book) -> str:
+def outputs(cell) -> str:
     """Every output, as text; pictures as their type."""
-    found = []
-    for cell in book.cells:
-        for output in cell.get("outputs", []):
-            assert output.output_type != "error", output
-            data = output.get("data", {})
-            found += [output.get("text", ""), data.get("text/html", ""), data.get("text/plain", ""), *data]
-    return "\n".join(found)
-
-
-def test_there_are_four():
-    assert NAMES == ["1_results", "2_ablation", "3_conflicts", "4_compare_with_domainbed"]
+    parts = []
+    for output in cell.outputs:
+        assert output.output_type != "error", output
+        data = output.get("data", {})
+        parts += [output.get("text", ""), data.get("text/html", ""), data.get("text/plain", ""), *data]
+    return "\n".join(parts)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
-def test_it_runs_on_the_demos_runs(path, demo_runs):
-    text = shown(executed(path, demo_runs))
-    wanted = {
-        "1_results": ["rotated_digits, training_domain", "the runs behind the numbers", "image/png", "against erm"],
-        "2_ablation": ["image/png", "grad_surgery (alpha=", "average rank"],
-        "3_conflicts": ["image/png"],
-        "4_compare_with_domainbed": ["rotated_digits, leave_one_domain_out", "needs the runs that leave out"],
-    }
-    for words in wanted[path.stem]:
-        assert words in text
-    assert "Traceback" not in text
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_notebook_runs_on_the_demos_runs_on_a_single_running_run_and_on_an_empty_folder(name, demo_runs, tmp_path):
+    write_run(tmp_path / "running", "r", config(), state="running")
+    (tmp_path / "empty").mkdir()
+    demo, running, empty = executed(name, demo_runs, tmp_path / "running", tmp_path / "empty")
+    for words in SHOWN[name]:
+        assert words in demo
+    assert "Traceback" not in demo
+    assert "image/png" not in running
+    assert "no runs here yet" in empty
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
-def test_it_runs_where_there_is_hardly_anything(path, tmp_path):
-    write_run(tmp_path, "r", config(), state="running")
-    assert "image/png" not in shown(executed(path, tmp_path))
-
-
-def test_an_empty_folder_is_no_error_either(tmp_path):
-    assert "no runs here yet" in shown(executed(NOTEBOOKS[0], tmp_path))
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=NAMES)
-def test_it_is_committed_without_output_and_only_calls(path):
-    book = nbformat.read(path, as_version=4)
-    nbformat.validate(book)
-    allowed = (ast.Assign, ast.Expr, ast.ImportFrom)
-    for cell in book.cells:
-        if cell.cell_type == "code":
-            assert (cell.outputs, cell.execution_count) == ([], None)
-            for node in ast.parse(cell.source).body:
-                assert isinstance(node, allowed), ast.unparse(node)
-                if isinstance(node, ast.ImportFrom):
-                    assert node.module.split(".")[0] == "analysis"
+def test_the_four_notebooks_are_committed_without_output_and_only_call():
+    paths = sorted((REPOSITORY / "analysis").glob("*.ipynb"))
+    assert [path.stem for path in paths] == list(SHOWN)
+    for path in paths:
+        book = nbformat.read(path, as_version=4)
+        nbformat.validate(book)
+        for cell in book.cells:
+            if cell.cell_type == "code":
+                assert (cell.outputs, cell.execution_count) == ([], None), path
+                for node in ast.parse(cell.source).body:
+                    assert isinstance(node, ast.Assign | ast.Expr | ast.ImportFrom), (path, ast.unparse(node))
+                    if isinstance(node, ast.ImportFrom):
+                        assert node.module.split(".")[:2] == ["gsdg", "analysis"], path

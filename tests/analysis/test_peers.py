@@ -1,56 +1,22 @@
-"""Records of DomainBed and of the SWAD fork, written here as the two write them -> the same frames as ours."""
+"""Records in the formats of DomainBed and of the SWAD fork -> the same frames as those of GSDG's runs."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import pytest
+import pandas as pd
 import yaml
+from analysis_folders import config, domainbed, write_lines, write_results, write_run
 from helpers import REPOSITORY
 
-from analysis.__main__ import main
-from analysis.frames import read_runs
-from analysis.peers import DATASETS
-from analysis.selection import leave_one_domain_out, oracle, training_domain
-from analysis.tables import report
+from gsdg.analysis.read.domainbed_runs import DATASETS, read_results
+from gsdg.analysis.read.frames import read_runs
+from gsdg.analysis.selection import leave_one_domain_out, oracle, training_domain
+from gsdg.analysis.tables import report
 
 PACS = ("art_painting", "cartoon", "photo", "sketch")
-
-
-def domainbed(
-    runs: Path, targets: list[int], curve: dict, *, trial=0, draw=0, done=True, end="\n", n=4, set_to=(), **changes
-) -> Path:
-    """A run of PACS in DomainBed's format. curve: {step: accuracies, env0 in, env0 out, env1 in, ...}.
-
-    set_to: recorded hyper-parameters that are not those of the draw.
-    """
-    args = {"algorithm": "ERM", "dataset": "PACS", "test_envs": targets, "trial_seed": trial, "hparams_seed": draw}
-    args |= {
-        "seed": hash((tuple(targets), trial, draw)),
-        "steps": 301,
-        "hparams": None,
-        "holdout_fraction": 0.2,
-        "output_dir": "x",
-    } | changes
-    folder = runs / f"{args['algorithm']}_{trial}_{draw}_{'_'.join(map(str, targets))}_{len(list(runs.glob('*')))}"
-    folder.mkdir(parents=True)
-    hparams = {"lr": 5e-5 * (draw + 1), "resnet18": True, "nonlinear_classifier": False} | dict(set_to)
-    write_lines(folder, args, curve, "_acc", end, n, hparams=hparams)
-    if done:
-        (folder / "done").write_text("done")
-    return folder
-
-
-def write_lines(folder: Path, args: dict, curve: dict, suffix: str, end: str = "\n", n: int = 4, **rest) -> None:
-    keys = [f"env{index}_{part}{suffix}" for index in range(n) for part in ("in", "out")]
-    rest |= {"epoch": 0.1, "loss": 1.5, "step_time": 0.2, "mem_gb": 3.0, "args": args}
-    lines = [
-        json.dumps({"step": step, **dict(zip(keys, values, strict=False)), **rest}, sort_keys=True)
-        for step, values in curve.items()
-    ]
-    with (folder / "results.jsonl").open("a") as file:
-        file.write("\n".join(lines) + end)
+FLAT = dict.fromkeys((0, 100, 200, 300), (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8))
 
 
 def swad(runs: Path, curves: dict[int, dict], *, name="221104_run", trial=0, seed=0, hparams=None, **changes) -> Path:
@@ -62,30 +28,46 @@ def swad(runs: Path, curves: dict[int, dict], *, name="221104_run", trial=0, see
         args |= {"trial_seed": trial, "seed": seed, "steps": 300, "checkpoint_freq": 100, "evalmode": "all"} | changes
         summary = {"test_in": 0.01, "test_out": 0.02, "train_in": 0.03, "train_out": 0.04, "tr_outloss": 9.0}
         hparams = hparams or {"lr": 5e-5, "resnet18": False, "swad": False}
-        write_lines(folder, args, curve, "", hparams=hparams, env0_inTE=0.5, **summary)
+        write_results(folder, args, curve, "", hparams=hparams, env0_inTE=0.5, **summary)
     return folder
 
 
-FLAT = dict.fromkeys((0, 100, 200, 300), (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8))
+def rows(frame: pd.DataFrame, *columns: str) -> list[list]:
+    return frame[list(columns)].values.tolist()
+
+
+def labels(runs: Path) -> set[str]:
+    return set(read_runs(runs).status["algorithm"])
+
+
+def draws_by_label(runs: Path) -> dict[str, list[int]]:
+    return read_runs(runs).status.groupby("algorithm")["hparams_seed"].agg(sorted).to_dict()
+
+
+def problems_with(words: str, runs: Path) -> list[str]:
+    """The folders of the problems whose message has these words."""
+    return [name for name, what in read_runs(runs).problems if words in what]
+
+
+# ---- records --------------------------------------------------------------------------------------------------------
 
 
 def test_domains_and_data_sets_are_named_as_our_configs_name_them():
     for dataset, domains in DATASETS.values():
-        config = yaml.safe_load((REPOSITORY / "conf" / "dataset" / f"{dataset}.yaml").read_text())
-        assert (config["name"], tuple(config["domains"])) == (dataset, domains)
+        content = yaml.safe_load((REPOSITORY / "conf" / "dataset" / f"{dataset}.yaml").read_text())
+        assert (content["name"], tuple(content["domains"])) == (dataset, domains)
 
 
 def test_a_domainbed_record_becomes_named_rows(tmp_path):
     domainbed(tmp_path, [3], {300: FLAT[0]}, trial=2, draw=1)
     runs = read_runs(tmp_path)
-    found = runs.records[["step", "domain", "is_target", "part", "accuracy"]].values.tolist()
     values = iter(FLAT[0])
-    assert found == [[300, d, d == "sketch", part, next(values)] for d in PACS for part in ("in", "out")]
-    columns = ["source", "dataset", "algorithm", "model", "target", "n_targets", "trial_seed", "seed", "hparams_seed"]
-    assert runs.status[columns].values.tolist() == [
-        ["domainbed", "pacs", "ERM (DomainBed)", "resnet18", "sketch", 1, 2, 0, 1]
+    assert rows(runs.records, "step", "domain", "is_target", "part", "accuracy") == [
+        [300, domain, domain == "sketch", part, next(values)] for domain in PACS for part in ("in", "out")
     ]
-    assert runs.status[["state", "step", "steps", "drawn"]].values.tolist() == [["done", 300, 301, "lr=0.0001"]]
+    columns = ["source", "dataset", "algorithm", "model", "target", "n_targets", "trial_seed", "seed", "hparams_seed"]
+    run = ["domainbed", "pacs", "ERM (DomainBed)", "resnet18", "sketch", 1, 2, 0, 1]
+    assert rows(runs.status, *columns, "state", "step", "steps", "drawn") == [[*run, "done", 300, 301, "lr=0.0001"]]
     assert runs.problems == ()
 
 
@@ -94,7 +76,7 @@ def test_a_swad_file_is_a_run_for_each_of_its_targets(tmp_path):
     runs = read_runs(tmp_path)
     columns = ["run_id", "source", "dataset", "algorithm", "target", "trial_seed", "seed", "hparams_seed", "state"]
     shared = ["swad", "pacs", "ERM (SWAD)"]
-    assert runs.status[columns].values.tolist() == [
+    assert rows(runs.status, *columns) == [
         ["221104_run:sketch", *shared, "sketch", 1, 7, 0, "done"],
         ["221104_run:art_painting", *shared, "art_painting", 1, 7, 0, "done"],
     ]
@@ -104,17 +86,10 @@ def test_a_swad_file_is_a_run_for_each_of_its_targets(tmp_path):
     assert set(art["domain"]) == {"art_painting"}
 
 
-def test_swads_nested_folders_are_found(tmp_path):
-    swad(tmp_path / "train_output" / "PACS", {3: FLAT}, name="one")
-    swad(tmp_path / "train_output" / "PACS", {3: FLAT}, name="two", seed=1)
-    (tmp_path / "train_output" / "PACS" / "runs" / "tensorboard").mkdir(parents=True)
-    assert set(read_runs(tmp_path).status["run_id"]) == {"one", "two"}
-
-
 def test_a_relaunched_jobs_records_count_once_the_last_of_each(tmp_path):
     folder = domainbed(tmp_path, [3], {0: (0.9,) * 8, 300: (0.9,) * 8})
     args = json.loads((folder / "results.jsonl").read_text().splitlines()[0])["args"]
-    write_lines(folder, args, {0: (0.1,) * 8, 300: (0.2,) * 8}, "_acc", hparams={})
+    write_results(folder, args, {0: (0.1,) * 8, 300: (0.2,) * 8}, "_acc", hparams={})
     runs = read_runs(tmp_path)
     assert runs.records.groupby("step")["accuracy"].unique().map(list).to_dict() == {0: [0.1], 300: [0.2]}
     assert runs.problems == (
@@ -122,12 +97,41 @@ def test_a_relaunched_jobs_records_count_once_the_last_of_each(tmp_path):
     )
 
 
+def test_accuracies_that_only_the_first_or_the_last_record_has_are_read(tmp_path):
+    results = domainbed(tmp_path, [0], FLAT) / "results.jsonl"
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    for number, step in ((0, 0), (-1, 300)):
+        changed = [dict(line) for line in lines]
+        changed[number]["env0_uda_acc"] = 0.75
+        write_lines(results, changed)
+        records = read_runs(tmp_path).records
+        uda = records[records["part"] == "uda"]
+        assert rows(uda, "step", "domain", "accuracy") == [[step, "art_painting", 0.75]]
+
+
+def test_records_of_one_file_that_differ_in_one_argument_are_two_runs(tmp_path):
+    args = {"algorithm": "ERM", "dataset": "PACS", "test_envs": [0], "trial_seed": 0, "hparams_seed": 0, "seed": 0}
+    other = {"dataset": "VLCS", "algorithm": "IRM", "test_envs": [1], "trial_seed": 7, "hparams_seed": 7, "seed": 7}
+    for key, value in other.items():
+        folder = tmp_path / key
+        folder.mkdir()
+        for changes in ({}, {key: value}):
+            write_results(folder, args | {"steps": 301} | changes, FLAT, "_acc", hparams={"lr": 5e-5})
+        (folder / "done").write_text("done")
+        runs = read_results(folder)
+        assert [sorted(run.evaluations) for run in runs] == [[0, 100, 200, 300]] * 2, key
+        assert not any(run.problems for run in runs), key
+
+
+# ---- states ---------------------------------------------------------------------------------------------------------
+
+
 def test_a_truncated_last_line_is_no_result(tmp_path):
     folder = domainbed(tmp_path, [3], FLAT, done=False, end="")
     runs = read_runs(tmp_path)
     assert sorted(set(runs.records["step"])) == [0, 100, 200]
     assert runs.problems == ((folder.name, "a truncated last record is left out"),)
-    assert runs.status[["state", "step"]].values.tolist() == [["unfinished", 200]]
+    assert rows(runs.status, "state", "step") == [["unfinished", 200]]
 
 
 def test_what_is_done_has_its_mark_or_its_last_record(tmp_path):
@@ -135,104 +139,117 @@ def test_what_is_done_has_its_mark_or_its_last_record(tmp_path):
     domainbed(tmp_path, [1], {0: FLAT[0]}, done=True)  # the last evaluation need not be the last step
     domainbed(tmp_path, [2], {0: FLAT[0], 200: FLAT[0]}, done=False)
     runs = read_runs(tmp_path)
-    assert runs.status.set_index("target")["state"].to_dict() == {
-        "art_painting": "done",
-        "cartoon": "done",
-        "photo": "unfinished",
-    }
+    assert rows(runs.status, "target", "state") == [
+        ["art_painting", "done"],
+        ["cartoon", "done"],
+        ["photo", "unfinished"],
+    ]
     assert set(runs.finished()["target"]) == {"art_painting", "cartoon"}
     assert set(runs.finished(unfinished=True)["target"]) == {"art_painting", "cartoon", "photo"}
     assert "missing: ERM (DomainBed) photo seed 0: unfinished at step 200 of 301: no file `done`" in report(tmp_path)
 
 
-@pytest.mark.parametrize(("steps", "every", "last", "state"), [
-    (300, 100, 300, "done"), (299, 100, 200, "done"), (300, 100, 200, "unfinished"), (None, None, 5000, "done"),
-    (None, None, 4900, "unfinished"),
-])  # fmt: skip
-def test_a_swad_run_is_done_at_the_last_multiple_of_its_frequency(tmp_path, steps, every, last, state):
-    swad(tmp_path, {3: {last - 100: FLAT[0], last: FLAT[0]}}, steps=steps, checkpoint_freq=every)
-    assert read_runs(tmp_path).status["state"].tolist() == [state]
+def test_a_swad_run_is_done_at_the_last_multiple_of_its_frequency_or_when_the_next_has_begun(tmp_path):
+    for number, (steps, every, last, state) in enumerate([
+        (300, 100, 300, "done"), (299, 100, 200, "done"), (300, 100, 200, "unfinished"), (None, None, 5000, "done"),
+        (None, None, 4900, "unfinished"),
+    ]):  # fmt: skip
+        runs = tmp_path / str(number)
+        swad(runs, {3: {last - 100: FLAT[0], last: FLAT[0]}}, steps=steps, checkpoint_freq=every)
+        assert read_runs(runs).status["state"].tolist() == [state], (steps, last)
+    swad(tmp_path / "two", {0: {0: FLAT[0], 100: FLAT[0]}, 1: {0: FLAT[0]}})  # the first stopped early: SWAD may
+    assert read_runs(tmp_path / "two").status["state"].tolist() == ["done", "unfinished"]
 
 
-def test_a_swad_target_after_which_another_began_is_over(tmp_path):
-    swad(tmp_path, {0: {0: FLAT[0], 100: FLAT[0]}, 1: {0: FLAT[0]}})  # the first stopped early: SWAD may
-    assert read_runs(tmp_path).status["state"].tolist() == ["done", "unfinished"]
+# ---- bad input ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"step": 1}\n', "[1]\n", '{"step": 0, "args": {"dataset": "PACS"}}\n'])
-def test_a_file_of_something_else_is_reported_and_hides_nothing(tmp_path, text):
+def test_a_foreign_file_is_reported_and_the_other_runs_are_read(tmp_path):
     domainbed(tmp_path, [3], FLAT)
     (tmp_path / "bad").mkdir()
-    (tmp_path / "bad" / "results.jsonl").write_text(text)
-    runs = read_runs(tmp_path)
-    assert len(runs.status) == 1
-    assert [name for name, what in runs.problems if "no whole record" in what] == ["bad"]
+    for text in ("", "{", '{"step": 1}\n', "[1]\n", '{"step": 0, "args": {"dataset": "PACS"}}\n'):
+        (tmp_path / "bad" / "results.jsonl").write_text(text)
+        assert len(read_runs(tmp_path).status) == 1, text
+        assert problems_with("no complete record", tmp_path) == ["bad"], text
 
 
-@pytest.mark.parametrize("changes", [{"test_envs": [9]}, {"test_envs": ["a"]}, {"trial_seed": "x"}, {"seed": None}])
-def test_arguments_that_are_not_domainbeds_are_reported(tmp_path, changes):
-    folder = domainbed(tmp_path, [3], FLAT, **changes)
-    assert [name for name, what in read_runs(tmp_path).problems if "is not DomainBed's" in what] == [folder.name]
+def test_arguments_that_are_not_domainbeds_and_records_without_accuracies_are_reported(tmp_path):
+    for changes in ({"test_envs": [9]}, {"test_envs": ["a"]}, {"trial_seed": "x"}, {"seed": None}):
+        runs = tmp_path / f"{changes}"
+        folder = domainbed(runs, [3], FLAT, **changes)
+        assert problems_with("is not DomainBed's", runs) == [folder.name], changes
+    folder = domainbed(tmp_path / "empty", [3], {0: (), 300: ()})
+    assert problems_with("no accuracies", tmp_path / "empty") == [folder.name]
 
 
-def test_a_record_without_accuracies_is_no_run(tmp_path):
-    folder = domainbed(tmp_path, [3], {0: (), 300: ()})
-    assert [name for name, what in read_runs(tmp_path).problems if "no accuracies" in what] == [folder.name]
-
-
-@pytest.mark.parametrize("value", [float("nan"), None, "high", 93.1])
-def test_an_accuracy_that_is_no_fraction_is_left_out_and_told(tmp_path, value):
-    folder = domainbed(tmp_path, [3], {0: (*FLAT[0][:6], value, 0.8), 300: FLAT[0]})
-    runs = read_runs(tmp_path)
-    first = runs.records[runs.records["step"] == 0]
-    assert len(first) == 7
-    assert not ((first["domain"] == "sketch") & (first["part"] == "in")).any()
-    assert runs.problems == ((folder.name, "accuracies that are no fraction: 1, left out"),)
+def test_an_accuracy_that_is_no_fraction_is_left_out_and_reported(tmp_path):
+    for value in (float("nan"), None, "high", 93.1, -0.1):
+        folder = domainbed(tmp_path / str(value), [3], {0: (*FLAT[0][:6], value, 0.8), 300: FLAT[0]})
+        runs = read_runs(folder)
+        first = runs.records[runs.records["step"] == 0]
+        assert len(first) == 7, value
+        assert not ((first["domain"] == "sketch") & (first["part"] == "in")).any(), value
+        assert runs.problems == ((folder.name, "accuracies that are no fraction: 1, left out"),), value
 
 
 def test_domains_of_an_unknown_data_set_keep_their_index(tmp_path):
     domainbed(tmp_path, [1], FLAT, dataset="SVIRO")
     domainbed(tmp_path, [4], {300: (*FLAT[0], 0.9, 0.9)}, n=5, dataset="PACS", algorithm="CORAL")  # a fifth domain
-    runs = read_runs(tmp_path)
-    assert runs.status[["dataset", "target"]].values.tolist() == [["pacs", "env4"], ["SVIRO", "env1"]]
-    assert len([what for _, what in runs.problems if "not known by name" in what]) == 2
+    assert rows(read_runs(tmp_path).status, "dataset", "target") == [["pacs", "env4"], ["SVIRO", "env1"]]
+    assert len(problems_with("are not known: they are called env0", tmp_path)) == 2
 
 
-def test_domainbeds_methods_are_names_and_its_draws_hyper_parameters(tmp_path):
-    domainbed(tmp_path, [0], FLAT, draw=0)
-    domainbed(tmp_path, [0], FLAT, draw=1)
-    assert set(read_runs(tmp_path).status["algorithm"]) == {"ERM (DomainBed)"}
-    domainbed(tmp_path, [0], FLAT, draw=0, holdout_fraction=0.3)
-    assert set(read_runs(tmp_path).status["algorithm"]) == {
-        "ERM (DomainBed, args.holdout_fraction=0.2)",
-        "ERM (DomainBed, args.holdout_fraction=0.3)",
-    }
+# ---- which runs are one method --------------------------------------------------------------------------------------
 
 
-def two_networks(runs: Path, draws: tuple[int, int], targets: list) -> None:
-    """Three trials of ColoredMNIST with 80 % by one network and 88 % by the other."""
-    for trial in range(3):
-        for draw, resnet18, accuracy in ((draws[0], True, 0.80), (draws[1], False, 0.88)):
-            for target in targets:
-                settings = {"set_to": {"resnet18": resnet18, "lr": 5e-5}, "n": 3, "dataset": "ColoredMNIST"}
-                domainbed(runs, target, {300: (accuracy,) * 6}, trial=trial, draw=draw, seed=0, **settings)
+def test_runs_that_differ_in_an_argument_of_training_or_recording_are_two_methods(tmp_path):
+    for key, values in {
+        "task": ("domain_generalization", "domain_adaptation"),
+        "holdout_fraction": (0.2, 0.5),
+        "uda_holdout_fraction": (0.0, 0.2),
+        "steps": (301, 601),
+        "checkpoint_freq": (100, 300),
+        "evalmode": ("all", "fast"),
+    }.items():
+        for value in values:
+            domainbed(tmp_path / key, [0], FLAT, **{key: value})
+        assert labels(tmp_path / key) == {f"ERM (DomainBed, args.{key}={value})" for value in values}
 
 
-@pytest.mark.parametrize("draws", [(0, 0), (0, 1), (1, 2)])
-@pytest.mark.parametrize("selection", ["training_domain", "leave_one_domain_out", "oracle", "last"])
-def test_two_networks_of_domainbed_are_two_methods_and_never_draws(tmp_path, draws, selection):
-    two_networks(tmp_path, draws, [[0], [0, 1], [0, 2]])
-    lines = report(tmp_path, [selection]).splitlines()
-    assert [line.split("  ")[:2] for line in lines[2:4]] == [
-        ["ERM (DomainBed, model=resnet18)", "80.0 ± 0.0"],
-        ["ERM (DomainBed, model=resnet50)", "88.0 ± 0.0"],
-    ]
-    assert not any("best of" in line for line in lines)
+def test_two_networks_of_domainbed_are_two_methods_and_never_draws(tmp_path):
+    """Three trials of ColoredMNIST with 80 % by one network and 88 % by the other, whatever the draws' numbers."""
+    for draws in ((0, 0), (0, 1), (1, 2)):
+        runs = tmp_path / str(draws)
+        networks = ((draws[0], True, 0.80), (draws[1], False, 0.88))
+        for trial in range(3):
+            for draw, resnet18, accuracy in networks:
+                for target in ([0], [0, 1], [0, 2]):
+                    settings = {"set_to": {"resnet18": resnet18, "lr": 5e-5}, "n": 3, "dataset": "ColoredMNIST"}
+                    domainbed(runs, target, {300: (accuracy,) * 6}, trial=trial, draw=draw, seed=0, **settings)
+        for table in report(runs, ["training_domain", "leave_one_domain_out", "oracle", "last"]).split("\n\n")[:4]:
+            assert [line.split("  ")[:2] for line in table.splitlines()[2:4]] == [
+                ["ERM (DomainBed, model=resnet18)", "80.0 ± 0.0"],
+                ["ERM (DomainBed, model=resnet50)", "88.0 ± 0.0"],
+            ], (draws, table)
+            assert "best of" not in table, draws
 
 
-@pytest.mark.parametrize(
-    ("set_to", "label"),
-    [
+def test_a_switch_that_chooses_the_network_is_in_the_label_once_as_the_network(tmp_path):
+    off = dict.fromkeys(["resnet18", "resnet50_augmix", "vit", "dinov2"], False)
+    for switches, model in (
+        ({"resnet18": True}, "resnet18"),
+        ({"resnet50_augmix": True}, "resnet50_augmix"),
+        ({"vit": True}, "vit"),
+        ({"vit": True, "dinov2": True}, "dinov2"),
+    ):
+        for chosen in ({}, switches):
+            domainbed(tmp_path / model, [0], FLAT, set_to=off | chosen)
+        expected = {"ERM (DomainBed, model=resnet50)", f"ERM (DomainBed, model={model})"}
+        assert labels(tmp_path / model) == expected
+
+
+def test_what_domainbeds_registry_never_draws_belongs_to_the_method_in_a_search_too(tmp_path):
+    for number, (set_to, part) in enumerate([
         ({"resnet50_augmix": True}, "model=resnet50_augmix"),
         ({"vit": True, "dinov2": True}, "model=dinov2"),
         ({"vit": True, "resnet50_augmix": True}, "model=vit"),
@@ -240,34 +257,29 @@ def test_two_networks_of_domainbed_are_two_methods_and_never_draws(tmp_path, dra
         ({"nonlinear_classifier": True}, "hparams.nonlinear_classifier=true"),
         ({"backbone": "mine"}, "hparams.backbone=mine"),  # a fork's
         ({"linear_steps": 100}, "hparams.linear_steps=100"),  # a number that the registry never draws
-    ],
-)
-def test_what_domainbeds_registry_never_draws_belongs_to_the_method_in_a_search_too(tmp_path, set_to, label):
-    for draw in (0, 1):
-        domainbed(tmp_path, [0], FLAT, draw=draw)
-        domainbed(tmp_path, [0], FLAT, draw=draw, set_to=set_to)
-    found = read_runs(tmp_path).status
-    assert found.groupby("algorithm")["hparams_seed"].agg(list).map(sorted).tolist() == [[0, 1], [0, 1]]
-    assert any(label in name for name in found["algorithm"])
+    ]):  # fmt: skip
+        runs = tmp_path / str(number)
+        for draw in (0, 1):
+            domainbed(runs, [0], FLAT, draw=draw)
+            domainbed(runs, [0], FLAT, draw=draw, set_to=set_to)
+        draws = draws_by_label(runs)
+        assert list(draws.values()) == [[0, 1], [0, 1]], part
+        assert any(part in label for label in draws), part
 
 
-@pytest.mark.parametrize("name", ["gda", "urm_generator_output", "mlp_depth", "lambda"])
-def test_what_domainbeds_registry_draws_does_not(tmp_path, name):
-    values = {"gda": [False, True], "urm_generator_output": ["tanh", "relu"]}.get(name, [3, 4])
-    for draw, value in enumerate(values):
-        domainbed(tmp_path, [0], FLAT, draw=draw, set_to={name: value})
-    assert read_runs(tmp_path).status[["algorithm", "hparams_seed"]].values.tolist() == [
-        ["ERM (DomainBed)", 0],
-        ["ERM (DomainBed)", 1],
-    ]
+def test_what_domainbeds_registry_draws_does_not(tmp_path):
+    drawn = {"gda": [False, True], "urm_generator_output": ["tanh", "relu"], "mlp_depth": [3, 4], "lambda": [3, 4]}
+    for name, values in drawn.items():
+        for draw, value in enumerate(values):
+            domainbed(tmp_path / name, [0], FLAT, draw=draw, set_to={name: value})
+        assert draws_by_label(tmp_path / name) == {"ERM (DomainBed)": [0, 1]}, name
 
 
 def test_what_the_command_line_overrides_is_set_and_not_drawn(tmp_path):
     for draw in (0, 1):
         domainbed(tmp_path, [0], FLAT, draw=draw)
         domainbed(tmp_path, [0], FLAT, draw=draw, hparams='{"lr": 0.01}', set_to={"lr": 0.01})
-    found = read_runs(tmp_path).status
-    assert found.groupby("algorithm")["hparams_seed"].agg(list).to_dict() == {
+    assert draws_by_label(tmp_path) == {
         "ERM (DomainBed, hparams.lr=0.01)": [0, 1],
         "ERM (DomainBed, hparams.lr=searched)": [0, 1],
     }
@@ -275,11 +287,10 @@ def test_what_the_command_line_overrides_is_set_and_not_drawn(tmp_path):
 
 def test_without_a_draw_beyond_the_defaults_nothing_was_searched(tmp_path):
     for lr in (1e-4, 1e-5):
-        domainbed(tmp_path, [0], FLAT, set_to={"lr": lr}, seed=7)
-    assert set(read_runs(tmp_path).status["algorithm"]) == {
-        "ERM (DomainBed, hparams.lr=0.0001)",
-        "ERM (DomainBed, hparams.lr=1e-05)",
-    }
+        domainbed(tmp_path / "domainbed", [0], FLAT, set_to={"lr": lr}, seed=7)
+        swad(tmp_path / "swad", {0: FLAT}, name=str(lr), hparams={"lr": lr, "resnet18": False})
+    for folder, source in (("domainbed", "DomainBed"), ("swad", "SWAD")):
+        assert labels(tmp_path / folder) == {f"ERM ({source}, hparams.lr={lr})" for lr in (0.0001, 1e-05)}
 
 
 def test_a_draw_of_domainbeds_with_other_values_is_left_out_and_named(tmp_path):
@@ -290,22 +301,12 @@ def test_a_draw_of_domainbeds_with_other_values_is_left_out_and_named(tmp_path):
     assert runs.problems == ((second.name, f"draw 1 with other values (lr=0.25) than in {first.name}: left out"),)
 
 
-def test_swads_methods_are_told_apart_by_hyper_parameters(tmp_path):
-    for name, lr in [("one", 5e-5), ("two", 1e-5)]:
-        swad(tmp_path, {0: FLAT}, name=name, hparams={"lr": lr, "resnet18": False})
-    assert set(read_runs(tmp_path).status["algorithm"]) == {
-        "ERM (SWAD, hparams.lr=5e-05)",
-        "ERM (SWAD, hparams.lr=1e-05)",
-    }
-
-
 def test_a_swad_grid_can_be_draws_while_domainbeds_keep_their_own(tmp_path):
     for number, lr in enumerate([5e-5, 1e-5]):
         swad(tmp_path, {0: FLAT}, name=f"s{number}", hparams={"lr": lr, "resnet18": False})
     domainbed(tmp_path, [0], FLAT, draw=4)
     status = read_runs(tmp_path, draws=["hparams.lr"]).status.set_index("run_id")
-    assert status.loc[["s0", "s1"], "algorithm"].tolist() == ["ERM (SWAD)"] * 2
-    assert status.loc[["s0", "s1"], "hparams_seed"].tolist() == [1, 0]
+    assert rows(status.loc[["s0", "s1"]], "algorithm", "hparams_seed") == [["ERM (SWAD)", 1], ["ERM (SWAD)", 0]]
     assert status.loc["ERM_0_4_0_2", ["hparams_seed", "drawn"]].tolist() == [4, "lr=0.00025"]
 
 
@@ -313,53 +314,36 @@ def test_domainbeds_runs_are_kept_by_network_and_arguments_and_their_search_stay
     for draw in (0, 1):
         domainbed(tmp_path, [0], FLAT, draw=draw)
         domainbed(tmp_path, [0], FLAT, draw=draw, set_to={"resnet50_augmix": True})
-    found = read_runs(tmp_path, where=["model=resnet18"]).status
-    assert found[["algorithm", "hparams_seed"]].values.tolist() == [["ERM (DomainBed)", 0], ["ERM (DomainBed)", 1]]
-    (only,) = read_runs(tmp_path, where=["model=resnet18", "args.hparams_seed=1"]).status["drawn"]
-    assert only == "lr=0.0001"
+    kept = read_runs(tmp_path, where=["model=resnet18"]).status
+    assert rows(kept, "algorithm", "hparams_seed") == [["ERM (DomainBed)", 0], ["ERM (DomainBed)", 1]]
+    (drawn,) = read_runs(tmp_path, where=["model=resnet18", "args.hparams_seed=1"]).status["drawn"]
+    assert drawn == "lr=0.0001"
 
 
-def test_domainbeds_seeds_are_hashes_and_only_number_what_is_equal_otherwise(tmp_path):
-    for draw in (0, 1):
-        domainbed(tmp_path, [0], FLAT, draw=draw, seed=100 + draw)
-    assert read_runs(tmp_path).status["seed"].tolist() == [0, 0]
-    domainbed(tmp_path, [0], FLAT, draw=1, seed=7)
-    found = read_runs(tmp_path).status
-    assert sorted(found.loc[found["hparams_seed"] == 1, "seed"]) == [0, 1]
-    domainbed(tmp_path, [0], FLAT, draw=1, seed=7)  # a copy
-    assert sorted(read_runs(tmp_path).status["seed"]) == [0, 0, 1]
+def test_seeds_are_numbered_among_runs_that_differ_in_nothing_else(tmp_path):
+    """Two runs that differ in one thing more have other seeds, and each is the first of its kind."""
+    other = {"dataset": "Debug28", "algorithm": "IRM", "test_envs": [1], "trial_seed": 1, "hparams_seed": 1}
+    for key, value in other.items():
+        for seed, changes in ((11, {}), (22, {key: value}), (33, {}), (33, {})):  # the last one is a copy
+            arguments = {"dataset": "Debug224", "seed": seed} | changes  # both call their domains env0, env1, ...
+            domainbed(tmp_path / key, [0], FLAT, set_to={"lr": 5e-5}, **arguments)
+        assert sorted(read_runs(tmp_path / key).status["seed"]) == [0, 0, 1], key
+
+
+# ---- tables ---------------------------------------------------------------------------------------------------------
 
 
 def test_our_runs_and_theirs_are_rows_of_one_table(tmp_path):
-    for target in range(4):
+    for target, name in enumerate(PACS):
         domainbed(tmp_path / "db", [target], FLAT)
+        content = config(target=name, dataset={"name": "pacs", "domains": PACS})
+        write_run(tmp_path / "ours", name, content, {300: {domain: {"in": 0.25, "out": 0.5} for domain in PACS}})
     swad(tmp_path / "swad", dict.fromkeys(range(4), FLAT))
-    for name in PACS:
-        folder = tmp_path / "ours" / name
-        folder.mkdir(parents=True)
-        config = {"dataset": {"name": "pacs", "domains": PACS}, "algorithm": {"name": "erm"}, "seed": 0}
-        config |= {"split": {"target": [name], "trial_seed": 0}, "model": {"name": "m"}, "trainer": {"steps": 301}}
-        (folder / "config.json").write_text(json.dumps(config))
-        (folder / "status.json").write_text(json.dumps({"state": "done", "heartbeat": 0, "step": 301, "steps": 301}))
-        accuracy = {d: {"in": 0.25, "out": 0.5} for d in PACS}
-        (folder / "records.jsonl").write_text(json.dumps({"step": 300, "accuracy": accuracy}) + "\n")
-    text = report(tmp_path)
-    assert text.splitlines()[-1] == "read: 12 runs: 12 done; 4 DomainBed's, 4 ours, 4 in SWAD's dialect"
-    rows = [line.split("  ") for line in text.splitlines()[2:5]]
-    table = {row[0]: [cell for cell in row[1:] if cell.strip()] for row in rows}
+    lines = report(tmp_path).splitlines()
+    assert lines[-1] == "read: 12 runs: 12 done; 4 DomainBed's, 4 ours, 4 in SWAD's format"
+    table = {line.split("  ")[0]: line.split()[-1] for line in lines[2:5]}
     assert list(table) == ["ERM (DomainBed)", "ERM (SWAD)", "erm"]
-    assert table["ERM (SWAD)"][-1].strip() == "40.0"
-    assert table["erm"][-1].strip() == "25.0"
-
-
-def test_a_baseline_of_domainbeds_is_found_by_its_algorithms_name(tmp_path, capsys):
-    for name in ("ERM", "CORAL"):
-        domainbed(tmp_path, [0], FLAT, algorithm=name)
-    assert main([str(tmp_path), "--baseline", "ERM"]) == 0
-    assert "pacs, training_domain: against ERM (DomainBed)" in capsys.readouterr().out
-
-
-# ---- DomainBed's three selections on a sweep worked out by hand -----------------------------------------------------
+    assert (table["ERM (SWAD)"], table["erm"]) == ("40.0", "25.0")
 
 
 def small_sweep(runs: Path) -> None:
@@ -381,13 +365,12 @@ def small_sweep(runs: Path) -> None:
 def test_domainbeds_selections_on_a_small_sweep(tmp_path):
     small_sweep(tmp_path)
     records = read_runs(tmp_path).finished()
-    columns = ["target", "hparams_seed", "step", "accuracy"]
-    # draw 0: 0.6 at 300; draw 1: 0.5 at 0
-    assert training_domain(records)[columns].values.tolist() == [["+90%", 0, 300, 0.12]]
-    # last steps' env0 out: draw 0 0.30, draw 1 0.40
-    assert oracle(records)[columns].values.tolist() == [["+90%", 1, 300, 0.22]]
-    # draw 0: (0.7 + 0.5) / 2 at 0; draw 1: (0.7 + 0.6) / 2 at 300
-    assert leave_one_domain_out(records)[columns].values.tolist() == [["+90%", 1, 300, 0.22]]
+    for selection, row in (
+        (training_domain, ["+90%", 0, 300, 0.12]),  # draw 0: 0.6 at 300; draw 1: 0.5 at 0
+        (oracle, ["+90%", 1, 300, 0.22]),  # last steps' env0 out: draw 0 0.30, draw 1 0.40
+        (leave_one_domain_out, ["+90%", 1, 300, 0.22]),  # (0.7 + 0.5) / 2 at 0; (0.7 + 0.6) / 2 at 300
+    ):
+        assert rows(selection(records), "target", "hparams_seed", "step", "accuracy") == [row]
 
 
 def test_an_incomplete_pair_is_named_in_the_report(tmp_path):
@@ -398,4 +381,4 @@ def test_an_incomplete_pair_is_named_in_the_report(tmp_path):
     text = report(tmp_path, ["leave_one_domain_out"])
     assert "12.0" not in text
     assert "11.0" in text  # draw 0 is complete: 0.6 at step 0
-    assert "seed 0 draw 1: needs the runs that leave out, beside it, -90% (ERM_0_1_0_2_5: unfinished at step 0" in text
+    assert "seed 0 draw 1: needs the runs that also leave out -90% (ERM_0_1_0_2_5: unfinished at step 0" in text

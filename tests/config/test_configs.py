@@ -1,76 +1,82 @@
-"""Every YAML composes, fits the signature of what it builds, and says what the protocol says."""
+"""Every YAML file composes, fits the signature of the class that it builds, and has the values of its protocol."""
 
 from __future__ import annotations
 
 import re
 from functools import cache
-from pathlib import Path
 
 import hydra
 import pandas as pd
 import pytest
 import yaml
 from config_choices import CHOICES, CONF, NEEDED, PRESETS
-from helpers import REPOSITORY
+from helpers import REPOSITORY, in_case
 from hydra.errors import ConfigCompositionException
 from omegaconf import DictConfig, OmegaConf
 
-from gsdg.experiment import SUPPLIED, prepare, resolved
-from gsdg.identity import run_id
-from gsdg.schema import check
-from gsdg.sweep.grid import from_command_line, initialized
+from gsdg.config.choices import choices
+from gsdg.config.config_dirs import initialized
+from gsdg.config.identity import run_id
+from gsdg.config.schema import check
+from gsdg.experiment import SUPPLIED, prepare, resolve_config
+from gsdg.sweep.compose import from_command_line
 
 ALGORITHMS = sorted(path.stem for path in (CONF / "algorithm").glob("*.yaml"))
-SURGERY = sorted(path.stem for path in (CONF / "algorithm" / "surgery").glob("*.yaml") if path.stem != "base")
-SEARCHES = sorted(path.stem for path in (CONF / "search").glob("*.yaml"))
-DATASETS = sorted(path.stem for path in (CONF / "dataset").glob("*.yaml"))
 
 
+@cache
 def params(preset: str) -> dict[str, str]:
-    """What a preset sweeps over, with those that it is made of."""
-    text = (CONF / "experiment" / f"{preset}.yaml").read_text()
-    parts = re.findall(r"- /experiment/(\S+)@_global_", text)
-    own = yaml.safe_load(text).get("hydra", {}).get("sweeper", {}).get("params", {})
-    return {key: value for part in parts for key, value in params(part).items()} | own
+    """The values over which a preset sweeps."""
+    _, _, master = from_command_line([f"experiment={preset}"])
+    return dict(master.hydra.sweeper.params or {})
 
 
-def choices_in(group: str) -> set[str]:
+def files_in(group: str) -> set[str]:
     return {str(path.relative_to(CONF / group).with_suffix("")) for path in (CONF / group).rglob("*.yaml")}
 
 
 def checked(config) -> dict:
-    plain = resolved(config)
+    plain = resolve_config(config)
     for group, supplied in SUPPLIED.items():
         check(plain[group], group, supplied)
     return plain
 
 
-@pytest.mark.parametrize("choice", CHOICES)
-def test_every_choice_fits_its_constructor(compose, choice):
-    checked(compose(choice, *NEEDED.get(choice, [])))
+def test_every_choice_fits_its_constructor(compose):
+    for choice in CHOICES:
+        with in_case(choice):
+            checked(compose(choice, *NEEDED.get(choice, [])))
 
 
-@pytest.mark.parametrize("search", SEARCHES)
-def test_every_search_is_called_by_its_file_and_draws_what_fits(compose, search):
-    config = checked(compose(f"search={search}", "search.hparams_seed=1"))
-    assert config["search"]["name"] == search
+def test_every_search_has_the_name_of_its_file_and_draws_valid_values(compose):
+    for search in choices("search"):
+        with in_case(search):
+            assert checked(compose(f"search={search}", "search.hparams_seed=1"))["search"]["name"] == search
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_fits_and_is_headed_by_its_command(compose, preset):
-    checked(compose(f"experiment={preset}"))
-    assert f"python launch.py experiment={preset}" in (CONF / "experiment" / f"{preset}.yaml").read_text()
+def text_of(preset: str) -> str:
+    """The preset's file; of paper/table/pacs, those of paper/table and paper/pacs, of which it is made."""
+    dataset = preset.removeprefix("paper/table/")
+    names = [preset] if dataset == preset else ["paper/table", f"paper/{dataset}"]
+    return "".join((CONF / "experiment" / f"{name}.yaml").read_text() for name in names)
+
+
+def test_every_preset_is_valid_and_begins_with_its_command(compose):
+    for preset in PRESETS:
+        with in_case(preset):
+            checked(compose(f"experiment={preset}"))
+            command = "paper/table/DATASET" if preset.startswith("paper/table/") else preset
+            assert f"python launch.py experiment={command}" in text_of(preset)
 
 
 def named_keys(preset: str) -> set[str]:
     """The keys of the algorithm that the preset's header names, as `algorithm.alpha` or `algorithm/rule`."""
-    text = (CONF / "experiment" / f"{preset}.yaml").read_text()
-    keys = set(re.findall(r"\balgorithm[./](\w+)", "\n".join(re.findall("^#.*", text, re.MULTILINE))))
+    keys = set(re.findall(r"\balgorithm[./](\w+)", "\n".join(re.findall("^#.*", text_of(preset), re.MULTILINE))))
     return keys | ({"n_parts"} if "partition" in keys else set())  # `chunk` puts its n_parts beside the partition
 
 
 def different_keys(found, expected) -> set[str]:
-    """The keys at which two composed nodes differ, interpolations as they are written."""
+    """The keys at which two composed nodes differ, without interpolation."""
     found, expected = (OmegaConf.to_container(node, resolve=False) for node in (found, expected))
     return {key for key in {*found, *expected} if found.get(key, "absent") != expected.get(key, "absent")}
 
@@ -81,121 +87,56 @@ def plain_algorithm(name: str) -> DictConfig:
         return hydra.compose("config", [f"algorithm={name}"]).algorithm
 
 
-OTHERS = ("erm", "mixup", "mixstyle", "selfreg", "pcgrad", "sagm")  # five of them have an `alpha` of their own
+OTHERS = ("mixstyle", "selfreg", "pcgrad", "sagm")  # these, and mixup, have an `alpha` of their own
 NEEDS_DOMAINS = {"every_algorithm/features": ["dataset.domains=[art_painting,cartoon,photo,sketch]"]}
 
 
+def algorithms_of(preset: str, chosen: str) -> list[str]:
+    """The algorithms that a preset sweeps, or its own and some that it may be given."""
+    swept, number = params(preset), PRESETS.index(preset)
+    if "algorithm" in swept:
+        names = swept["algorithm"].split(",")
+        return names[number % 5 :: 5] if preset.startswith("paper/table/") else names  # paper/table has all of them
+    of_surgery = any(key.startswith("algorithm") for key in swept)
+    return [chosen, *([] if of_surgery else ("erm", "mixup", OTHERS[number % len(OTHERS)]))]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_leaves_every_algorithm_as_it_is_but_for_the_keys_that_its_header_names(compose, preset):
-    """One run of each algorithm that the preset sweeps, or may be given, through all checks of a run."""
-    chosen = compose(f"experiment={preset}").algorithm.name
-    swept, more = params(preset), NEEDS_DOMAINS.get(preset, [])
-    of_surgery = any(key.startswith("algorithm") and key != "algorithm" for key in swept)
-    names = swept["algorithm"].split(",") if "algorithm" in swept else [chosen, *([] if of_surgery else OTHERS)]
-    composer, jobs, _ = from_command_line([f"experiment={preset}", f"algorithm={','.join(names)}", *more])
-    jobs_of = {name: [job for job in jobs if f"algorithm={name}" in job] for name in names}
-    for name in names:
-        config = composer.compose(jobs_of[name][0])
-        if config.split.target is None:
-            config.split.target = config.dataset.domains[0]
-        assert prepare(config).config["algorithm"]["name"] == name
-        allowed = named_keys(preset) if name == chosen else set()
-        assert different_keys(config.algorithm, plain_algorithm(name)) <= allowed
+@pytest.mark.parametrize("folder", sorted({preset.rpartition("/")[0] or preset for preset in PRESETS}))
+def test_a_preset_changes_only_the_keys_of_an_algorithm_that_its_header_names(compose, folder):
+    """One run per algorithm, through all checks of a run."""
+    for preset in (preset for preset in PRESETS if folder in (preset, preset.rpartition("/")[0])):
+        chosen = compose(f"experiment={preset}").algorithm.name
+        names = algorithms_of(preset, chosen)
+        more = NEEDS_DOMAINS.get(preset, [])
+        composer, jobs, _ = from_command_line([f"experiment={preset}", f"algorithm={','.join(names)}", *more])
+        for name in names:
+            config = composer.compose(next(job for job in jobs if f"algorithm={name}" in job))
+            if config.split.target is None:
+                config.split.target = config.dataset.domains[0]
+            with in_case(preset, name):
+                assert prepare(config).config["algorithm"]["name"] == name
+                allowed = named_keys(preset) if name == chosen else set()
+                assert different_keys(config.algorithm, plain_algorithm(name)) <= allowed
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_no_preset_sets_keys_of_whatever_algorithm_is_chosen(preset):
-    assert "algorithm" not in yaml.safe_load((CONF / "experiment" / f"{preset}.yaml").read_text())
+def test_no_preset_sets_keys_of_whatever_algorithm_is_chosen():
+    for path in (CONF / "experiment").rglob("*.yaml"):
+        assert "algorithm" not in yaml.safe_load(path.read_text()), path
 
 
-def test_a_file_that_is_only_read_for_two_choices_is_called_by_two_that_exist():
-    """Hydra says nothing about an `optional` file that it never finds."""
+def test_a_file_for_a_pair_of_choices_is_named_after_choices_that_exist():
+    """Hydra does not report an `optional` file that does not exist."""
     pairs = {f"{preset}_{name}" for preset in PRESETS for name in ALGORITHMS}
-    assert choices_in("experiment_algorithm") <= pairs
-    pairs = {f"{dataset}_{trainer}" for dataset in DATASETS for trainer in choices_in("trainer")}
-    assert choices_in("dataset_trainer") <= pairs
+    assert files_in("experiment_algorithm") <= pairs
+    pairs = {f"{dataset}_{trainer}" for dataset in files_in("dataset") for trainer in files_in("trainer")}
+    assert files_in("dataset_trainer") <= pairs
 
 
-@pytest.mark.parametrize("name", ["ablation/granularity", "ablation/granularity_digits"])
-def test_granularities_are_compared_without_the_norm_outlier_correction(compose, name):
-    assert compose(f"experiment={name}").algorithm.alpha == 1
-    assert compose(f"experiment={name}", "algorithm=mixup").algorithm.alpha == 0.2
-
-
-@pytest.mark.parametrize("preset", [name for name in PRESETS if re.fullmatch(r"paper/(?!table)\w+", name)])
-def test_a_paper_preset_sweeps_every_target_and_three_trials(compose, preset):
-    config = compose(f"experiment={preset}")
-    params = yaml.safe_load((CONF / "experiment" / f"{preset}.yaml").read_text())["hydra"]["sweeper"]["params"]
-    assert params["split.target"].split(",") == list(config.dataset.domains)
-    assert params["split.trial_seed"] == "0,1,2"
-    assert (config.algorithm.partition.n_parts, config.algorithm.alpha) == (10, 0.6)
-    assert (config.algorithm.partition.name, config.algorithm.rule.name) == ("chunk", "corgrad")
-    assert (config.model.name, config.model.freeze_bn, config.model.head) == ("resnet18", True, "linear")
-
-
-# the granularity of their papers
-PARTITION = {"grad_surgery": "chunk", "gradvac": "module"} | dict.fromkeys(
-    ("pcgrad", "mgda", "cagrad", "imtl_g", "aligned_mtl", "upgrad", "dualproj", "nash"), "model"
-)
-
-
-@pytest.mark.parametrize("algorithm", SURGERY)
-def test_a_surgery_preset_is_its_rule_at_its_papers_granularity(compose, algorithm):
-    node = compose(f"algorithm={algorithm}").algorithm
-    assert node._target_ == "gsdg.algorithms.GradSurgery"
-    assert node.partition.name == PARTITION.get(algorithm, "element")
-    assert (node.name, node.rule.name) == (algorithm, "corgrad" if algorithm == "grad_surgery" else algorithm)
-    assert node.alpha == (0.6 if algorithm == "grad_surgery" else 1)
-
-
-@pytest.mark.parametrize("name", SURGERY)
-def test_surgery_of_an_algorithms_losses_is_what_it_is_of_erms(compose, name):
-    node, whole = compose(f"algorithm/surgery={name}", "algorithm=irm").algorithm.surgery, compose(f"algorithm={name}")
-    assert (node.name, node.partition, node.rule) == (name, whole.algorithm.partition, whole.algorithm.rule)
-    assert (node._target_, node.alpha, node.engine) == (whole.algorithm._target_, whole.algorithm.alpha, "joint")
-
-
-def test_the_papers_table_is_of_the_methods_it_was_published_with():
-    published = pd.read_csv(REPOSITORY / "analysis" / "published.csv", comment="#")["algorithm"].str.lower()
-    expected = set(published) - {"gradsurgery"} | {"grad_surgery"}
-    found = params("paper/table")["algorithm"].split(",")
-    assert len(found) == len(set(found)) == 23
-    assert set(found) == expected
-
-
-@pytest.mark.parametrize("dataset", ["pacs", "vlcs", "officehome", "terraincognita", "domainnet"])
-def test_the_papers_table_on_a_data_set_is_its_preset_with_every_method(dataset):
-    _, jobs, _ = from_command_line([f"experiment=paper/table/{dataset}"])
-    _, alone, _ = from_command_line([f"experiment=paper/{dataset}"])
-    assert len(jobs) == 23 * len(alone)
-    assert len({tuple(job) for job in jobs}) == len(jobs)
-
-
-@pytest.mark.parametrize("dataset", ["pacs", "domainnet"])
-def test_a_run_of_the_papers_table_has_the_settings_of_its_data_set(compose, dataset):
-    found, expected = (
-        resolved(compose(f"experiment=paper/{preset}", "algorithm=erm")) for preset in (f"table/{dataset}", dataset)
-    )
-    assert run_id(found) == run_id(expected)
-
-
-def test_every_algorithm_is_in_the_presets_of_all():
-    assert params("every_algorithm/digits")["algorithm"].split(",") == ALGORITHMS
-    assert params("every_algorithm/features")["algorithm"].split(",") == [a for a in ALGORITHMS if a != "mixstyle"]
-
-
-@pytest.mark.parametrize("knob", ["algorithm.n_parts=7", "algorithm.partition.n_parts=7"])
-def test_n_parts_has_a_short_and_a_long_name_for_one_experiment(compose, knob):
-    config = resolved(compose("algorithm/partition=chunk", knob))
-    assert config["algorithm"]["partition"]["n_parts"] == 7
-    assert run_id(config) == run_id(resolved(compose("algorithm.n_parts=7")))
-    assert run_id(config) != run_id(resolved(compose()))
-
-
-def test_n_parts_means_nothing_to_another_granularity(compose):
-    with pytest.raises(ConfigCompositionException, match="n_parts"):
-        compose("algorithm/partition=tensor", "algorithm.n_parts=7")
+def test_granularities_are_compared_without_the_norm_outlier_correction(compose):
+    for preset in ("ablation/granularity", "ablation/granularity_digits"):
+        assert compose(f"experiment={preset}").algorithm.alpha == 1
+        assert compose(f"experiment={preset}", "algorithm=mixup").algorithm.alpha == 0.2
 
 
 # lr, dropout, weight decay, steps, evaluation every: the release's commands, protocol.md
@@ -209,10 +150,74 @@ RELEASE = {
 
 
 @pytest.mark.parametrize("dataset", RELEASE)
-def test_a_paper_preset_has_the_releases_numbers(compose, dataset):
-    config = compose(f"experiment=paper/{dataset}")
-    found = (config.optimizer.lr, config.model.dropout, config.optimizer.weight_decay, config.trainer.steps)
-    assert (*found, config.trainer.eval_every) == RELEASE[dataset]
+def test_a_paper_preset_has_the_releases_numbers_and_sweeps_every_target_and_three_trials(compose, dataset):
+    config, swept = compose(f"experiment=paper/{dataset}"), params(f"paper/{dataset}")
+    numbers = (config.optimizer.lr, config.model.dropout, config.optimizer.weight_decay, config.trainer.steps)
+    assert (*numbers, config.trainer.eval_every) == RELEASE[dataset]
+    assert swept["split.target"].split(",") == list(config.dataset.domains)
+    assert swept["split.trial_seed"] == "0,1,2"
+    assert (config.algorithm.partition.n_parts, config.algorithm.alpha) == (10, 0.6)
+    assert (config.algorithm.partition.name, config.algorithm.rule.name) == ("chunk", "corgrad")
+    assert (config.model.name, config.model.freeze_bn, config.model.head) == ("resnet18", True, "linear")
+
+
+def test_every_paper_preset_has_numbers_of_the_release():
+    assert {f"paper/{name}" for name in RELEASE} == {
+        name for name in PRESETS if re.fullmatch(r"paper/(?!table)\w+", name)
+    }
+
+
+# the granularity of their papers
+PARTITION = {"grad_surgery": "chunk", "gradvac": "module"} | dict.fromkeys(
+    ("pcgrad", "mgda", "cagrad", "imtl_g", "aligned_mtl", "upgrad", "dualproj", "nash"), "model"
+)
+
+
+def test_surgery_has_its_papers_rule_and_granularity_alone_and_on_another_algorithm(compose):
+    for name in choices("algorithm/surgery") - {"base"}:
+        alone = compose(f"algorithm={name}").algorithm
+        node = compose(f"algorithm/surgery={name}", "algorithm=irm").algorithm.surgery
+        with in_case(name):
+            assert alone._target_ == "gsdg.algorithms.GradSurgery"
+            assert alone.partition.name == PARTITION.get(name, "element")
+            assert (alone.name, alone.rule.name) == (name, "corgrad" if name == "grad_surgery" else name)
+            assert alone.alpha == (0.6 if name == "grad_surgery" else 1)
+            assert (node.name, node.partition, node.rule) == (name, alone.partition, alone.rule)
+            assert (node._target_, node.alpha, node.engine) == (alone._target_, alone.alpha, "joint")
+
+
+def test_the_papers_table_has_the_published_methods():
+    published = pd.read_csv(REPOSITORY / "gsdg" / "analysis" / "published.csv", comment="#")["algorithm"].str.lower()
+    methods = params("paper/table")["algorithm"].split(",")
+    assert len(methods) == len(set(methods)) == 23
+    assert set(methods) == set(published) - {"gradsurgery"} | {"grad_surgery"}
+
+
+def test_the_papers_table_on_a_data_set_is_its_preset_with_every_method(compose):
+    for dataset in RELEASE:
+        _, jobs, _ = from_command_line([f"experiment=paper/table/{dataset}"])
+        _, alone, _ = from_command_line([f"experiment=paper/{dataset}"])
+        assert len({tuple(job) for job in jobs}) == len(jobs) == 23 * len(alone), dataset
+    for dataset in ("pacs", "domainnet"):
+        presets = (f"experiment=paper/table/{dataset}", f"experiment=paper/{dataset}")
+        table, alone = (run_id(resolve_config(compose(preset, "algorithm=erm"))) for preset in presets)
+        assert table == alone, dataset
+
+
+def test_every_algorithm_is_in_the_presets_of_all():
+    assert params("every_algorithm/digits")["algorithm"].split(",") == ALGORITHMS
+    assert params("every_algorithm/features")["algorithm"].split(",") == [a for a in ALGORITHMS if a != "mixstyle"]
+
+
+def test_n_parts_has_a_short_and_a_long_name_for_the_same_run(compose):
+    short = resolve_config(compose("algorithm.n_parts=7"))
+    for key in ("algorithm.n_parts=7", "algorithm.partition.n_parts=7"):
+        config = resolve_config(compose("algorithm/partition=chunk", key))
+        assert config["algorithm"]["partition"]["n_parts"] == 7
+        assert run_id(config) == run_id(short)
+    assert run_id(short) != run_id(resolve_config(compose()))
+    with pytest.raises(ConfigCompositionException, match="n_parts"):
+        compose("algorithm/partition=tensor", "algorithm.n_parts=7")
 
 
 # backbone, frozen BatchNorm, evaluation every, the last step too, what is evaluated, what is augmented
@@ -221,34 +226,23 @@ LINEAGES = {
     "domainbed_head": ("resnet50_augmix", False, 300, True, "all", "sources"),
     "swad": ("resnet50", True, 200, False, "fast", "training"),
 }
+ON_DOMAINNET = {"domainbed_2020": (5001, 1000), "domainbed_head": (5001, 1000), "swad": (15001, 1000)}
 
 
 @pytest.mark.parametrize("preset", LINEAGES)
-def test_a_lineage_does_what_its_code_did(compose, preset):
+def test_a_lineage_has_the_settings_of_its_code_and_domainnet_its_own_step_counts(compose, preset):
     config = compose(f"experiment={preset}", "dataset=pacs")
     trainer = config.trainer
-    found = (config.model.name, config.model.freeze_bn, trainer.eval_every, trainer.evaluate_last)
-    assert (*found, trainer.evaluate, trainer.augment) == LINEAGES[preset]
-    assert (trainer.steps, trainer.batch_size, config.optimizer.lr, config.optimizer.weight_decay) == (
-        5001,
-        32,
-        5e-5,
-        0,
-    )
-
-
-@pytest.mark.parametrize(
-    ("preset", "steps", "every"),
-    [("domainbed_2020", 5001, 1000), ("domainbed_head", 5001, 1000), ("swad", 15001, 1000)],
-)
-def test_domainnet_has_its_own_step_counts(compose, preset, steps, every):
+    settings = (config.model.name, config.model.freeze_bn, trainer.eval_every, trainer.evaluate_last)
+    assert (*settings, trainer.evaluate, trainer.augment) == LINEAGES[preset]
+    assert (trainer.steps, trainer.batch_size) == (5001, 32)
+    assert (config.optimizer.lr, config.optimizer.weight_decay) == (5e-5, 0)
     trainer = compose(f"experiment={preset}", "dataset=domainnet").trainer
-    assert (trainer.steps, trainer.eval_every) == (steps, every)
+    assert (trainer.steps, trainer.eval_every) == ON_DOMAINNET[preset]
 
 
 def test_the_configs_are_package_data():
-    """What `pip install .` ships is every YAML that the checkout has."""
+    """`pip install .` ships every YAML file of the checkout."""
     patterns = [line for line in (REPOSITORY / "setup.cfg").read_text().splitlines() if line.startswith("gsdg.conf =")]
     globs = patterns[-1].split("=")[1].replace(" ", "").split(",")
-    shipped = {path for glob in globs for path in CONF.glob(glob)}
-    assert shipped == set(Path(CONF).rglob("*.yaml"))
+    assert {path for glob in globs for path in CONF.glob(glob)} == set(CONF.rglob("*.yaml"))

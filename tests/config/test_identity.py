@@ -1,4 +1,4 @@
-"""Which configs are the same run: the run id."""
+"""The run id: which configs are the same run."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 from config_choices import CHOICES, NEEDED
-from helpers import photos
+from helpers import in_case, photos
+from omegaconf import OmegaConf
 
-from gsdg.errors import UserError
+from gsdg.config.identity import _defaults, edited_keys, identity, run_id
 from gsdg.experiment import prepare
-from gsdg.identity import _defaults, edited, identity, run_id
-from gsdg.own_code import targets
+from gsdg.runs.user_code import targets
+from gsdg.utils.errors import UserError
 
-GOLDEN = Path(__file__).parent / "golden" / "defaults.json"
+GOLDEN = Path(__file__).parents[1] / "golden" / "defaults.json"
 RESNET = ("model=resnet18", "model.weights=null", "model.freeze_bn=false")
-# Eight ids. Whatever moves in the code, runs that exist are found again; what must change them bumps identity.VERSION.
+# Run ids must not change when code moves, so that existing runs are found. A needed change bumps identity.VERSION.
 FROZEN = {
     ("split.target=15",): "4803d3e9e49e",
     ("dataset=pacs", "model=resnet50", "algorithm=erm", "split.target=sketch", "split.trial_seed=2"): "a1f0e7f70414",
@@ -46,57 +47,30 @@ def test_ids_are_frozen(compose, overrides):
     assert plan.run_id == run_id(plan.config) == FROZEN[overrides]
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        ("data_dir=/elsewhere",),
-        ("runs_dir=/r",),
-        ("device=cpu",),
-        ("force=true",),
-        ("on_code_change=rerun",),
-        ("resubmit=all",),
-        ("trainer.workers=0",),
-        ("trainer.checkpoint_every=7",),
-        ("trainer.log_every=9",),
-        ("trainer.keep_weights=false",),
-        ("algorithm.diagnostics=true",),
-        ("+optimizer.betas=[0.9,0.999]",),  # Adam's own
-        ("+optimizer.foreach=false",),
-        ("+optimizer.fused=true",),
-        ("search=domainbed", "search.hparams_seed=0"),
-    ],
-    ids=" ".join,
-)
-def test_what_changes_no_result_does_not_change_the_id(compose, change):
-    assert prepare(compose("split.target=15", *change)).run_id == prepare(compose("split.target=15")).run_id
+SAME = """data_dir=/elsewhere; runs_dir=/r; device=cpu; force=true; on_code_change=rerun; resubmit=all;
+    trainer.workers=0; trainer.checkpoint_every=7; trainer.log_every=9; trainer.keep_weights=false;
+    algorithm.diagnostics=true; +optimizer.betas=[0.9,0.999]; +optimizer.foreach=false; +optimizer.fused=true;
+    search=domainbed search.hparams_seed=0"""  # these betas are Adam's default
+OTHER = """seed=1; deterministic=false; trainer.steps=11; optimizer.lr=1e-4; optimizer.weight_decay=0.1;
+    +optimizer.betas=[0.8,0.999]; algorithm.alpha=0.5; algorithm.n_parts=9; model.dropout=0.1; split.trial_seed=1;
+    split.target=30; trainer.transform=batched"""
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        "seed=1",
-        "deterministic=false",
-        "trainer.steps=11",
-        "optimizer.lr=1e-4",
-        "optimizer.weight_decay=0.1",
-        "+optimizer.betas=[0.8,0.999]",
-        "algorithm.alpha=0.5",
-        "algorithm.n_parts=9",
-        "model.dropout=0.1",
-        "split.trial_seed=1",
-        "split.target=30",
-        "trainer.transform=batched",
-    ],
-)
-def test_what_can_change_a_result_changes_the_id(compose, change):
-    assert prepare(compose("split.target=15", change)).run_id != prepare(compose("split.target=15")).run_id
+def test_the_id_changes_with_the_keys_that_can_change_a_result_and_with_no_others(compose):
+    plain = prepare(compose("split.target=15"))
+    for changes, same in ((SAME, True), (OTHER, False)):
+        for change in changes.split(";"):
+            with in_case(change):
+                changed = prepare(compose("split.target=15", *change.split()))
+                assert (changed.run_id == plain.run_id) == same
+    assert run_id(dict(reversed(plain.config.items()))) == plain.run_id, "it depends on the order of the keys"
 
 
 def test_diagnostics_of_surgery_on_other_losses_change_no_id(compose):
     overrides = ("algorithm=vrex", "algorithm/surgery=pcgrad", "split.target=15")
-    told = prepare(compose(*overrides, "algorithm.surgery.diagnostics=true"))
-    assert told.config["algorithm"]["surgery"]["diagnostics"] is True
-    assert told.run_id == prepare(compose(*overrides)).run_id
+    diagnosed = prepare(compose(*overrides, "algorithm.surgery.diagnostics=true"))
+    assert diagnosed.config["algorithm"]["surgery"]["diagnostics"] is True
+    assert diagnosed.run_id == prepare(compose(*overrides)).run_id
 
 
 def test_the_stored_size_counts_only_where_images_are_stored(compose, tmp_path):
@@ -111,10 +85,10 @@ def test_the_stored_size_counts_only_where_images_are_stored(compose, tmp_path):
     assert len(ids("batched")) == 2
 
 
-def test_one_tree_is_one_run_however_its_place_is_written(compose, tmp_path):
+def test_one_image_folder_is_one_run_however_its_path_is_written(compose, tmp_path):
     root = photos(tmp_path / "photos")
     places = [
-        (f"dataset.root={root}",),
+        *((f"dataset.root={root}", f"dataset.cache={cache}") for cache in ("auto", "off", "/x")),
         (f"data_dir={tmp_path}", "dataset.root=photos"),
         (f"data_dir={tmp_path / 'photos'}", "dataset.root=."),
         (f"data_dir={tmp_path / 'photos' / 'a'}", "dataset.root=.."),
@@ -158,64 +132,41 @@ def test_a_class_may_move_within_gsdg(compose):
         del sys.modules["gsdg.algorithms"].Trainer
 
 
-def test_somebody_elses_class_counts_by_its_whole_name():
+def test_a_class_outside_of_gsdg_counts_with_its_module():
     ids = {run_id({"optimizer": {"_target_": f"torch.optim.{name}.Adam"}}) for name in ("adam", "adamw")} - {None}
     assert len(ids) == 2
 
 
-def test_a_new_key_whose_default_is_what_was_done_before_changes_no_id(compose, monkeypatch):
+def test_a_new_key_whose_default_is_the_old_behaviour_changes_no_id(compose, monkeypatch):
     config = prepare(compose("split.target=15", "algorithm=erm")).config
     before = run_id(config)
     with_key = copy.deepcopy(config)
     with_key["trainer"]["clip"] = None
-    assert run_id(with_key) != before  # nobody knows it
-    monkeypatch.setattr("gsdg.identity._defaults", lambda target: _defaults(target) | {"clip": None})
+    assert run_id(with_key) != before  # the constructor has no such argument
+    monkeypatch.setattr("gsdg.config.identity._defaults", lambda target: _defaults(target) | {"clip": None})
     assert run_id(with_key) == before
     with_key["trainer"]["clip"] = 1.0
     assert run_id(with_key) != before
 
 
-def test_the_id_does_not_depend_on_the_order_of_keys(compose):
-    config = prepare(compose("split.target=15")).config
-    assert run_id(dict(reversed(config.items()))) == run_id(config)
-
-
-def test_what_was_edited_by_hand_is_named(compose):
+def test_manually_edited_keys_are_named(compose):
     config = prepare(compose("split.target=15")).config
     known = json.loads(json.dumps(identity(config)))
-    assert edited(known, config) == []
-    assert edited(known, {**config, "seed": 7, "runs_dir": "/elsewhere"}) == ["seed"]
-
-
-def defaults_of_ours(compose) -> dict:
-    """{class: {argument: its default}} of every class of gsdg's that a config names."""
-    found = {}
-    for choice in ("split.target=15", *CHOICES):
-        for target in targets(raw(compose(choice, *NEEDED.get(choice, [])))):
-            if target.startswith("gsdg.") and (own := _defaults(target)):
-                found[target.rpartition(".")[2]] = {key: repr(value) for key, value in own.items()}
-    return dict(sorted(found.items()))
-
-
-def raw(config) -> dict:
-    from omegaconf import OmegaConf
-
-    config = OmegaConf.to_container(config, resolve=False)
-    config.pop("hydra", None)
-    return config
+    assert edited_keys(known, config) == []
+    assert edited_keys(known, {**config, "seed": 7, "runs_dir": "/elsewhere"}) == ["seed"]
 
 
 def test_defaults_are_not_changed_silently(compose):
     """A value that is its constructor's default does not count in the id: with another default, the ids of old runs
     would mean something else. A new argument's default has to mean what was done before; write it into the file. For a
-    default that changes, raise gsdg.identity.VERSION as well."""
-    assert defaults_of_ours(compose) == json.loads(GOLDEN.read_text())
-
-
-def test_no_default_is_an_object_that_json_cannot_hold(compose):
+    default that changes, raise gsdg.config.identity.VERSION as well."""
+    defaults = {}  # {class: {argument: its default}} of every GSDG class that a config names
     for choice in ("split.target=15", *CHOICES):
-        for target in targets(raw(compose(choice, *NEEDED.get(choice, [])))):
-            if target.startswith("gsdg."):
-                for key, value in _defaults(target).items():
-                    assert value is not inspect.Parameter.empty
-                    json.dumps(value), (target, key)
+        config = OmegaConf.to_container(compose(choice, *NEEDED.get(choice, [])), resolve=False)
+        for target in targets(config):
+            if target.startswith("gsdg.") and (values := _defaults(target)):
+                assert inspect.Parameter.empty not in values.values()
+                with in_case(target):
+                    json.dumps(values)
+                defaults[target.rpartition(".")[2]] = {key: repr(value) for key, value in values.items()}
+    assert dict(sorted(defaults.items())) == json.loads(GOLDEN.read_text())

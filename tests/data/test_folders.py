@@ -1,59 +1,43 @@
-"""Image trees are read in torchvision's order, and everything wrong with one is said with its path."""
+"""Image folders are read in torchvision's order, and every fault is reported with its path."""
 
 from __future__ import annotations
 
 import os
-from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torchvision import datasets
 
-from gsdg.batch import ImageSpec
-from gsdg.data.augment import Exact, eval_transform
-from gsdg.data.folders import ImageFolders
-from gsdg.data.images import EXTENSIONS, read_image
-from gsdg.data.loader import TrainBatches, evaluate_loader, train_loader
-from gsdg.errors import UserError
+from gsdg.data.image_io import EXTENSIONS
+from gsdg.data.loader import EvaluationLoader, TrainBatches, train_loader
+from gsdg.data.transforms_exact import Exact
+from gsdg.types import ImageSpec
+from gsdg.utils.errors import UserError
+from tests.data.samples import image_folders, write_image, write_tree
 
-PACS_AT = Path(os.environ.get("GSDG_TEST_PACS") or Path(__file__).parents[3] / "shared/data/PACS")
 SPEC = ImageSpec(size=8, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
-
-
-def save(path: Path, shade: int = 0, mode: str = "RGB", size: int = 12) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    noise = np.random.RandomState(shade).randint(0, 256, (size, size, 3), dtype=np.uint8)
-    Image.fromarray(noise).convert(mode).save(path)
-    return path
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    for domain in ("photo", "sketch"):
-        for label in ("cat", "dog"):
-            for i in range(3):
-                save(tmp_path / "toy" / domain / label / f"{i}.jpg", shade=i)
-    return tmp_path / "toy"
+    return write_tree(tmp_path / "toy", domains=("photo", "sketch"), suffix="jpg")
 
 
-def folders(at: Path, **changes) -> ImageFolders:
-    given = {"name": "toy", "root": at.name, "domains": None, "augment": "photos", "data_dir": str(at.parent)}
-    return ImageFolders(**{**given, **changes})
+def check_refused(root: Path, message: str, /, *, at_once: bool = False, **changes) -> None:
+    """at_once: by the constructor; otherwise when the folders are read."""
+    with pytest.raises(UserError, match=message):
+        image_folders(root, **changes) if at_once else image_folders(root, **changes).read()
 
 
-def test_extensions_are_torchvisions():
+def test_order_labels_and_extensions_are_torchvisions_image_folder(root):
     assert datasets.folder.IMG_EXTENSIONS == EXTENSIONS
-
-
-def test_order_and_labels_are_torchvisions_image_folder(root):
-    # as text "n-x" comes before "n/x", in a walk never: only a sorted walk has this order
+    # sorted as text, "n-x" comes before "n/x"; only a walk that sorts folder by folder has torchvision's order
     for i, name in enumerate(["B.PNG", "a.jpeg", "10.png", "9.png", "n/1.jpg", "n/x/1.jpg", "n-x/1.jpg", "Z/0.webp"]):
-        save(root / "photo" / "dog" / name, shade=10 + i)
+        write_image(root / "photo" / "dog" / name, 100 + i)
     (root / "photo" / "dog" / "notes.txt").write_text("not an image")
-    domain = folders(root).read().domains["photo"]
+    domain = image_folders(root).read().domains["photo"]
     theirs = datasets.ImageFolder(root / "photo")
     assert len(domain) == len(theirs) == 14
     assert domain.labels.tolist() == theirs.targets
@@ -61,116 +45,150 @@ def test_order_and_labels_are_torchvisions_image_folder(root):
         assert domain.load(i).tobytes() == theirs[i][0].tobytes()
 
 
+HIDDEN = ("._0.jpg", ".ipynb_checkpoints/0-checkpoint.jpg", "__MACOSX/dog/0.jpg", "deep/@eaDir/0.jpg", ".a/b/0.jpg")
+
+
+def test_hidden_files_and_folders_are_no_images_and_their_number_is_logged(root, caplog):
+    """As left by macOS, Jupyter and network drives: splits, labels and files are those of the tree without them."""
+    clean = image_folders(root).read()
+    for name in HIDDEN:
+        write_image(root / "photo" / "dog" / name)
+    for name in ("Thumbs.db", "desktop.ini", ".DS_Store", "deep/.DS_Store"):
+        (root / "photo" / "dog" / name).write_text("not an image")
+    write_image(root / "__MACOSX" / "dog" / "0.jpg")
+    write_image(root / "photo" / "__MACOSX" / "0.jpg")
+    (root / "sketch" / ".ipynb_checkpoints").mkdir()
+    dataset = image_folders(root).read()
+    for name, domain in clean.domains.items():
+        assert dataset.domains[name].files == domain.files
+        assert dataset.domains[name].labels.tolist() == domain.labels.tolist()
+    assert [record.getMessage() for record in caplog.records] == [
+        f"photo: 5 hidden images left out, such as {root}/photo/dog/._0.jpg"
+    ]
+
+
+def test_links_to_folders_that_contain_them_are_refused(root, tmp_path):
+    for place in ("photo/cat/up", "photo/cat/deep/up", "photo/up", "up"):
+        for above in ("", ".."):
+            link = root / place
+            link.parent.mkdir(exist_ok=True)
+            link.symlink_to(root / above, target_is_directory=True)
+            check_refused(root, rf"{place} is a link to .*which contains the link.*\bRemove the link: rm /")
+            link.unlink()
+            assert len(image_folders(root, domains=["photo"]).read().domains["photo"]) == 6
+    for name, other in (("first", "second"), ("second", "first")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "to").symlink_to(tmp_path / other)
+    (root / "photo" / "cat" / "more").symlink_to(tmp_path / "first")
+    check_refused(root, "photo/cat/more/to/to is a link to .*first, which contains the link")
+
+
+def test_links_to_other_folders_are_followed(root, tmp_path):
+    """A dataset made of links to domains, to classes, to folders in a class, and to images."""
+    store = tmp_path / "store"
+    write_image(store / "many" / "a.jpg")
+    (root / "photo" / "cat" / "many").symlink_to(store / "many")
+    (root / "photo" / "cat" / "z.jpg").symlink_to(store / "many" / "a.jpg")
+    for place, name in ((root / "sketch", "sketch"), (root / "sketch" / "dog", "dog")):
+        place.rename(store / name)
+        place.symlink_to(store / name)
+    dataset = image_folders(root).read()
+    assert [os.path.relpath(file, root) for file in dataset.domains["photo"].files[:5]] == [
+        *(f"photo/cat/{name}" for name in ("0.jpg", "1.jpg", "2.jpg", "z.jpg")),
+        "photo/cat/many/a.jpg",
+    ]
+    assert len(dataset.domains["sketch"]) == 6
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to become another user")
+def test_a_folder_that_may_not_be_listed_is_named(root):
+    """Its images would be missing silently. Root may list everything, so the test runs as another user."""
+    write_image(root / "photo" / "cat" / "closed" / "0.jpg")
+    (root / "photo" / "cat" / "closed").chmod(0)
+    for folder in (root, *root.parents):
+        if folder.stat().st_uid == 0 and folder != Path("/"):
+            folder.chmod(folder.stat().st_mode | 0o055)
+    reader, writer = os.pipe()
+    if not (pid := os.fork()):
+        os.setuid(65534)
+        try:
+            image_folders(root).read()
+        except UserError as error:
+            os.write(writer, str(error).encode())
+        os._exit(0)
+    os.close(writer)
+    os.waitpid(pid, 0)
+    with os.fdopen(reader) as answer:
+        assert answer.read().startswith(f"cannot list the folder {root}/photo/cat/closed (Permission denied): ")
+
+
 def test_domains_are_the_sorted_folders_unless_they_are_named(root):
     (root / ".ipynb_checkpoints").mkdir()
     (root / "readme.txt").write_text("")
-    assert folders(root).domains == ["photo", "sketch"]
-    dataset = folders(root, domains=["sketch", "photo"]).read()
+    assert image_folders(root).domains == ["photo", "sketch"]
+    dataset = image_folders(root, domains=["sketch", "photo"]).read()
     assert list(dataset.domains) == ["sketch", "photo"]
     assert dataset.classes == ["cat", "dog"]
+    absent = root.parent / "absent"
+    assert image_folders(root, root=str(root), data_dir=str(absent)).domains == ["photo", "sketch"]
+    assert image_folders(absent, domains=["b", "a"]).domains == ["b", "a"], "named domains need no look at the disk"
 
 
-def test_root_may_be_absolute(root, tmp_path):
-    assert folders(root, root=str(root), data_dir=str(tmp_path / "absent")).domains == ["photo", "sketch"]
+def test_missing_folders_are_named_with_what_is_there(root):
+    pacs = {"root": "PACS", "domains": ["photo"]}
+    message = r"data_dir=.*absent is not a folder\. Set data_dir=\.\.\. .*holds PACS"
+    check_refused(root, message, **pacs, data_dir=str(root.parent / "absent"))
+    check_refused(root, r"PACS is not a folder\..* holds: toy\. Set data_dir", **pacs)
+    check_refused(root, r"PACS is not a folder\.", at_once=True, root="PACS")
+    message = r"no folder for domain cartoon in .*toy\. Found: photo, sketch\."
+    check_refused(root, message, domains=["cartoon", "photo"])
+    empty = root.parent / "empty"
+    empty.mkdir()
+    check_refused(empty, r"no domain folders in .*empty\.", at_once=True)
+    (empty / "photo").mkdir()
+    check_refused(empty, r"no images in .*empty\. Layout: <domain>/<class>/<image>")
 
 
-def test_building_with_named_domains_touches_no_disk(tmp_path):
-    assert folders(tmp_path / "absent" / "toy", domains=["b", "a"]).domains == ["b", "a"]
-
-
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
-def test_images_of_any_mode_load_as_rgb(tmp_path, mode):
-    assert read_image(str(save(tmp_path / "x.tiff", mode=mode))).mode == "RGB"
-
-
-def test_a_missing_data_dir_is_named(root, tmp_path):
-    with pytest.raises(UserError, match=r"data_dir=.*absent is not a folder\. Set data_dir=\.\.\. .*holds PACS"):
-        folders(root, root="PACS", domains=["photo"], data_dir=str(tmp_path / "absent")).read()
-
-
-def test_a_missing_root_is_named_with_what_is_there(root):
-    with pytest.raises(UserError, match=r"PACS is not a folder\..* holds: toy\. Set data_dir"):
-        folders(root, root="PACS", domains=["photo"]).read()
-    with pytest.raises(UserError, match=r"PACS is not a folder\."):
-        folders(root, root="PACS")
-
-
-def test_a_missing_domain_folder_is_named_with_what_is_there(root):
-    with pytest.raises(UserError, match=r"no folder for domain cartoon in .*toy\. Found: photo, sketch\."):
-        folders(root, domains=["cartoon", "photo"]).read()
-
-
-def test_classes_that_differ_between_domains_are_named(root):
-    save(root / "photo" / "horse" / "0.jpg")
+def test_classes_that_differ_between_domains_and_empty_ones_are_named(root):
+    write_image(root / "photo" / "horse" / "0.jpg")
     (root / "sketch" / "cat").rename(root / "sketch" / "cats")
-    with pytest.raises(UserError, match=r"classes differ .*: photo lacks cats; sketch lacks cat, horse\. "):
-        folders(root).read()
+    check_refused(root, r"classes differ .*: photo lacks cats; sketch lacks cat, horse\. ")
+    (root / "sketch" / "cats").rename(root / "sketch" / "cat")
+    (root / "sketch" / "horse").mkdir()
+    (root / "sketch" / "horse" / "0.txt").write_text("")
+    check_refused(root, r"no images in .*sketch/horse\. .*at least one image \(\.jpg, ")
 
 
-def test_an_empty_class_is_named(root):
-    for file in (root / "sketch" / "dog").iterdir():
-        file.rename(file.with_suffix(".txt"))
-    with pytest.raises(UserError, match=r"no images in .*sketch/dog\. .*at least one \(\.jpg, "):
-        folders(root).read()
+def test_with_classes_union_a_domain_may_lack_classes(root):
+    """Labels are those of the union in every domain; a class that no domain has is refused."""
+    for label in ("ant", "zebra"):
+        write_image(root / "photo" / label / "0.jpg")
+    (root / "sketch" / "zebra").mkdir()
+    check_refused(root, r"sketch lacks ant\. .*dataset\.classes=union\.")
+    dataset = image_folders(root, classes="union").read()
+    assert dataset.classes == ["ant", "cat", "dog", "zebra"]
+    assert dataset.domains["photo"].labels.tolist() == [0, 1, 1, 1, 2, 2, 2, 3]
+    assert dataset.domains["sketch"].labels.tolist() == [1, 1, 1, 2, 2, 2]
+    (root / "photo" / "zebra" / "0.jpg").unlink()
+    check_refused(root, r"no domain of .* has images of zebra", classes="union")
 
 
-def test_a_root_without_images_is_refused(tmp_path):
-    (tmp_path / "toy").mkdir()
-    with pytest.raises(UserError, match=r"no domain folders in .*toy\."):
-        folders(tmp_path / "toy")
-    (tmp_path / "toy" / "photo").mkdir()
-    with pytest.raises(UserError, match=r"no images in .*toy\. Layout: <domain>/<class>/<image>"):
-        folders(tmp_path / "toy").read()
-
-
-@pytest.mark.parametrize("changes", [{"domains": []}, {"domains": ["photo", "photo"]}, {"augment": "photo"}])
-def test_bad_arguments_are_refused_at_once(root, changes):
-    with pytest.raises(UserError, match=r"dataset\.(domains=|augment is)"):
-        folders(root, **changes)
-
-
-def damage(path: Path, how: str) -> Path:
-    content = path.read_bytes()
-    path.write_bytes({"zero": b"", "truncated": content[: len(content) // 2], "corrupt": b"\x00" * 512}[how])
-    return path
-
-
-@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp", "tiff"])
-@pytest.mark.parametrize("how", ["zero", "truncated", "corrupt"])
-def test_a_damaged_image_is_named_with_its_path(tmp_path, how, suffix):
-    path = damage(save(tmp_path / f"bad.{suffix}", size=64), how)
-    with pytest.raises(UserError, match=rf"cannot read image {path} \(\d+ bytes\): .*Copy it again"):
-        read_image(str(path))
+def test_bad_arguments_are_refused_at_once(root):
+    for changes in ({"domains": []}, {"domains": ["photo", "photo"]}, {"augment": "photo"}, {"classes": "all"}):
+        check_refused(root, r"dataset\.(domains=|augment is|classes is)", at_once=True, **changes)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("how", ["zero", "truncated", "corrupt"])
-def test_a_damaged_image_is_named_through_the_loaders(root, how, workers):
-    path = damage(save(root / "sketch" / "dog" / "1.jpg", size=64), how)
-    dataset = folders(root).read()
-    transform = Exact(SPEC, "none")
+def test_a_damaged_image_is_named_through_the_loaders(root, workers):
+    path = write_image(root / "sketch" / "dog" / "1.jpg", size=(64, 64))
+    path.write_bytes(b"" if workers else path.read_bytes()[:-1000])
+    dataset, transform = image_folders(root).read(), Exact(SPEC, "none")
     every = {name: np.arange(len(domain)) for name, domain in dataset.domains.items()}
     batches = TrainBatches(dataset, every, transform=transform, batch_size=8, seed=0, steps=50)
     here = {"workers": workers, "device": torch.device("cpu"), "memory_format": torch.contiguous_format}
-    transforms = {"sketch": transform}
-    evaluation = evaluate_loader(dataset, {"sketch": every["sketch"]}, transforms, batch_size=4, seed=0, **here)
+    evaluation = EvaluationLoader(dataset, {"sketch": transform}, batch_size=4, **here)({"sketch": every["sketch"]}, 0)
     for loader in (train_loader(batches, 0, **here), evaluation):
         with pytest.raises(UserError) as caught:
             list(loader)
         assert str(caught.value).startswith(f"cannot read image {path} ")
         assert "Traceback" not in str(caught.value)
-
-
-@pytest.mark.skipif(not PACS_AT.is_dir(), reason=f"no PACS at {PACS_AT}: set GSDG_TEST_PACS")
-def test_pacs_is_read_whole():
-    names = ["art_painting", "cartoon", "photo", "sketch"]
-    dataset = folders(PACS_AT, name="pacs", domains=names).read()
-    assert list(dataset.domains) == names
-    assert dataset.classes == ["dog", "elephant", "giraffe", "guitar", "horse", "house", "person"]
-    for name, domain in dataset.domains.items():
-        listed = [len(os.listdir(PACS_AT / name / label)) for label in dataset.classes]
-        assert [Counter(domain.labels.tolist())[y] for y in range(7)] == listed
-        image = domain.load(len(domain) - 1)
-        assert (image.mode, eval_transform(SPEC)(image).shape) == ("RGB", torch.Size([3, 8, 8]))
-    if "GSDG_TEST_PACS" not in os.environ:  # the sample in shared/; the whole of PACS has 9,991
-        assert sum(len(domain) for domain in dataset.domains.values()) == 4005

@@ -1,4 +1,4 @@
-"""Batched is exact: the same draws, the same colours to the bit, the same geometry to one level in 255."""
+"""Batched equals Exact: the same random draws, bit-identical colours, and a resize that differs by at most 1/255."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.transforms import functional as F
 
-from gsdg.batch import ImageSpec
-from gsdg.data import batched
-from gsdg.data.augment import Exact
-from gsdg.data.batched import CONTRAST, HUE, Batched, grey, jitter, jitter_one, recolour, resize, resize_one
-from gsdg.seeding import cpu_seed
+from gsdg.data import transforms_batched
+from gsdg.data.transforms_batched import CONTRAST, HUE, Batched, grey, jitter, jitter_one, recolour, resize, resize_one
+from gsdg.data.transforms_exact import Exact
+from gsdg.types import ImageSpec
+from gsdg.utils.seeding import cpu_seed
 
 SPEC = ImageSpec(64, 3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 ADJUST = (F.adjust_brightness, F.adjust_contrast, F.adjust_saturation, F.adjust_hue)
@@ -23,7 +23,7 @@ SIZES = [(64, 64), (71, 64), (64, 90), (227, 227), (40, 33), (256, 400), (300, 2
 
 
 def photos(sizes=SIZES, seed: int = 0) -> list[np.ndarray]:
-    """Smooth, grey, saturated and noisy pixels by turns: where Pillow's roundings differ."""
+    """Smooth, noisy, dark and saturated images in turn, on which Pillow's roundings differ."""
     random = np.random.RandomState(seed)
     return [_photo(random, i, *size) for i, size in enumerate(sizes)]
 
@@ -36,55 +36,60 @@ def _photo(random: np.random.RandomState, i: int, height: int, width: int) -> np
 
 
 def both(augment: str, arrays: list[np.ndarray], spec: ImageSpec = SPEC, seed: int = 3):
-    """(exact [B, C, S, S], what batched prepared), from the same seed."""
+    """(result of Exact [B, C, S, S], Batched's Staged batch), from the same seed."""
     with cpu_seed(seed):
-        exact = Exact(spec, augment).prepare([Image.fromarray(array) for array in arrays])
+        whole = Exact(spec, augment)
+        exact = whole.on_device(whole.on_host([Image.fromarray(array) for array in arrays]))
         after = torch.rand(1)
     with cpu_seed(seed):
-        staged = Batched(spec, augment).prepare(arrays)
-        assert torch.equal(torch.rand(1), after)  # as many draws
+        staged = Batched(spec, augment).on_host(arrays)
+        assert torch.equal(torch.rand(1), after)  # both have drawn equally many numbers
     return exact, staged
 
 
 def levels(left: torch.Tensor, right: torch.Tensor, spec: ImageSpec = SPEC) -> torch.Tensor:
-    """How far apart, in 255ths of the range of a pixel."""
+    """The difference in levels, 255 of which are the range of a pixel."""
     return ((left - right).abs() * 255 * torch.tensor(spec.std).view(-1, 1, 1)).round()
 
 
-def together(transform: Batched, staged: batched.Staged) -> torch.Tensor:
-    """What a GPU does: all images at once."""
-    return transform._normalised(transform._images(staged))
+def together(transform: Batched, staged: transforms_batched.Staged) -> torch.Tensor:
+    """The path of a GPU: all images at once."""
+    return transform._normalised(transform._all_images(staged))
+
+
+WAYS = (Batched.on_device, together)
 
 
 def as_image(pixels: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None].float().contiguous()
 
 
-@pytest.mark.parametrize("kind", range(4))
+def check_colours(pixels: np.ndarray, kind: int, factor: float) -> None:
+    theirs = np.asarray(ADJUST[kind](Image.fromarray(pixels), factor))
+    ours = recolour(as_image(pixels), kind, int(factor * 255) % 256 if kind == HUE else factor)
+    np.testing.assert_array_equal(ours[0].permute(1, 2, 0).numpy(), theirs, f"kind {kind}, factor {factor}")
+
+
+@pytest.mark.parametrize("kind", range(4), ids=["brightness", "contrast", "saturation", "hue"])
 def test_every_colour_operation_is_pillows_to_the_bit(kind):
-    factors = (-0.3, -0.1, 0.0, 0.17, 0.3) if kind == HUE else (0.7, 0.83, 1.0, 1.17, 1.3)
     for pixels in photos():
-        for factor in factors:
-            theirs = np.asarray(ADJUST[kind](Image.fromarray(pixels), factor))
-            ours = recolour(as_image(pixels), kind, int(factor * 255) % 256 if kind == HUE else factor)
-            np.testing.assert_array_equal(ours[0].permute(1, 2, 0).numpy(), theirs)
-
-
-def test_grey_is_pillows_to_the_bit():
-    for pixels in photos():
-        np.testing.assert_array_equal(
-            grey(as_image(pixels))[0, 0].numpy(), np.asarray(Image.fromarray(pixels).convert("L"))
-        )
-
-
-def test_hue_is_pillows_for_every_colour_of_three_levels_apart():
-    """A sixteenth of the cube of colours, whatever it looks like: all sextants, ties and greys."""
+        for factor in (-0.3, -0.1, 0.0, 0.17, 0.3) if kind == HUE else (0.7, 0.83, 1.0, 1.17, 1.3):
+            check_colours(pixels, kind, factor)
     values = np.arange(0, 256, 5)
     cube = np.stack(np.meshgrid(values, values, values), -1).reshape(52, -1, 3).astype(np.uint8)
-    for factor in (-0.21, 0.3):
-        theirs = np.asarray(F.adjust_hue(Image.fromarray(cube), factor))
-        ours = recolour(as_image(cube), HUE, int(factor * 255) % 256)
-        np.testing.assert_array_equal(ours[0].permute(1, 2, 0).numpy(), theirs)
+    for factor in (-0.21, 0.3) if kind == HUE else ():  # over all colours: contains all sextants, ties and greys
+        check_colours(cube, HUE, factor)
+
+
+def test_grey_is_pillows_to_the_bit_and_its_mean_is_summed_exactly_on_large_images():
+    for pixels in photos():
+        theirs = np.asarray(Image.fromarray(pixels).convert("L"))
+        np.testing.assert_array_equal(grey(as_image(pixels))[0, 0].numpy(), theirs)
+    # Half of the pixels 100 and half 101, except one: the mean is just below 100.5, equal to it in float32.
+    large = np.full((700, 700, 3), 100, np.uint8)
+    large[::2] = 101
+    large[0, 0] = 100
+    check_colours(large, CONTRAST, 0.7)
 
 
 @pytest.mark.parametrize("augment", ["photos", "none"])
@@ -93,87 +98,88 @@ def test_with_pillows_resize_batched_equals_exact_bit_for_bit(augment, monkeypat
         resized = Image.fromarray(image.numpy()).resize((size, size), Image.Resampling.BILINEAR)
         return as_image(np.asarray(F.hflip(resized) if flip else resized))
 
-    monkeypatch.setattr(batched, "resize_one", by_pillow)
+    monkeypatch.setattr(transforms_batched, "resize_one", by_pillow)
     exact, staged = both(augment, photos(SIZES * 6))
-    assert torch.equal(Batched(SPEC, augment).finish(staged), exact)
+    assert torch.equal(Batched(SPEC, augment).on_device(staged), exact)
 
 
-@pytest.mark.parametrize("way", [Batched.finish, together])
 @pytest.mark.parametrize("augment", ["photos", "none"])
-def test_the_geometry_is_pillows_to_one_level(augment, way, monkeypatch):
-    monkeypatch.setattr(batched, "jitter", lambda images, colours: images)
-    monkeypatch.setattr(batched, "jitter_one", lambda image, colours, i: image)
+def test_the_geometry_is_pillows_to_one_level(augment, monkeypatch):
+    monkeypatch.setattr(transforms_batched, "jitter", lambda images, colours: images)
+    monkeypatch.setattr(transforms_batched, "jitter_one", lambda image, colours, i: image)
     arrays = photos(SIZES * 6)
     for spec in (SPEC, SPEC._replace(size=97)):
+        transform = Batched(spec, augment)
         with cpu_seed(5):
-            staged = Batched(spec, augment).prepare(arrays)
-        theirs = torch.cat(
-            [_resized(array, staged, i, spec.size) for i, array in enumerate(crops(arrays, staged, augment))]
-        )
-        apart = levels(way(Batched(spec, augment), staged), Batched(spec, augment)._normalised(theirs), spec)
-        assert apart.max() <= 1
-        assert (apart > 0).float().mean() < 0.02
+            staged = transform.on_host(arrays)
+        resized = [_resized(crop, staged, i, spec.size) for i, crop in enumerate(crops(arrays, augment))]
+        for way in WAYS:
+            apart = levels(way(transform, staged), transform._normalised(torch.cat(resized)), spec)
+            assert apart.max() <= 1
+            assert (apart > 0).float().mean() < 0.02
 
 
-def crops(arrays: list[np.ndarray], staged: batched.Staged, augment: str) -> list[np.ndarray]:
+def crops(arrays: list[np.ndarray], augment: str) -> list[np.ndarray]:
     """The crops again, from the draws of torchvision itself."""
     if augment == "none":
         return arrays
-    found = []
     with cpu_seed(5):
-        for array in arrays:
-            top, left, h, w = batched._draw(*array.shape[:2]).box
-            found.append(array[top : top + h, left : left + w])
-    return found
+        boxes = [transforms_batched._draw(*array.shape[:2]).box for array in arrays]
+    return [array[top : top + h, left : left + w] for array, (top, left, h, w) in zip(arrays, boxes, strict=True)]
 
 
-def _resized(crop: np.ndarray, staged: batched.Staged, i: int, size: int) -> torch.Tensor:
+def _resized(crop: np.ndarray, staged: transforms_batched.Staged, i: int, size: int) -> torch.Tensor:
     image = Image.fromarray(crop).resize((size, size), Image.Resampling.BILINEAR)
     return as_image(np.asarray(F.hflip(image) if staged.flip[i] else image))
 
 
-@pytest.mark.parametrize("way", [Batched.finish, together])
-def test_the_whole_augmentation_is_the_exact_one_but_for_rounding(way):
+def test_the_whole_augmentation_equals_exact_up_to_rounding():
     exact, staged = both("photos", photos(SIZES * 8))
-    apart = levels(way(Batched(SPEC, "photos"), staged), exact)
-    assert (apart > 1).float().mean() < 0.01  # a hue that turned on the rounding of a resized pixel
-    assert apart.mean() < 0.05
+    for way in WAYS:
+        apart = levels(way(Batched(SPEC, "photos"), staged), exact)
+        assert (apart > 1).float().mean() < 0.01  # pixels whose hue depends on the rounding of the resize
+        assert apart.mean() < 0.05
 
 
-def test_one_by_one_and_all_at_once_agree_on_the_colours():
-    """The two ways differ in nothing but how many images an operation takes."""
+def test_colours_are_the_same_one_by_one_and_all_at_once():
+    """The two ways differ only in the number of images per operation."""
     _, staged = both("photos", photos([(64, 64)] * 40))
     images = torch.cat([as_image(pixels) for pixels in photos([(64, 64)] * 40, seed=1)])
     one_by_one = [jitter_one(images[i : i + 1].clone(), staged.colours, i) for i in range(40)]
     assert torch.equal(jitter(images.clone(), staged.colours), torch.cat(one_by_one))
 
 
-@pytest.mark.parametrize("count", [1, 2, 3])
-def test_a_batch_may_be_so_small_that_an_operation_comes_to_nobody(count):
-    for seed in range(8):
-        exact, staged = both("photos", photos([(64, 64)] * count, seed=seed), seed=seed)
-        for way in (Batched.finish, together):
-            assert levels(way(Batched(SPEC, "photos"), staged), exact).mean() < 0.1
+def test_a_batch_may_be_so_small_that_an_operation_has_no_images():
+    for count in (1, 2, 3):
+        for seed in range(8):
+            exact, staged = both("photos", photos([(64, 64)] * count, seed=seed), seed=seed)
+            for way in WAYS:
+                assert levels(way(Batched(SPEC, "photos"), staged), exact).mean() < 0.1, (count, seed)
 
 
-def test_both_ways_resize_alike():
+def test_resize_and_resize_one_agree():
     arrays = photos()
-    staged = Batched(SPEC, "none").prepare(arrays)
+    staged = Batched(SPEC, "none").on_host(arrays)
     flip = torch.tensor([i % 2 == 0 for i in range(len(arrays))])
     at_once = resize(staged.pixels, staged.sizes, flip, 48)
     one_by_one = torch.cat([resize_one(torch.from_numpy(a), bool(f), 48) for a, f in zip(arrays, flip, strict=True)])
     assert (at_once - one_by_one).abs().max() <= 1
 
 
-def test_what_lies_beside_a_crop_in_the_batch_does_not_matter():
+def test_the_padding_of_a_crop_does_not_matter_and_the_staged_batch_does_not_change():
     _, staged = both("photos", photos())
     other = staged._replace(pixels=staged.pixels.clone())
     for place, (height, width) in zip(other.pixels, staged.sizes.tolist(), strict=True):
         place[height:] = 200
         place[:, width:] = 100
     assert not torch.equal(other.pixels, staged.pixels)
-    for way in (Batched.finish, together):
-        assert torch.equal(way(Batched(SPEC, "photos"), other), way(Batched(SPEC, "photos"), staged))
+    transform = Batched(SPEC, "photos")
+    for way in WAYS:
+        expected = way(transform, staged)
+        assert torch.equal(way(transform, other), expected)
+        assert torch.equal(way(transform, staged), expected), "the staged batch has changed"
+    sent, sent_staged = pickle.loads(pickle.dumps(transform)), pickle.loads(pickle.dumps(staged))
+    assert torch.equal(sent.on_device(sent_staged), transform.on_device(staged)), "as sent to and by workers"
 
 
 @pytest.mark.parametrize("channels", [1, 2])
@@ -181,25 +187,12 @@ def test_fewer_channels_are_those_of_the_exact_mode(channels):
     spec = ImageSpec(28, channels, (0.1, 0.2)[:channels], (0.5, 0.25)[:channels])
     arrays = photos([(28, 28)] * 5)
     exact, staged = both("none", arrays, spec)
-    for way in (Batched.finish, together):
+    for way in WAYS:
         assert torch.equal(way(Batched(spec, "none"), staged), exact)
 
 
-def test_prepared_batches_can_be_sent_to_workers():
-    _, staged = both("photos", photos())
-    transform = pickle.loads(pickle.dumps(Batched(SPEC, "photos")))
-    assert torch.equal(transform.finish(pickle.loads(pickle.dumps(staged))), Batched(SPEC, "photos").finish(staged))
-
-
-def test_finishing_leaves_what_was_prepared_as_it_was():
-    _, staged = both("photos", photos())
-    transform = Batched(SPEC, "photos")
-    for way in (Batched.finish, together):
-        assert torch.equal(way(transform, staged), way(transform, staged))
-
-
 class NoReads(TorchDispatchMode):
-    """Refuses every operation by which the host would wait for a device."""
+    """Refuses every operation that synchronizes with the device."""
 
     FORBIDDEN = ("_local_scalar_dense", "nonzero", "masked_select", "_to_cpu", "is_nonzero")
 
@@ -210,34 +203,24 @@ class NoReads(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("augment", ["photos", "none"])
-def test_finishing_on_a_device_never_waits_for_it(augment):
+def test_on_device_never_synchronizes(augment):
     """On the `meta` device, which has no values to read; CUDA's own check is in the next test."""
     _, staged = both(augment, photos())
     sent = staged.to(torch.device("meta"))
     with NoReads():
-        images = Batched(SPEC, augment).finish(sent)
+        images = Batched(SPEC, augment).on_device(sent)
     assert (images.shape, images.dtype, images.device.type) == ((10, 3, 64, 64), torch.float32, "meta")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_finishing_on_cuda_never_waits_and_is_what_the_cpu_does():
+def test_on_device_on_cuda_never_synchronizes_and_equals_the_cpu():
     exact, staged = both("photos", photos(SIZES * 8))
     transform, device = Batched(SPEC, "photos"), torch.device("cuda")
-    transform.finish(staged.to(device))  # tables
+    transform.on_device(staged.to(device))  # fills the cached tables
     sent = staged.to(device)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        images = transform.finish(sent)
+        images = transform.on_device(sent)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert (levels(images.cpu(), exact) > 1).float().mean() < 0.01
-
-
-def test_the_mean_grey_is_summed_exactly_on_large_images():
-    """Half of them 100 and half 101, but for one: the mean is just below 100.5, which float32 cannot tell from it."""
-    pixels = np.full((700, 700, 3), 100, np.uint8)
-    pixels[::2] = 101
-    pixels[0, 0] = 100
-    theirs = np.asarray(F.adjust_contrast(Image.fromarray(pixels), 0.7))
-    ours = recolour(as_image(pixels), CONTRAST, 0.7)
-    np.testing.assert_array_equal(ours[0].permute(1, 2, 0).numpy(), theirs)

@@ -1,4 +1,4 @@
-"""The transforms are DomainBed's: equal, draw for draw, to torchvision's functions composed by hand."""
+"""The transforms equal DomainBed's, written out with torchvision's functional API and the same random draws."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from PIL import Image
 from torchvision import transforms as T
 from torchvision.transforms import functional as F
 
-from gsdg.batch import ImageSpec
-from gsdg.data.augment import Exact, eval_transform, train_transform
-from gsdg.seeding import cpu_seed
+from gsdg.data import transforms_exact
+from gsdg.data.transforms_exact import Exact, eval_transform, train_transform
+from gsdg.types import ImageSpec
+from gsdg.utils.seeding import cpu_seed
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SPEC = ImageSpec(size=224, channels=3, mean=MEAN, std=STD)
@@ -27,7 +28,7 @@ def image() -> Image.Image:
 
 
 def by_hand(image: Image.Image, size: int) -> torch.Tensor:
-    """DomainBed's augmentation, written out with torchvision's functions in the order they draw."""
+    """DomainBed's augmentation, written out with torchvision's functions in the order of their random draws."""
     top, left, height, width = T.RandomResizedCrop.get_params(image, [0.7, 1.0], [3 / 4, 4 / 3])
     image = F.resized_crop(image, top, left, height, width, [size, size], T.InterpolationMode.BILINEAR)
     if torch.rand(1) < 0.5:
@@ -44,8 +45,7 @@ def by_hand(image: Image.Image, size: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("size", [112, 224])
 def test_training_photos_are_domainbeds(image, size):
-    transform = train_transform(SPEC._replace(size=size))
-    flat = 0
+    transform, grey = train_transform(SPEC._replace(size=size)), 0
     for seed in range(30):
         with cpu_seed(seed):
             ours = transform(image)
@@ -53,53 +53,59 @@ def test_training_photos_are_domainbeds(image, size):
             theirs = by_hand(image, size)
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
         pixels = ours * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
-        flat += int((pixels[0] - pixels[2]).abs().max() < 1e-5)
-    assert 0 < flat < 15  # some, but not many, of the 30 came out grey
+        grey += int((pixels[0] - pixels[2]).abs().max() < 1e-5)
+    assert 0 < grey < 15  # some, but not many, of the 30 images are grey
 
 
-@pytest.mark.parametrize("size", [112, 224])
-def test_evaluation_is_domainbeds(image, size):
-    ours = eval_transform(SPEC._replace(size=size))(image)
-    resized = torch.from_numpy(np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)).copy())
-    scaled = resized.permute(2, 0, 1).float() / 255
-    torch.testing.assert_close(ours, (scaled - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1))
-    assert (ours.dtype, ours.shape) == (torch.float32, (3, size, size))
-
-
-def test_without_augmentation_training_sees_what_evaluation_sees(image):
-    torch.testing.assert_close(Exact(SPEC, "none").prepare([image])[0], eval_transform(SPEC)(image), rtol=0, atol=0)
-
-
-def test_an_image_that_fits_keeps_its_pixels():
+def test_evaluation_is_domainbeds_and_an_image_of_the_right_size_keeps_its_pixels(image):
+    for size in (112, 224):
+        ours = eval_transform(SPEC._replace(size=size))(image)
+        resized = torch.from_numpy(np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)).copy())
+        scaled = resized.permute(2, 0, 1).float() / 255
+        torch.testing.assert_close(ours, (scaled - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1))
+        assert (ours.dtype, ours.shape) == (torch.float32, (3, size, size))
     digit = Image.fromarray(np.random.RandomState(0).randint(0, 256, (28, 28), dtype=np.uint8))
-    ours = eval_transform(GREY)(digit)
-    torch.testing.assert_close(ours, (torch.from_numpy(np.asarray(digit).copy())[None] / 255 - 0.5) / 0.25)
+    pixels = torch.from_numpy(np.asarray(digit).copy())[None]
+    torch.testing.assert_close(eval_transform(GREY)(digit), (pixels / 255 - 0.5) / 0.25)
 
 
-@pytest.mark.parametrize("mode", ["L", "RGB"])
-@pytest.mark.parametrize("spec", [GREY, SPEC])
-@pytest.mark.parametrize("augment", ["photos", "none"])
-def test_channels_are_the_models_whatever_the_images(image, mode, spec, augment):
-    exact = Exact(spec, augment)
-    batch = exact.finish(exact.prepare([image.convert(mode)] * 2))
-    assert batch.shape == (2, spec.channels, spec.size, spec.size)
+@pytest.mark.parametrize("spec", [SPEC, GREY, TWO], ids=["colour", "grey", "red and green"])
+def test_exact_sends_uint8_pixels_and_normalises_them_on_the_device_bit_for_bit(image, spec):
+    images = [image, image.transpose(Image.Transpose.ROTATE_90)]
+    for how, in_one_piece in (("none", eval_transform), ("photos", train_transform)):
+        exact = Exact(spec, how)
+        with cpu_seed(4):
+            prepared = exact.on_host(images)
+        with cpu_seed(4):
+            expected = [in_one_piece(spec)(each) for each in images]
+        assert prepared.dtype == torch.uint8
+        assert torch.equal(exact.on_device(prepared), torch.stack(expected)), how
+        for mode in ("L", "RGB"):  # the number of channels is the model's for images of any mode
+            batch = exact.on_device(exact.on_host([image.convert(mode)] * 2))
+            assert batch.shape == (2, spec.channels, spec.size, spec.size), (how, mode)
+    # The lookup table, with a stand-in for the device: `meta` tensors have no values, so it is used on a CPU here.
+    pixels = torch.randint(0, 256, (3, spec.channels, 40, 40), dtype=torch.uint8)
+    pixels[0, :, 0] = torch.arange(40, dtype=torch.uint8)
+    assert torch.equal(transforms_exact.looked_up(pixels, spec), transforms_exact.normalised(pixels, spec))
+    assert transforms_exact.normalised(pixels.to("meta"), spec).shape == pixels.shape
 
 
-def test_transforms_can_be_sent_to_workers(image):
-    transform = pickle.loads(pickle.dumps(eval_transform(SPEC)))
-    torch.testing.assert_close(transform(image), eval_transform(SPEC)(image), rtol=0, atol=0)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_normalising_on_a_gpu_equals_the_cpu_bit_for_bit():
+    pixels = torch.arange(256, dtype=torch.uint8).expand(2, 3, 4, 256)
+    assert torch.equal(
+        transforms_exact.normalised(pixels.cuda(), SPEC).cpu(), transforms_exact.normalised(pixels, SPEC)
+    )
 
 
-@pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_two_channels_are_red_and_green(image, mode):
-    image = image.convert(mode)
-    ours, all_of_it = eval_transform(TWO)(image), eval_transform(SPEC._replace(size=28))(image)
-    torch.testing.assert_close(ours, all_of_it[:2], rtol=0, atol=0)
-    assert ours.is_contiguous()
-    torch.testing.assert_close(pickle.loads(pickle.dumps(eval_transform(TWO)))(image), ours, rtol=0, atol=0)
-
-
-def test_two_channels_of_an_augmented_photo_are_its_red_and_green(image):
+def test_two_channels_are_red_and_green_and_transforms_can_be_sent_to_workers(image):
+    for mode in ("L", "RGB"):
+        converted = image.convert(mode)
+        ours, all_channels = eval_transform(TWO)(converted), eval_transform(SPEC._replace(size=28))(converted)
+        torch.testing.assert_close(ours, all_channels[:2], rtol=0, atol=0)
+        assert ours.is_contiguous()
+        sent = pickle.loads(pickle.dumps(eval_transform(TWO)))
+        torch.testing.assert_close(sent(converted), ours, rtol=0, atol=0)
     for seed in range(5):
         with cpu_seed(seed):
             ours = train_transform(TWO)(image)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from gsdg.batch import ImageSpec
-from gsdg.errors import UserError
 from gsdg.models.classifier import Classifier, image_spec
+from gsdg.types import ImageSpec
+from gsdg.utils.errors import UserError
 
 SPEC = ImageSpec(8, 3, (0.0,) * 3, (1.0,) * 3)
 
@@ -22,37 +22,31 @@ def images() -> torch.Tensor:
     return torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("call_train", [False, True])
-def test_frozen_batchnorm_keeps_its_statistics_while_its_affine_part_trains(call_train):
-    model = tiny(freeze_bn=True)
-    if call_train:
-        model.eval()
-        model.train()
-    batchnorm = model.featurizer[1]
-    assert model.training
-    assert not batchnorm.training
-    model(images()).square().sum().backward()
-    assert batchnorm.running_mean.eq(0).all()
-    assert batchnorm.running_var.eq(1).all()
-    assert batchnorm.weight.grad.abs().sum() > 0
-    assert batchnorm.bias.grad.abs().sum() > 0
-
-
-def test_unfrozen_batchnorm_moves_in_training_only():
-    model = tiny()
+def test_frozen_batchnorm_keeps_its_statistics_while_its_affine_part_trains():
+    for call_train in (False, True):
+        model = tiny(freeze_bn=True)
+        if call_train:
+            model.eval()
+            model.train()
+        batchnorm = model.featurizer[1]
+        assert model.training
+        assert not batchnorm.training
+        model(images()).square().sum().backward()
+        assert batchnorm.running_mean.eq(0).all()
+        assert batchnorm.running_var.eq(1).all()
+        assert batchnorm.weight.grad.abs().sum() > 0
+        assert batchnorm.bias.grad.abs().sum() > 0
+    model = tiny()  # unfrozen, it moves in training only
     model.eval()(images())
     assert model.featurizer[1].running_mean.eq(0).all()
     model.train()(images())
     assert model.featurizer[1].running_mean.ne(0).all()
 
 
-def test_head_none_returns_the_features():
+def test_the_head_is_one_linear_map_of_the_features_or_none():
     model = tiny(head="none").eval()
     assert torch.equal(model(images()), model.featurizer(images()))
-    assert model(images()).shape == (5, 6)
-
-
-def test_linear_head_is_one_linear_map_of_the_features():
+    assert model(images()).shape == tiny(head="none", classes=6).eval()(images()).shape == (5, 6)
     model = tiny().eval()
     logits = model.featurize(images()) @ model.head.weight.T + model.head.bias
     torch.testing.assert_close(model(images()), logits)
@@ -80,38 +74,25 @@ def test_bf16_computes_in_bfloat16_and_returns_float32_logits():
     torch.testing.assert_close(logits, same(images()), atol=0.03, rtol=0.03)
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_wrong_settings_and_image_specs_are_named():
+    for changes, message in (
         ({"dropout": 1.0}, r"model.dropout .* \[0, 1\), found 1.0"),
         ({"dropout": -0.1}, r"found -0.1"),
         ({"dropout": float("nan")}, r"found nan"),
         ({"head": "mlp"}, "head 'mlp' is unknown; valid: linear, none"),
         ({"precision": "fp16"}, "precision 'fp16' is unknown; valid: float32, bf16"),
         ({"head": "none", "classes": 7}, "6 features as logits, but the data set has 7 classes"),
-    ],
-)
-def test_a_wrong_setting_is_named(changes, message):
-    with pytest.raises(UserError, match=message):
-        tiny(**changes)
-
-
-def test_head_none_may_use_every_feature_as_a_class():
-    assert tiny(head="none", classes=6).eval()(images()).shape == (5, 6)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"mean": [0.5]}, r"want a number a channel, 1 .* 2 .* or 3 .*, found \[0.5\]"),
-        ({"mean": [0.5] * 4, "std": [1.0] * 4}, "want a number a channel"),
-        ({"std": [1.0, 1.0]}, "want a number a channel"),
-        ({"std": [1.0, 0.0, 1.0]}, "model.std wants positive numbers"),
-        ({"size": 0}, "model.image_size"),
-    ],
-)
-def test_a_wrong_image_spec_is_named(changes, message):
+    ):
+        with pytest.raises(UserError, match=message):
+            tiny(**changes)
     settings = {"size": 8, "mean": [0.0] * 3, "std": [1.0] * 3}
     assert image_spec(**settings) == SPEC
-    with pytest.raises(UserError, match=message):
-        image_spec(**(settings | changes))
+    for changes, message in (
+        ({"mean": [0.5]}, r"need one number per channel, 1 .* 2 .* or 3 .*, found \[0.5\]"),
+        ({"mean": [0.5] * 4, "std": [1.0] * 4}, "need one number per channel"),
+        ({"std": [1.0, 1.0]}, "need one number per channel"),
+        ({"std": [1.0, 0.0, 1.0]}, "model.std needs positive numbers"),
+        ({"size": 0}, "model.image_size"),
+    ):
+        with pytest.raises(UserError, match=message):
+            image_spec(**(settings | changes))

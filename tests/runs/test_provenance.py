@@ -1,4 +1,4 @@
-"""A number can be traced to the code that made it."""
+"""The provenance of a run: its code can be identified."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from gsdg import environment as module
-from gsdg.environment import PACKAGE, code_state, described_code, environment, git_state, same_code
-from gsdg.own_code import _own_place, code_files, fingerprint, own_modules, targets
+from gsdg.runs import provenance as module
+from gsdg.runs.provenance import PACKAGE, code_state, described_code, environment, git_state, same_code
+from gsdg.runs.user_code import _own_path, code_files, fingerprint, own_modules, targets
 
 
 def git(folder: Path, *words: str) -> None:
@@ -28,40 +28,32 @@ def commit_of(folder: Path) -> dict:
     return git_state(folder)
 
 
-def test_a_changed_tree_is_dirty(tmp_path):
+def test_a_change_of_the_package_is_dirty_unless_it_is_ignored(tmp_path):
     clean = commit_of(tmp_path)
     assert len(clean["commit"]) == 40
     assert clean["dirty"] is False
-    (tmp_path / "__init__.py").write_text("x = 1")
-    assert git_state(tmp_path) == {"commit": clean["commit"], "dirty": True}
-
-
-def test_an_untracked_file_in_the_package_is_dirty_unless_it_is_ignored(tmp_path):
-    clean = commit_of(tmp_path)
     (tmp_path / "new.py").write_text("")
     assert git_state(tmp_path) == {"commit": clean["commit"], "dirty": True}
     (tmp_path / ".gitignore").write_text("new.py\n.gitignore\n")
     assert git_state(tmp_path) == clean
+    (tmp_path / "__init__.py").write_text("x = 1")
+    assert git_state(tmp_path) == {"commit": clean["commit"], "dirty": True}
 
 
-def test_an_untracked_file_beside_the_package_is_not(tmp_path):
-    (tmp_path / "package").mkdir()
+def test_only_files_of_the_package_count(tmp_path):
+    for name in ("package", "site"):
+        (tmp_path / name).mkdir()
     (tmp_path / "package" / "__init__.py").write_text("")
     commit_of(tmp_path)
     (tmp_path / "notes.txt").write_text("")
-    assert git_state(tmp_path / "package")["dirty"] is False
-
-
-def test_a_package_installed_inside_another_checkout_has_no_commit(tmp_path):
-    commit_of(tmp_path)
-    (tmp_path / "site").mkdir()
     (tmp_path / "site" / "__init__.py").write_text("")
-    assert git_state(tmp_path / "site") == {"commit": None, "dirty": None}
+    assert git_state(tmp_path / "package")["dirty"] is False
+    assert git_state(tmp_path / "site") == {"commit": None, "dirty": None}  # installed inside another checkout
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="giving a folder to another user needs root")
-def test_a_checkout_that_belongs_to_somebody_else_is_still_one(tmp_path):
-    """git refuses it ("dubious ownership"); the code in it runs all the same."""
+def test_a_checkout_that_another_user_owns_still_has_a_commit(tmp_path):
+    """git refuses it ("dubious ownership"), but its code runs anyway."""
     clean = commit_of(tmp_path)
     for path in [tmp_path, *tmp_path.rglob("*")]:
         os.chown(path, 65534, 65534)
@@ -70,7 +62,7 @@ def test_a_checkout_that_belongs_to_somebody_else_is_still_one(tmp_path):
     assert git_state(tmp_path) == clean
 
 
-def test_a_checkout_that_git_cannot_read_is_not_no_checkout(tmp_path):
+def test_an_error_of_git_is_not_taken_for_a_missing_checkout(tmp_path):
     commit_of(tmp_path)
     (tmp_path / ".git" / "index").write_bytes(b"damaged")
     state = git_state(tmp_path)
@@ -80,11 +72,9 @@ def test_a_checkout_that_git_cannot_read_is_not_no_checkout(tmp_path):
 
 
 def test_versions_host_processor_and_command_are_noted():
-    found = environment()
-    assert {"torch", "numpy", "hydra-core"} <= set(found["packages"])
-    assert found["host"]
-    assert found["processor"]
-    assert found["command"]
+    noted = environment()
+    assert {"torch", "numpy", "hydra-core"} <= set(noted["packages"])
+    assert all(noted[key] for key in ("host", "processor", "command"))
 
 
 # ---- the user's own code --------------------------------------------------------------------------------------------
@@ -92,12 +82,11 @@ def test_versions_host_processor_and_command_are_noted():
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    """A folder on the import path: a module, a module that it imports, a package, and one that nobody imports."""
+    """A folder on the import path: a module, a module that it imports, a package, and a module that is not imported."""
     folder = tmp_path / "own"
     (folder / "gsdg_test_package" / "inner").mkdir(parents=True)
-    (folder / "gsdg_test_net.py").write_text(
-        "import torch, os\nfrom gsdg.errors import UserError\nimport gsdg_test_too\n"
-    )
+    imports = "import torch, os\nfrom gsdg.utils.errors import UserError\nimport gsdg_test_too\n"
+    (folder / "gsdg_test_net.py").write_text(imports)
     (folder / "gsdg_test_too.py").write_text("def f():\n    from gsdg_test_package.inner import x\n")
     (folder / "gsdg_test_unused.py").write_text("")
     for file in ("__init__.py", "inner/__init__.py", "inner/x.py", ".hidden/x.py", "weights.bin"):
@@ -105,7 +94,7 @@ def own(tmp_path, monkeypatch):
         (folder / "gsdg_test_package" / file).write_text("")
     monkeypatch.syspath_prepend(str(folder))
     importlib.invalidate_caches()
-    _own_place.cache_clear()
+    _own_path.cache_clear()
     return folder
 
 
@@ -117,16 +106,11 @@ CONFIG = {
 
 
 def test_every_target_in_a_config_is_found():
-    assert set(targets(CONFIG)) == {
-        "gsdg.models.Classifier",
-        "gsdg_test_net.Net",
-        "torch.optim.Adam",
-        "gsdg.trainer.Trainer",
-        "os.path.join",
-    }
+    names = "gsdg.models.Classifier gsdg_test_net.Net torch.optim.Adam gsdg.trainer.Trainer os.path.join"
+    assert set(targets(CONFIG)) == set(names.split())
 
 
-def test_the_users_own_modules_are_those_named_and_what_they_import(own):
+def test_the_users_own_modules_are_those_named_and_those_they_import(own):
     assert own_modules(CONFIG) == {
         "gsdg_test_net": own / "gsdg_test_net.py",
         "gsdg_test_package": own / "gsdg_test_package",
@@ -136,16 +120,16 @@ def test_the_users_own_modules_are_those_named_and_what_they_import(own):
     assert own_modules({"a": {"_target_": "gsdg_test_nowhere.f"}}) == {}
 
 
-def test_of_a_package_its_python_files_count(own):
+def test_the_fingerprint_of_a_package_is_of_its_python_files(own):
     package = own / "gsdg_test_package"
     names = [path.relative_to(package).as_posix() for path in code_files(package)]
     assert names == ["__init__.py", "inner/__init__.py", "inner/x.py"]
-    before = fingerprint(package)
+    before = fingerprint(package, code_files(package))
     (package / "weights.bin").write_text("other")
     (package / ".hidden" / "x.py").write_text("other")
-    assert fingerprint(package) == before
+    assert fingerprint(package, code_files(package)) == before
     (package / "inner" / "x.py").write_text("other")
-    assert fingerprint(package) != before
+    assert fingerprint(package, code_files(package)) != before
 
 
 def test_each_own_module_has_a_fingerprint_in_the_state_of_the_code(own):
@@ -178,16 +162,16 @@ def test_an_own_module_that_is_not_committed_makes_the_state_dirty(own, monkeypa
     assert code_state({"a": {"_target_": "gsdg_test_package.f"}})["dirty"] is True
 
 
-def test_installed_modules_are_nobodys_own(tmp_path, monkeypatch):
+def test_installed_modules_are_not_the_users_own(tmp_path, monkeypatch):
     place = tmp_path / "lib" / "site-packages"
     place.mkdir(parents=True)
     (place / "gsdg_test_installed.py").write_text("")
     monkeypatch.syspath_prepend(str(place))
     importlib.invalidate_caches()
-    _own_place.cache_clear()
+    _own_path.cache_clear()
     assert own_modules({"a": {"_target_": "gsdg_test_installed.f"}}) == {}
 
 
-def test_the_package_counts_with_every_file():
+def test_the_fingerprint_of_gsdg_is_of_all_its_files():
     assert (PACKAGE / "data" / "digits.npz") in code_files(PACKAGE, "*")
     assert sys.modules["gsdg"].__file__ in map(str, code_files(PACKAGE, "*"))

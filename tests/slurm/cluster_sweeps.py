@@ -1,4 +1,4 @@
-"""What the tests of sweeps on the cluster share: small sweeps from a process of their own, and what they leave."""
+"""Shared by the tests of sweeps on the cluster: launches small sweeps as processes, and reads their results."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import torch
 from helpers import REPOSITORY, records_without_time, status
 from lab import HALF_A_NODE, Lab
 
-# A run of some ten seconds on one core, with everything that is drawn; interrupted ones repeat 25 steps at most.
+# A run of about ten seconds on one core that uses all random number generators; an interrupted one repeats at most 25
+# steps.
 RUN = (
     "split.target=15",
     "trainer.workers=0",
@@ -26,11 +27,11 @@ RUN = (
     "optimizer.lr=1e-3",
     "device=cpu",
 )
-HOLD = "+hydra.launcher.additional_parameters.hold=true"  # jobs may be over before the command that submits them is
+HOLD = "+hydra.launcher.additional_parameters.hold=true"  # else jobs may be over before the command that submits them
 
 
 class Sweeps:
-    """`python launch.py -m ...` and `python -m gsdg.sweep ...` with their runs in one folder, against a cluster."""
+    """`python launch.py -m ...` and `python -m gsdg.sweep ...` against a cluster, with all runs in one folder."""
 
     def __init__(self, lab: Lab | None, runs_dir: Path, checkout: Path = REPOSITORY) -> None:
         self.lab, self.runs_dir, self.checkout = lab, runs_dir, checkout
@@ -38,22 +39,15 @@ class Sweeps:
 
     def launch(self, *overrides: str, check: bool = True) -> subprocess.CompletedProcess:
         """Submit a sweep."""
-        return self._python(
-            str(self.checkout / "launch.py"), "-m", *HALF_A_NODE, *overrides, f"runs_dir={self.runs_dir}", check=check
-        )
+        launch = (str(self.checkout / "launch.py"), "-m", *HALF_A_NODE)
+        return self._python(*launch, *overrides, f"runs_dir={self.runs_dir}", check=check)
 
     def command(self, verb: str, *arguments: str, check: bool = True) -> subprocess.CompletedProcess:
         return self._python("-m", "gsdg.sweep", verb, *arguments, f"--runs-dir={self.runs_dir}", check=check)
 
     def _python(self, *arguments: str, check: bool) -> subprocess.CompletedProcess:
-        done = subprocess.run(
-            [sys.executable, *arguments],
-            cwd=self.checkout,
-            env=self.environment,
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
+        where = {"cwd": self.checkout, "env": self.environment}
+        done = subprocess.run([sys.executable, *arguments], **where, capture_output=True, text=True, timeout=600)
         assert not check or done.returncode == 0, done.stdout + done.stderr
         return done
 
@@ -66,28 +60,25 @@ class Sweeps:
     def states(self) -> list[str]:
         return sorted(status(run)["state"] for run in self.runs)
 
-    def steps(self) -> list[int]:
-        return [status(run).get("step") or 0 for run in self.runs]
-
     def log(self) -> str:
-        """All that the runs have logged."""
+        """The logs of all runs."""
         return "".join(path.read_text() for path in sorted(self.runs_dir.glob("*/log.txt")))
 
     def started(self) -> dict[str, float]:
         """When each run's process was started, by its task's log: {run id: seconds since the epoch}."""
-        found = re.findall(r"^(\S+ \S+) INFO run (\w+) starts as process", self.task_logs(), re.MULTILINE)
-        return {run_id: datetime.strptime(when, "%Y-%m-%d %H:%M:%S,%f").timestamp() for when, run_id in found}
+        starts = re.findall(r"^(\S+ \S+) INFO run (\w+) starts as process", self.task_logs(), re.MULTILINE)
+        return {run_id: datetime.strptime(when, "%Y-%m-%d %H:%M:%S,%f").timestamp() for when, run_id in starts}
 
     def task_logs(self) -> str:
         return "".join(path.read_text() for path in sorted(self.runs_dir.glob(".sweeps/*/jobs/*.out")))
 
     def wait_for_step(self, step: int, seconds: float = 180) -> None:
-        """Until a run has logged that it did `step` steps (its status lags by a heartbeat)."""
+        """Wait until a run has logged `step` steps (its status lags by up to a heartbeat)."""
         marks = [f"step {n}/" for n in range(step, step + 200)]
         self.lab.wait(lambda: any(mark in self.log() for mark in marks), seconds)
 
     def release(self) -> None:
-        """Let what was submitted with HOLD start."""
+        """Release the jobs that were submitted with HOLD."""
         self.lab.run("scontrol", "release", *self.lab.states())
 
     def wait_until_over(self, seconds: float = 300) -> None:

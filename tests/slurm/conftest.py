@@ -1,4 +1,4 @@
-"""The tests' own SLURM: four pretend nodes, brought up once, as new before each test."""
+"""The SLURM cluster of the tests: four pretend nodes, started once, reset before each test."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lab import SETTINGS, Lab, missing, temporary_lab  # noqa: E402
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Lab]:
-    """A running cluster of the nodes n1 to n4; the client commands talk to it during a test that uses it."""
+    """A running cluster of the nodes n1 to n4; the client commands use it during the test."""
     if why := missing():
         pytest.skip(why)
     with temporary_lab(nodes=4) as lab:
@@ -23,7 +23,7 @@ def cluster() -> Iterator[Lab]:
 
 @pytest.fixture(autouse=True)
 def clients_talk_to_the_cluster(request, monkeypatch) -> Iterator[None]:
-    """Nothing of a test is left for the next: no job, no lost node, no setting."""
+    """Resets jobs, lost nodes and settings after each test."""
     if "cluster" not in request.fixturenames:
         yield
         return

@@ -1,4 +1,4 @@
-"""A real SLURM cluster of pretend nodes on this machine, and the accidents that befall it. No pytest in it.
+"""A real SLURM cluster of pretend nodes on this machine, and simulated accidents. Imports no pytest.
 
 with temporary_lab(nodes=2) as lab:
     job = lab.submit("--gres=gpu:1", script="sleep 60")
@@ -26,19 +26,19 @@ PROGRAMS = ("slurmctld", "slurmd", "sbatch", "squeue", "munged", "tini")
 PACKAGES = "slurmctld slurmd slurm-client munge tini"
 SETTINGS = {"max_array_size": 1001, "max_jobs": 100000, "kill_wait": 2, "grace_time": 10, "user_signal": True}
 PREFIX = "gsdg-slurm-"
-HALF_A_NODE = (  # overrides of a sweep whose tasks fit two on a pretend node
+HALF_A_NODE = (  # overrides with which two tasks fit on a pretend node
     "hydra/launcher=slurm_cpu",
     "hydra.launcher.cpus_per_task=1",
-    "hydra.launcher.mem_gb=2",  # a run has 0.8 GB, and once more for a moment whenever it forks: SLURM may look then
+    "hydra.launcher.mem_gb=2",  # a run uses 0.8 GB, and counts twice for a moment whenever it forks
     "hydra.launcher.timeout_min=10",
     "hydra.launcher.signal_delay_s=60",
 )
-RESERVED: list[socket.socket] = []  # of the labs of this process
+RESERVED: list[socket.socket] = []  # of the clusters that this process started
 Value = TypeVar("Value")
 
 
 def missing() -> str:
-    """Why no cluster can be had here; "" if one can."""
+    """Why no cluster can be started here; "" if one can."""
     absent = [name for name in PROGRAMS if not shutil.which(name, path=search_path())]
     if absent:
         return f"SLURM is not installed ({', '.join(absent)} absent): apt-get install {PACKAGES}, see README.md"
@@ -46,14 +46,14 @@ def missing() -> str:
 
 
 def search_path() -> str:
-    """Where the daemons may be: a user's PATH often leaves out /usr/sbin."""
+    """PATH with the folders of the daemons: a user's PATH often lacks /usr/sbin."""
     return os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/sbin:/sbin"
 
 
 def free_port_base(nodes: int) -> int:
-    """A number below the ports that the system hands out itself, with the lab's ports above it free.
+    """A port number below the system's ephemeral ports, such that the ports which the cluster derives from it are free.
 
-    The port of that number, which no daemon uses, is kept as long as this process lives: no other lab gets the same.
+    No daemon uses the port of this number itself. This process keeps it open, so that no other cluster gets the same.
     """
     for _ in range(100):
         base = random.SystemRandom().randrange(16800, 32000, 200)
@@ -72,12 +72,12 @@ def _free(port: int) -> bool:
 
 
 def _listening(port: int) -> socket.socket | None:
-    """A socket that listens at the port; None where that is taken."""
+    """A socket that listens at the port; None if the port is in use."""
     ours = socket.socket()
-    ours.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what a dead daemon's connections leave is no obstacle
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # ignore connections of a dead daemon in TIME_WAIT
     try:
         ours.bind(("127.0.0.1", port))
-        ours.listen()  # two that are merely bound do not see one another
+        ours.listen()  # with SO_REUSEADDR, bind() alone would not fail for a second process
     except OSError:
         ours.close()
         return None
@@ -102,15 +102,15 @@ class Lab:
 
     @property
     def environment(self) -> dict[str, str]:
-        """To add to os.environ: the client commands then talk to this cluster."""
+        """Variables with which the client commands use this cluster."""
         return {"SLURM_CONF": str(self.folder / "etc" / "slurm.conf")}
 
     def up(self) -> None:
-        """Start whatever does not run; returns once all nodes can take jobs. RuntimeError if that fails."""
+        """Start all daemons that are not running, and wait until all nodes accept jobs. RuntimeError if that fails."""
         self._script("up")
 
     def down(self) -> None:
-        """End every process of this cluster, jobs and leftovers too."""
+        """End every process of this cluster, including jobs."""
         self._script("down")
 
     def configure(self, **settings: object) -> None:
@@ -134,17 +134,17 @@ class Lab:
             command = [str(HERE / name), str(self.folder), *arguments]
             environment = {**os.environ, "PATH": search_path(), **settings}
             process = subprocess.run(command, env=environment, stdout=output, stderr=output, timeout=300)
-        said = log.read_text()
+        messages = log.read_text()
         log.unlink()
         if process.returncode:
-            raise RuntimeError(f"{name} of the test cluster failed:\n{said}")
+            raise RuntimeError(f"{name} of the test cluster failed:\n{messages}")
 
     # ---- asking -----------------------------------------------------------------------------------------------
 
     def run(self, *command: str, seconds: float = 120, check: bool = True, **more: str) -> str:
-        """What a command says on stdout, in the cluster's environment plus `more`. RuntimeError if it fails."""
-        own = ("SQUEUE_", "SINFO_", "SCANCEL_")  # a user's defaults for these commands' output
-        kept = {key: value for key, value in os.environ.items() if not key.startswith(own)}
+        """The stdout of a command that runs in the cluster's environment plus `more`. RuntimeError if it fails."""
+        defaults = ("SQUEUE_", "SINFO_", "SCANCEL_")  # the user's defaults for the output of these commands
+        kept = {key: value for key, value in os.environ.items() if not key.startswith(defaults)}
         environment = {**kept, **self.environment, **more}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
         if check and done.returncode:
@@ -152,19 +152,19 @@ class Lab:
         return done.stdout
 
     def submit(self, *options: str, script: str = "sleep 600") -> str:
-        """sbatch of a small script's text; the job's number."""
+        """Submit a small script; returns the job number."""
         where = f"--output={self.folder}/log/%A_%a.out"
         return self.run("sbatch", "--parsable", where, *options, f"--wrap={script}").strip()
 
     def states(self) -> dict[str, str]:
-        """{"12_3" or "12": "RUNNING"} of all that SLURM still has in its queue."""
+        """{"12_3" or "12": "RUNNING"} for all jobs in SLURM's queue."""
         lines = self.run("squeue", "--array", "--noheader", "--format=%i %T").splitlines()
         return dict(line.split() for line in lines)
 
     def state(self, job: str) -> str:
-        """PENDING, RUNNING, ... COMPLETED, CANCELLED: of one job or task, over ones too; "" where it is forgotten."""
-        said = self.run("scontrol", "--oneliner", "show", "job", job, check=False)
-        return said.partition("JobState=")[2].partition(" ")[0]
+        """PENDING, RUNNING, ... COMPLETED, CANCELLED: the state of a job or task; "" once SLURM has forgotten it."""
+        answer = self.run("scontrol", "--oneliner", "show", "job", job, check=False)
+        return answer.partition("JobState=")[2].partition(" ")[0]
 
     def node_of(self, job: str) -> int:
         """The number of the node that a running job is on."""
@@ -173,7 +173,7 @@ class Lab:
         )
 
     def wait(self, condition: Callable[[], Value], seconds: float = 120, every: float = 0.2) -> Value:
-        """What `condition` returns as soon as it is true. TimeoutError with the queue's state if it never is."""
+        """Wait until `condition()` is true, and return its value. TimeoutError, with the queue, after `seconds`."""
         end = time.monotonic() + seconds
         while not (value := condition()):
             if time.monotonic() > end:
@@ -184,18 +184,18 @@ class Lab:
 
     # ---- accidents --------------------------------------------------------------------------------------------
 
-    def kill_node(self, node: int, *, told: bool = False) -> None:
-        """Power off: its slurmd, step daemons and jobs. SLURM notices after some 28 s, at once if `told`."""
+    def kill_node(self, node: int, *, announced: bool = False) -> None:
+        """Power off: kill its slurmd, step daemons and jobs. SLURM notices after about 28 s, at once if `announced`."""
         self._script("nodefail", f"n{node}")
-        self._tell(node, told)
+        self._announce(node, announced)
 
-    def kill_slurmd_only(self, node: int, *, told: bool = False) -> None:
-        """Lost to SLURM, which requeues its jobs after some 28 s (at once if `told`), while their processes live on."""
+    def kill_slurmd_only(self, node: int, *, announced: bool = False) -> None:
+        """Kill slurmd: SLURM requeues its jobs after about 28 s (at once if `announced`); their processes live on."""
         self._script("nodefail", f"n{node}", "slurmd")
-        self._tell(node, told)
+        self._announce(node, announced)
 
-    def _tell(self, node: int, told: bool) -> None:
-        if told:
+    def _announce(self, node: int, announced: bool) -> None:
+        if announced:
             self.run("scontrol", "update", f"nodename=n{node}", "state=down", "reason=powered off")
 
     def return_node(self, node: int) -> None:
@@ -203,7 +203,7 @@ class Lab:
         self.up()
 
     def kill_controller(self, signal_number: int = signal.SIGKILL) -> None:
-        """End slurmctld: what it did not save yet is lost. Clients get no answer until `start_controller()`."""
+        """Kill slurmctld; unsaved state is lost. Clients get no answer until `start_controller()`."""
         pid = int((self.folder / "run" / "slurmctld.pid").read_text())
         os.kill(pid, signal_number)
         end = time.monotonic() + 60
@@ -214,7 +214,7 @@ class Lab:
         self.up()
 
     def clear(self) -> None:
-        """Cancel everything and wait until it is gone, with all nodes back: as after `up`."""
+        """Cancel all jobs, wait until they are gone, and bring all nodes back, as after `up`."""
         self.up()
         for user in set(self.run("squeue", "--noheader", "--format=%U").split()):
             self.run("scancel", f"--user={user}")
@@ -223,9 +223,9 @@ class Lab:
 
 @contextlib.contextmanager
 def temporary_lab(**settings: object) -> Iterator[Lab]:
-    """A cluster that is up, in a folder of its own; ended and removed afterwards, as are those of killed sessions."""
+    """A running cluster in a temporary folder, ended and removed afterwards, like the clusters of killed sessions."""
     remove_abandoned()
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir="/tmp"))  # short: sockets lie in it
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir="/tmp"))  # short, because paths of unix sockets are limited
     (folder / "owner").write_text(str(os.getpid()))
     lab = Lab(folder, **settings)
     try:
@@ -237,7 +237,7 @@ def temporary_lab(**settings: object) -> Iterator[Lab]:
 
 
 def remove_abandoned() -> None:
-    """End the clusters of `temporary_lab`s whose process is dead."""
+    """End the clusters of `temporary_lab` whose process is dead."""
     for note in Path("/tmp").glob(f"{PREFIX}*/owner"):
         if not is_alive(int(note.read_text() or 1)):
             Lab(note.parent, port_base=1).down()

@@ -1,4 +1,4 @@
-"""The tests' own cluster does what its accidents' names say, and leaves nothing behind."""
+"""The simulated accidents of the test cluster have the effects that their names say, and leave no processes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from lab import Lab, free_port_base, is_alive, remove_abandoned
+from lab import Lab, is_alive, remove_abandoned
 
 from gsdg.sweep import slurm
+from gsdg.utils.errors import UserError
 
 pytestmark = pytest.mark.slow
 ABANDONED = """
@@ -19,15 +20,16 @@ import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 from lab import free_port_base, temporary_lab
 with temporary_lab(nodes=1, port_base=free_port_base(1)) as lab:
-    job = lab.submit(script="trap '' TERM; while :; do sleep 0.2; done")
+    job = lab.submit(script="setsid sleep 600 & trap '' TERM; while :; do sleep 0.2; done")
     lab.wait(lambda: lab.state(job) == "RUNNING")
+    lab.kill_slurmd_only(1)  # the processes of the job are orphans now
     print(lab.folder, flush=True)
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
 def processes(folder: Path) -> set[int]:
-    """Everything that runs with this cluster's configuration, but for the tests themselves."""
+    """All processes with this cluster's configuration, except the tests themselves."""
     wanted, found = f"SLURM_CONF={folder}/etc/slurm.conf".encode(), set()
     for environ in Path("/proc").glob("[0-9]*/environ"):
         try:
@@ -52,7 +54,7 @@ def test_with_its_slurmd_gone_a_node_is_lost_while_its_job_lives_on(cluster, tmp
     monkeypatch.setenv("HOME", str(tmp_path))
     job = works(cluster, 1)
     (first,) = cluster.wait(lambda: pids(tmp_path / "pids"))
-    cluster.kill_slurmd_only(1, told=True)
+    cluster.kill_slurmd_only(1, announced=True)
     assert cluster.state(job) == "PENDING"
     assert is_alive(first)
     cluster.return_node(1)
@@ -67,6 +69,7 @@ def test_a_node_without_power_takes_its_jobs_along(cluster, tmp_path, monkeypatc
     cluster.kill_node(2)
     cluster.wait(lambda: not is_alive(first), 10)
     assert cluster.state(job) == "RUNNING", "SLURM has not noticed"
+    cluster.run("scontrol", "update", "nodename=n2", "state=down", "reason=noticed")
     cluster.wait(lambda: cluster.state(job) == "PENDING")
 
 
@@ -81,13 +84,13 @@ def test_a_controller_that_is_killed_comes_back_with_its_jobs(cluster):
 
 
 def test_a_node_for_which_a_job_is_planned_is_up(cluster):
-    """As in a storm of preemptions: one node works on what nothing preempts, the others are kept for the next job."""
+    """As during many preemptions: one node runs a job that cannot be preempted, the others are planned."""
     cluster.submit("--partition=high", "--nodelist=n1")
     cluster.submit("--partition=high", "--exclusive", "--nodes=4")
     cluster.submit("--exclusive", "--nodes=4")
     cluster.wait(lambda: "plnd" in cluster.run("sinfo", "--noheader", "--format=%t"))
     cluster.up()
-    assert all(some.up for some in slurm._nodes())
+    assert all(some.up for some in slurm._node_groups())
 
 
 def test_a_daemon_that_crashes_leaves_no_core_in_the_checkout(cluster):
@@ -98,15 +101,17 @@ def test_a_daemon_that_crashes_leaves_no_core_in_the_checkout(cluster):
 
 
 def test_settings_can_be_changed_while_it_runs(cluster):
-    cluster.configure(user_signal=False, max_array_size=50)
-    said = cluster.run("scontrol", "show", "config")
-    assert "preempt_send_user_signal" not in said
-    assert "MaxArraySize            = 50" in said
+    cluster.configure(user_signal=False, max_array_size=50, max_jobs=20)
+    settings = cluster.run("scontrol", "show", "config")
+    assert "preempt_send_user_signal" not in settings
+    assert "MaxArraySize            = 50" in settings
+    with pytest.raises(UserError, match="MaxJobCount"):
+        slurm.check_accepted("#!/bin/bash\n#SBATCH --array=0-40\n")
     with pytest.raises(TypeError, match="max_array_size"):
         cluster.configure(max_arrays=3)
 
 
-def test_the_cluster_of_a_killed_session_is_ended_by_the_next(cluster):
+def test_the_cluster_of_a_killed_session_is_ended_with_its_orphans_by_the_next(cluster):
     command = [sys.executable, "-c", ABANDONED, str(Path(__file__).parent)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, timeout=300)
     assert done.returncode == -signal.SIGKILL
@@ -117,15 +122,3 @@ def test_the_cluster_of_a_killed_session_is_ended_by_the_next(cluster):
     assert not folder.exists()
     assert cluster.folder.exists(), "a living session's is left alone"
     cluster.run("squeue")
-
-
-def test_down_ends_orphans_too(cluster):
-    lab = Lab(Path(f"/tmp/gsdg-lab-{os.getpid()}"), nodes=1, port_base=free_port_base(1))
-    lab.up()
-    job = lab.submit(script="setsid sleep 600 & sleep 600")
-    lab.wait(lambda: lab.state(job) == "RUNNING")
-    lab.kill_slurmd_only(1)
-    assert len(processes(lab.folder)) >= 4
-    lab.down()
-    assert processes(lab.folder) == set()
-    subprocess.run(["rm", "-rf", str(lab.folder)], check=True)

@@ -1,12 +1,11 @@
-"""Why a job ended, from its log: samples of real logs, and logs of jobs that end here."""
+"""Why a job ended, by its log: samples of real logs, and the logs of jobs that the tests submit."""
 
 from __future__ import annotations
 
 import sys
-from pathlib import Path
+from functools import partial
 
 import pytest
-from lab import Lab
 
 from gsdg.sweep import slurm
 
@@ -15,7 +14,7 @@ TERM = "submitit WARNING (2026-11-22 22:25:00,691) - Bypassing signal SIGTERM\n"
 ENDING = "srun: forcing job termination\nsrun: Job step aborted: Waiting up to 5 seconds for job step to finish.\n"
 CANCELLED = "slurmstepd-n3: error: *** STEP 83.0 ON n3 CANCELLED AT 2026-11-22T22:25:00 ***\n"
 PREEMPTED = "slurmstepd-n1: error: *** JOB 97 ON n1 CANCELLED AT 2026-11-22T22:27:54 DUE TO PREEMPTION ***\n"
-# Logs as this SLURM wrote them: of submitit's jobs, of plain ones, with and without cgroups.
+# Logs that SLURM 22.05 wrote: of submitit's jobs and of plain jobs, with and without cgroups.
 LOGS = [
     (CANCELLED + TERM + ENDING, "killed by SLURM: cancelled"),
     (CANCELLED + TERM + PREEMPTED + ENDING, "killed by SLURM: preempted"),
@@ -46,17 +45,13 @@ LOGS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("text", "words"), LOGS, ids=[words or "nothing" for _, words in LOGS])
-def test_the_end_of_a_job_is_read_from_its_log(tmp_path, text, words):
+def test_the_end_of_a_job_is_read_from_its_log(tmp_path):
     log = tmp_path / "log"
-    log.write_text(f"{STARTED}working\n{text}")
-    assert slurm.last_words(log) == words
-
-
-def test_only_the_last_start_of_a_requeued_job_counts(tmp_path):
-    log = tmp_path / "log"
-    log.write_text(STARTED + CANCELLED + STARTED + "working\n")
-    assert slurm.last_words(log) == ""
+    for text, reason in LOGS:
+        log.write_text(f"{STARTED}working\n{text}")
+        assert slurm.termination_reason(log) == reason, text
+        log.write_text(f"{STARTED}{text}{STARTED}working\n")
+        assert slurm.termination_reason(log) == "", "only the last start of a requeued job counts"
 
 
 def test_of_a_log_only_the_tail_is_read(tmp_path):
@@ -65,60 +60,41 @@ def test_of_a_log_only_the_tail_is_read(tmp_path):
         file.write(CANCELLED.encode())
         file.seek(1 << 40)  # a sparse file: no memory could hold it all
         file.write(b"\xff\xfe half a letter\n" + LOGS[6][0].encode())
-    assert slurm.last_words(log) == "killed by SLURM: time limit"
+    assert slurm.termination_reason(log) == "killed by SLURM: time limit"
     log.write_text(CANCELLED + "x" * slurm.TAIL)
-    assert slurm.last_words(log) == ""
-    assert slurm.last_words(tmp_path / "absent") == ""
-
-
-WORK = "bash -c 'echo at work; exec sleep 600'"
+    assert slurm.termination_reason(log) == ""
+    assert slurm.termination_reason(tmp_path / "absent") == ""
 
 
 @pytest.mark.slow
 def test_the_ends_of_real_jobs_are_read_from_their_logs(cluster):
+    work = "echo at work; sleep 600 & wait; wait"
+    requeue = f"trap 'scontrol requeue $SLURM_JOB_ID' USR2; {work}"  # as submitit does
     eat = "x=[bytearray(60 << 20) for _ in range(20)]; import time; time.sleep(60)"
-    ends = {
-        "killed by SLURM: out of memory": ("--exclude=n4", f"srun {sys.executable} -c '{eat}'"),
-        "killed by SLURM: cancelled": ("--exclude=n4", f"srun {WORK}"),
-        "killed by SLURM: node failure": ("--nodelist=n4", f"srun {WORK}"),
-        "killed by SLURM: time limit": ("--exclude=n4", f"srun {WORK}"),
-        "crashed: Segmentation fault": ("--exclude=n4", "srun bash -c 'kill -SEGV $$'"),
-        "ended with exit code 3": ("--exclude=n4", "srun bash -c 'exit 3'"),
+    ends = {  # {reason: (node, script, further options of sbatch)}
+        "crashed: Segmentation fault": ("n1", "srun bash -c 'kill -SEGV $$'"),
+        "ended with exit code 3": ("n1", "srun bash -c 'exit 3'"),
+        "killed by SLURM: out of memory": ("n1", f"srun {sys.executable} -c '{eat}'"),
+        "killed by SLURM: cancelled": ("n1", f"srun bash -c '{work}'"),
+        "killed by SLURM: time limit": ("n1", f"srun bash -c '{work}'"),
+        "killed by SLURM: node failure": ("n4", f"srun bash -c '{work}'"),
+        "killed by SLURM: preempted": ("n2", work, "--exclusive", "--requeue"),
+        "stopped by SLURM: queued again": ("n3", requeue, "--exclusive", "--requeue", "--signal=B:USR2@60"),
     }
+    submit = partial(cluster.submit, "--no-requeue", "--mem=300", "--time=5")
     jobs = {
-        words: cluster.submit("--no-requeue", "--mem=300", "--time=1", where, script=text)
-        for words, (where, text) in ends.items()
+        reason: submit(f"--nodelist={node}", *options, script=script)
+        for reason, (node, script, *options) in ends.items()
     }
-    cancelled, lost = jobs["killed by SLURM: cancelled"], jobs["killed by SLURM: node failure"]
-    _at_work(cluster, cancelled, lost, jobs["killed by SLURM: time limit"])
-    cluster.run("scancel", cancelled)
-    cluster.kill_slurmd_only(4, told=True)
-    for words, job in jobs.items():
-        cluster.wait(lambda words=words, job=job: slurm.last_words(_log(cluster, job)) == words, 240)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("signal", "words"),
-    [(True, "stopped by SLURM: queued again"), (False, "killed by SLURM: preempted")],
-)
-def test_both_kinds_of_preemption_can_be_told_from_the_log(cluster, signal, words):
-    cluster.configure(user_signal=signal, grace_time=60 if signal else 2)
-    stop = "trap 'scontrol requeue $SLURM_JOB_ID' USR2; echo at work; sleep 600 & wait; wait"  # as submitit does
-    jobs = [cluster.submit("--exclusive", "--requeue", "--signal=B:USR2@60", script=stop) for _ in range(4)]
-    _at_work(cluster, *jobs)
-    above = [cluster.submit("--exclusive", "--partition=high") for _ in range(4)]
-    cluster.wait(lambda: all(cluster.state(job) == "RUNNING" for job in above))
-    for job in jobs:
-        assert slurm.last_words(_log(cluster, job)) == words
-        assert slurm.queue("wrap")[("wrap", 0)].state in ("PENDING", "RUNNING")
-
-
-def _at_work(cluster: Lab, *jobs: str) -> None:
-    """Until each has said so itself: a job that SLURM calls running may not have begun."""
-    logs = [_log(cluster, job) for job in jobs]
-    cluster.wait(lambda: all(log.exists() and "at work" in log.read_text() for log in logs))
-
-
-def _log(cluster: Lab, job: str) -> Path:
-    return cluster.folder / "log" / f"{job}_4294967294.out"
+    logs = {reason: cluster.folder / "log" / f"{job}_4294967294.out" for reason, job in jobs.items()}
+    at_work = [log for reason, log in logs.items() if "at work" in ends[reason][1]]
+    # A job that SLURM calls RUNNING may not have started yet.
+    cluster.wait(lambda: all(log.exists() and "at work" in log.read_text() for log in at_work))
+    cluster.run("scontrol", "update", f"jobid={jobs['killed by SLURM: time limit']}", "endtime=now")
+    cluster.run("scancel", jobs["killed by SLURM: cancelled"])
+    cluster.kill_slurmd_only(4, announced=True)
+    for node in ("n2", "n3"):
+        cluster.submit("--exclusive", "--partition=high", f"--nodelist={node}")
+    for reason, log in logs.items():
+        cluster.wait(lambda reason=reason, log=log: slurm.termination_reason(log) == reason, 240)
+    assert slurm.queue()[jobs["stopped by SLURM: queued again"]].state == "PENDING"

@@ -1,4 +1,4 @@
-"""One run, one accident: on a real cluster it ends with the records and weights of a run that nothing happened to."""
+"""One run and one accident on a real cluster: records and weights equal those of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> Path:
-    """The folder of the run at the desk."""
+    """The folder of the same run on this machine, without a cluster."""
     desk = Launcher(tmp_path_factory.mktemp("desk") / "runs")
     answer = desk(*RUN)
     assert answer.returncode == 0, answer.stderr
@@ -63,7 +63,7 @@ def stop(pid: int) -> None:
 
 
 def is_writing(run: Path) -> bool:
-    """Whether somebody is inside the run's guard: stopped there, he would keep everybody else out."""
+    """Whether a process holds the run's guard: if it were stopped there, no other process could write."""
     with (run / ".guard").open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -111,18 +111,18 @@ def test_preempted(sweeps, undisturbed, user_signal):
 
 def test_its_node_loses_power(sweeps, undisturbed):
     with caught(sweeps) as job:
-        sweeps.lab.kill_node(sweeps.lab.node_of(job), told=True)
+        sweeps.lab.kill_node(sweeps.lab.node_of(job), announced=True)
     sweeps.wait_until_over()
     assert resumed_once(sweeps)
     same_result(undisturbed, *sweeps.runs)
 
 
 def test_the_orphan_of_a_lost_node_stops_and_the_new_copy_goes_on(sweeps, undisturbed):
-    """Only slurmd dies: SLURM starts the task elsewhere while the old process lives, and wants to write again."""
+    """Only slurmd dies: SLURM starts the task on another node while the old process is alive and still writing."""
     with caught(sweeps) as job:
         (run,) = sweeps.runs
         orphan = status(run)["pid"]
-        sweeps.lab.kill_slurmd_only(sweeps.lab.node_of(job), told=True)
+        sweeps.lab.kill_slurmd_only(sweeps.lab.node_of(job), announced=True)
         sweeps.lab.wait(lambda: status(run)["pid"] != orphan)
     sweeps.lab.wait(lambda: not is_alive(orphan))
     assert "was taken over" in sweeps.task_logs()
@@ -131,13 +131,13 @@ def test_the_orphan_of_a_lost_node_stops_and_the_new_copy_goes_on(sweeps, undist
 
 
 def test_out_of_time_it_saves_and_comes_back(sweeps, undisturbed):
-    """A limit of one minute: SLURM signals some time before it. No checkpoint is due before the end."""
+    """With a limit of one minute; SLURM signals before its end. No regular checkpoint is due before that."""
     limit = ("hydra.launcher.timeout_min=1", "hydra.launcher.signal_delay_s=11")
     with caught(sweeps, "trainer.checkpoint_every=100000", *limit):
         sweeps.lab.wait(lambda: asked_to_stop(sweeps))
     sweeps.wait_until_over()
     assert "this job is timed-out" in sweeps.task_logs()
-    assert resumed_once(sweeps)
+    assert "resuming at step" in sweeps.log()  # on a busy machine more than once
     same_result(undisturbed, *sweeps.runs)
 
 

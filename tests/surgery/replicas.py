@@ -15,22 +15,19 @@ import torch.distributed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gsdg.errors import UserError
 from gsdg.surgery import GradSurgery
+from gsdg.utils.errors import UserError
 
 WORLD, DOMAINS, STEPS = 2, 3, 3
 
 
-def network() -> nn.Module:
-    """A linear layer that every domain uses, and one that only the domain 1 of the process 0 uses."""
-    torch.manual_seed(0)
-    return nn.ModuleList([nn.Linear(4, 3), nn.Linear(3, 3)]).double()
-
-
 class Model(nn.Module):
+    """A linear layer that every domain uses, and one that only domain 1 of process 0 uses."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.layers = network()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList([nn.Linear(4, 3), nn.Linear(3, 3)]).double()
 
     def forward(self, x: torch.Tensor, deep: bool = False) -> torch.Tensor:
         x = self.layers[0](x)
@@ -49,7 +46,7 @@ def losses(model: nn.Module, rank: int, deep: tuple[int, int] | None = None) -> 
 
 def joint_losses(model: nn.Module, rank: int) -> list[torch.Tensor]:
     y = model(inputs(rank).flatten(0, 1)).unflatten(0, (DOMAINS, -1))
-    return [(own - d).square().mean() for d, own in enumerate(y)]
+    return [(outputs - d).square().mean() for d, outputs in enumerate(y)]
 
 
 def partly_averaged(model: DistributedDataParallel, rank: int) -> Iterator[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The diagnostics against cosines of slices, and what reaches a run's folder."""
+"""The diagnostics against cosines of slices, and the files in the run folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from helpers import SMALL, only_run
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from analysis.frames import read_diagnostics
+from gsdg.analysis.read.frames import read_diagnostics
 from gsdg.experiment import prepare, run
 from gsdg.surgery import Diagnostics, GradSurgery
 
@@ -27,36 +27,42 @@ def surgery():
     return surgery
 
 
-def slices(surgery, level: str, module: str):
+def slices(surgery, level: str, module: str) -> list[torch.Tensor]:
     """[D, n] of each part of a module, by definition."""
+    if level == "model":
+        return [surgery.gradients]
     tensors = surgery.gradients.split([shape.numel() for shape in surgery.shapes], 1)
-    own = [tensors[t].unflatten(1, surgery.shapes[t]) for t in MODULES[module]]
+    gradients = [tensors[t].unflatten(1, surgery.shapes[t]) for t in MODULES[module]]
     if level == "module":
-        return [torch.cat([g.flatten(1) for g in own], 1)]
+        return [torch.cat([g.flatten(1) for g in gradients], 1)]
     chunks = {"tensor": 1, "chunk": 3, "filter": 1000}[level]
-    return [part.flatten(1) for g in own for part in g.chunk(chunks, dim=1)]
+    return [part.flatten(1) for g in gradients for part in g.chunk(chunks, dim=1)]
 
 
-@pytest.mark.parametrize("module", MODULES)
-@pytest.mark.parametrize("level", ["filter", "chunk", "tensor", "module"])
-def test_every_level_equals_cosines_of_slices(surgery, level, module):
-    found = Diagnostics(n_parts=3)(surgery)
-    assert found["statistics"] == ["conflict_rate", "cosine", "removed_norm_ratio"]
+@pytest.mark.parametrize("level", ["filter", "chunk", "tensor", "module", "model"])
+def test_every_level_equals_cosines_of_slices(surgery, level):
+    diagnostics = Diagnostics(n_parts=3)(surgery)
+    assert diagnostics["statistics"] == ["conflict_rate", "cosine", "removed_norm_ratio"]
+    for module in ["model"] if level == "model" else MODULES:
+        expected = statistics(slices(surgery, level, module))
+        assert diagnostics["levels"][level][module] == pytest.approx(expected, abs=1e-5), module
+
+
+def statistics(parts: list[torch.Tensor]) -> list[float]:
     cosines = []
-    for part in slices(surgery, level, module):
+    for part in parts:
         unit = part / part.norm(dim=1, keepdim=True)
         cosines += [(unit[i] @ unit[j]).item() for i in range(4) for j in range(i)]
     negative = [c for c in cosines if c < -1e-12]
-    expected = [len(negative) / len(cosines), sum(cosines) / len(cosines), -sum(negative) / max(1, len(negative))]
-    assert found["levels"][level][module] == pytest.approx(expected, abs=1e-5)
+    return [len(negative) / len(cosines), sum(cosines) / len(cosines), -sum(negative) / max(1, len(negative))]
 
 
-def test_the_model_level_is_one_part(surgery):
-    G = surgery.gradients
-    unit = G / G.norm(dim=1, keepdim=True)
-    cosines = torch.stack([unit[i] @ unit[j] for i in range(4) for j in range(i)])
-    rate, cosine, _ = Diagnostics()(surgery)["levels"]["model"]["model"]
-    assert (rate, cosine) == pytest.approx(((cosines < 0).double().mean().item(), cosines.mean().item()), abs=1e-5)
+def test_they_work_on_collected_gradients_without_a_step():
+    weight = torch.zeros(4, 3, requires_grad=True)
+    collected, stepped = GradSurgery([weight]), GradSurgery([weight])
+    collected.collect((weight * d).sum() for d in (1.0, 0.5, -2.0))
+    stepped.backward((weight * d).sum() for d in (1.0, 0.5, -2.0))
+    assert Diagnostics()(collected) == Diagnostics()(stepped)
 
 
 def test_a_zero_gradient_has_no_cosine():
@@ -88,6 +94,6 @@ def test_they_change_no_update_and_are_written_at_logged_steps(compose, tmp_path
             heat = frame[frame["level"] == "chunk"].pivot(index="module", columns="step", values="conflict_rate")
             assert list(heat.columns) == [0, 4, 8]
             assert heat.loc["head", 4] == lines[1]["levels"]["chunk"]["head"][0]
-    (one, weights), (other, others) = finals
-    assert one == other, "diagnostics must not make another experiment"
-    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    (run_id, weights), (other_id, other_weights) = finals
+    assert run_id == other_id, "diagnostics must not make another experiment"
+    assert all(torch.equal(weights[name], other_weights[name]) for name in weights)

@@ -1,28 +1,22 @@
-"""TorchJD 0.18.0 as the oracle of the native weighting rules, and as a rule itself."""
+"""TorchJD 0.18.0 as the reference for the native weighting rules, and as a rule."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import pytest
 import torch
+from families import normal
+from helpers import in_case
 from torch import Tensor
 
-from gsdg.errors import UserError
-from gsdg.surgery.rules.aligned_mtl import AlignedMTL
-from gsdg.surgery.rules.base import Weighting
-from gsdg.surgery.rules.cagrad import CAGrad
-from gsdg.surgery.rules.dualproj import DualProj
-from gsdg.surgery.rules.graddrop import GradDrop
-from gsdg.surgery.rules.gradvac import GradVac
-from gsdg.surgery.rules.imtl_g import IMTLG
-from gsdg.surgery.rules.mgda import MGDA
-from gsdg.surgery.rules.nash import NashMTL
-from gsdg.surgery.rules.pcgrad import PCGrad
+from gsdg.surgery import IMTLG, MGDA, AlignedMTL, CAGrad, DualProj, GradDrop, GradVac, NashMTL, PCGrad, UPGrad
+from gsdg.surgery.rules import Weighting
 from gsdg.surgery.rules.torchjd import SUMS, TorchJD, _available
-from gsdg.surgery.rules.upgrad import UPGrad
+from gsdg.utils.errors import UserError
 
 pytest.importorskip("torchjd")
 from torchjd import aggregation
@@ -48,124 +42,77 @@ def nash(J: Tensor) -> Tensor:
     return a if (a * (J @ J.T @ a) - 1).norm() < 1e-3 else torch.zeros_like(a)
 
 
-def imtl_g_of_directions(M: Tensor) -> Tensor:
-    """TorchJD's IMTL-G of the gradients scaled to length 1, as weights of the gradients themselves."""
-    lengths = M.diagonal().sqrt()
-    w = aggregation.IMTLGWeighting()(M / lengths / lengths[:, None]) / lengths
-    return w / w.sum() if w.any() else w
-
-
-class Case(NamedTuple):
-    """The tolerances are distances of updates, of gradients J with ||J|| = 1 (M of trace 1)."""
-
+class Oracle(NamedTuple):
     rule: Weighting
-    oracle: Callable[[], Callable[[Tensor], Tensor]]
-    draws: int  # for each D and rank
-    independent: float  # tolerance where the gradients are linearly independent
-    dependent: float  # and of rank D - 1
-    of_gradients: bool = False  # the oracle takes J, not M
-    if_dependent: Callable[[], Callable[[Tensor], Tensor]] | None = None  # another oracle for rank D - 1
-    interior: bool = False  # only where the hull keeps away from zero
+    make: Callable[[], Callable[[Tensor], Tensor]]
+    draws: int  # for each D
+    tolerance: float  # a distance of updates, of gradients J with ||J|| = 1 (M of trace 1)
 
 
-CASES = {
-    # dependent: TorchJD's least squares count a projection by its gradient's length squared, ours do not
-    "imtl_g": Case(IMTLG(), aggregation.IMTLGWeighting, 200, 1e-12, 1e-8, if_dependent=lambda: imtl_g_of_directions),
-    "aligned_mtl min": Case(AlignedMTL(), aggregation.AlignedMTLWeighting, 200, 1e-13, 1e-10),
-    "aligned_mtl median": Case(
-        AlignedMTL(scale_mode="median"), lambda: aggregation.AlignedMTLWeighting(scale_mode="median"), 200, 1e-13, 1e-10
-    ),
-    "aligned_mtl rmse": Case(
-        AlignedMTL(scale_mode="rmse"), lambda: aggregation.AlignedMTLWeighting(scale_mode="rmse"), 200, 1e-13, 1e-10
-    ),
-    # dependent: the oracle's 1e-13 on the diagonal, times weights squared that reach 1e6, under a root
-    "upgrad": Case(UPGrad(), lambda: aggregation.UPGradWeighting(projector=projector()), 200, 1e-10, 1e-4),
-    "dualproj": Case(DualProj(), lambda: aggregation.DualProjWeighting(projector=projector()), 200, 1e-10, 1e-4),
+ORACLES = {
+    "imtl_g": Oracle(IMTLG(), aggregation.IMTLGWeighting, 200, 1e-12),
+    **{
+        f"aligned_mtl {mode}": Oracle(
+            AlignedMTL(scale_mode=mode), partial(aggregation.AlignedMTLWeighting, scale_mode=mode), 200, 1e-13
+        )
+        for mode in ("min", "median", "rmse")
+    },
+    "upgrad": Oracle(UPGrad(), lambda: aggregation.UPGradWeighting(projector=projector()), 200, 1e-10),
+    "dualproj": Oracle(DualProj(), lambda: aggregation.DualProjWeighting(projector=projector()), 200, 1e-10),
     # Clarabel's own tolerance
-    "cagrad": Case(
-        CAGrad(rescale=False), lambda: aggregation.CAGradWeighting(c=0.5, norm_eps=1e-6), 25, 2e-4, 2e-4, interior=True
-    ),
-    # 100 Frank-Wolfe steps stop that far from the minimum: see also the test of lengths below
-    "mgda": Case(MGDA(), aggregation.MGDAWeighting, 40, 3e-2, 3e-2),
-    # its residual of 1e-3, at which it stops, is mostly far less
-    "nash": Case(NashMTL(), nash_oracle, 8, 1e-4, 1e-4, of_gradients=True, interior=True),
+    "cagrad": Oracle(CAGrad(rescale=False), partial(aggregation.CAGradWeighting, c=0.5, norm_eps=1e-6), 25, 2e-4),
+    # 100 Frank-Wolfe steps stop at this distance from the minimum
+    "mgda": Oracle(MGDA(), aggregation.MGDAWeighting, 40, 3e-2),
+    # it stops at a residual of 1e-3, which is mostly far smaller
+    "nash": Oracle(NashMTL(), nash_oracle, 8, 1e-4),
 }
-
-
-def made(factory: Callable):
-    try:
-        return factory()
-    except ImportError as error:
-        pytest.skip(str(error))
 
 
 def draw(D: int, P: int, n: int) -> Tensor:
     """[n, D, P] float64 with ||J|| = 1."""
-    J = torch.randn(n, D, P, generator=torch.Generator().manual_seed(10 * D + P), dtype=torch.float64)
+    J = normal(n, D, P, seed=10 * D + P)
     return J / J.square().sum((1, 2), keepdim=True).sqrt()
 
 
-def shortest(J: Tensor) -> Tensor:
-    """[n, D, P] -> the lengths of the shortest vectors of the hulls [n]."""
-    return torch.stack([(MGDA().weights((j @ j.T)[..., None], EPS).T @ j).norm() for j in J])
+@pytest.mark.parametrize("name", ORACLES)
+def test_the_update_of_independent_gradients_is_torchjds(name):
+    """For dependent gradients the rules deviate, or TorchJD's solvers do: test_weightings.py has the definitions."""
+    rule, make, draws, tolerance = ORACLES[name]
+    try:
+        oracle = make()
+    except ImportError as error:
+        pytest.skip(str(error))
+    for D in range(2, 7):
+        J = draw(D, 3 * D, draws)
+        M = J @ J.mT
+        w = rule.weights(M.permute(1, 2, 0), EPS).t()
+        expected = torch.stack([oracle(x) for x in (J if name == "nash" else M)])
+        answered = expected.ne(0).any(1) if name == "nash" else torch.ones(draws, dtype=torch.bool)
+        with in_case(D=D):
+            assert answered.sum() >= draws // 4
+            assert torch.einsum("ni,nip->np", w - expected, J).norm(dim=1)[answered].max() <= tolerance
 
 
-@pytest.mark.parametrize("D", range(2, 7))
-@pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("independent", [True, False])
-def test_the_update_is_torchjds(name, D, independent):
-    case = CASES[name]
-    oracle = made(case.oracle if independent or not case.if_dependent else case.if_dependent)
-    J = draw(D, 3 * D if independent else D - 1, case.draws)
-    if case.interior:
-        J = J[shortest(J) > 1e-2]
-    M = J @ J.mT
-    found = case.rule.weights(M.permute(1, 2, 0), EPS).t()
-    expected = torch.stack([oracle(x) for x in (J if case.of_gradients else M)])
-    answered = expected.ne(0).any(1) if name == "nash" else torch.ones(len(J), dtype=torch.bool)
-    assert answered.sum() >= case.draws // 4
-    distances = torch.einsum("ni,nip->np", found - expected, J).norm(dim=1)[answered]
-    assert distances.max() <= (case.independent if independent else case.dependent)
-
-
-@pytest.mark.parametrize("D", range(2, 7))
-def test_mgda_is_never_longer_than_torchjds(D):
-    M = torch.cat([J @ J.mT for J in (draw(D, 3 * D, 20), draw(D, D - 1, 20))])
-    oracle = aggregation.MGDAWeighting()
-    found, other = MGDA().weights(M.permute(1, 2, 0), EPS).t(), torch.stack([oracle(m) for m in M])
-    lengths = [torch.einsum("ni,nij,nj->n", w, M, w) for w in (found, other)]
-    assert (lengths[0] <= lengths[1] + 1e-15).all()
-    if D > 3:
-        assert (lengths[0] < lengths[1] - 1e-6).any()
-
-
-@pytest.mark.parametrize("D", range(2, 7))
-def test_pcgrad_is_torchjds_with_the_same_draws(D):
-    rule, oracle = PCGrad(), aggregation.PCGradWeighting()
-    for seed, J in enumerate(draw(D, 3 * D, 200)):
-        torch.manual_seed(seed)
-        rule.start_step(D)
-        found = rule.coefficients((J @ J.T)[..., None], EPS)[0].sum(0).squeeze(-1)
-        torch.manual_seed(seed)
-        assert ((found - oracle(J @ J.T)) @ J).norm() <= 1e-13
-
-
-def test_gradvac_of_two_domains_is_torchjds_over_many_steps():
-    """Of more, TorchJD draws its orders in another way: test_gradvac.py has the paper's loop."""
+def test_the_rules_with_random_draws_are_torchjds_with_the_same_draws():
+    """GradVac for two domains only: for more TorchJD draws its orders differently; test_gradvac.py has the paper's."""
+    for D in range(2, 7):
+        for seed, J in enumerate(draw(D, 3 * D, 40)):
+            rule = PCGrad()
+            torch.manual_seed(seed)
+            rule.start_step(D)
+            w = rule.coefficients((J @ J.T)[..., None], EPS)[0].sum(0).squeeze(-1)
+            torch.manual_seed(seed)
+            assert ((w - aggregation.PCGradWeighting()(J @ J.T)) @ J).norm() <= 1e-13, (D, seed)
+        for seed, J in enumerate(draw(D, 50, 40)):
+            torch.manual_seed(seed)
+            update, _ = GradDrop().combine(J)
+            torch.manual_seed(seed)
+            assert (update - aggregation.GradDrop()(J)).norm() <= 1e-13, (D, seed)
     rule, oracle = GradVac(beta=0.3), aggregation.GradVacWeighting(beta=0.3, eps=0.0)
-    for J in draw(2, 6, 200):
+    for step, J in enumerate(draw(2, 6, 200)):
         rule.start_step(2)
-        found = rule.coefficients((J @ J.T)[..., None], EPS)[0].sum(0).squeeze(-1)
-        assert ((found - oracle(J @ J.T)) @ J).norm() <= 1e-12
-
-
-@pytest.mark.parametrize("D", range(2, 7))
-def test_graddrop_is_torchjds_with_the_same_draws(D):
-    for seed, J in enumerate(draw(D, 50, 40)):
-        torch.manual_seed(seed)
-        found, _ = GradDrop().combine(J)
-        torch.manual_seed(seed)
-        assert (found - aggregation.GradDrop()(J)).norm() <= 1e-13
+        w = rule.coefficients((J @ J.T)[..., None], EPS)[0].sum(0).squeeze(-1)
+        assert ((w - oracle(J @ J.T)) @ J).norm() <= 1e-12, step
 
 
 # ---- TorchJD as a rule
@@ -175,22 +122,19 @@ def grams(D: int = 3, K: int = 5) -> Tensor:
     return (draw(D, 7, K) @ draw(D, 7, K).mT).permute(1, 2, 0)
 
 
-@pytest.mark.parametrize("scale", [1.0, 1e-9, 1e9])
-def test_every_part_has_torchjds_weights_of_its_matrix_over_its_trace(scale):
+def test_every_part_has_torchjds_weights_of_its_matrix_over_its_trace(monkeypatch):
+    """TorchJD's UPGrad treats a trace below 1e-4 as 0."""
     rule = TorchJD(weighting="MGDAWeighting", options={"epsilon": 1e-2, "max_iters": 3})
-    weights = rule.weights(grams() * scale, EPS)
     oracle = aggregation.MGDAWeighting(epsilon=1e-2, max_iters=3)
     expected = torch.stack([oracle(M / M.trace()) for M in grams().unbind(-1)], dim=-1)
-    torch.testing.assert_close(weights, expected)
-    assert (weights - aggregation.MGDAWeighting(max_iters=1)(grams()[..., 0])[:, None]).abs().max() > 1e-2
-
-
-def test_torchjd_sees_matrices_of_trace_one():
-    """Its UPGrad takes a smaller trace than 1e-4 for 0."""
-    rule, seen = TorchJD(weighting="MeanWeighting"), []
-    rule._weighting = lambda part: seen.append(part.trace().item()) or part[0]
+    for scale in (1.0, 1e-9, 1e9):
+        weights = rule.weights(grams() * scale, EPS)
+        torch.testing.assert_close(weights, expected)
+        assert (weights - aggregation.MGDAWeighting(max_iters=1)(grams()[..., 0])[:, None]).abs().max() > 1e-2
+    traces = []
+    monkeypatch.setattr(rule, "_weighting", lambda part: traces.append(part.trace().item()) or part[0])
     rule.weights(grams() * 1e-20, EPS)
-    assert seen == pytest.approx([1] * 5)
+    assert traces == pytest.approx([1] * 5)
 
 
 def test_torchjd_is_not_asked_about_one_domain_or_parts_without_gradient():
@@ -222,38 +166,28 @@ def test_reduction_says_what_identical_gradients_give(name):
     assert total == pytest.approx(4 if rule.reduction == "sum" else 1, rel=1e-3)
 
 
-def test_lists_in_options_become_tensors():
+def test_options_reach_torchjd():
+    """Lists become tensors; norm_eps and reg_eps are the projector's."""
     weights = TorchJD(weighting="ConstantWeighting", options={"weights": [0.2, 0.3, 0.5]}).weights(grams(), EPS)
     assert weights[:, 1].tolist() == pytest.approx([0.2, 0.3, 0.5])
-
-
-def test_norm_eps_and_reg_eps_reach_the_projector():
     pytest.importorskip("quadprog")
     rule = TorchJD(weighting="DualProjWeighting", options={"reg_eps": 1e-9, "norm_eps": 0.0})
     assert (rule._weighting.projector.reg_eps, rule._weighting.projector.norm_eps) == (1e-9, 0)
     assert TorchJD()._weighting.projector.reg_eps == 1e-4
 
 
-@pytest.mark.parametrize("name", ["Weighting", "GradVacWeighting", "MGDA", "upgrad"])
-def test_an_unknown_weighting_is_named_with_the_valid_ones(name):
-    with pytest.raises(UserError, match=f"no weighting '{name}' .*valid: AlignedMTLWeighting, .*UPGradWeighting$"):
-        TorchJD(weighting=name)
-
-
-@pytest.mark.parametrize(
-    ("weighting", "options"),
-    [
+def test_what_cannot_be_used_is_refused_with_the_reason():
+    for name in ("Weighting", "GradVacWeighting", "MGDA", "upgrad"):
+        with pytest.raises(UserError, match=f"no weighting '{name}' .*valid: AlignedMTLWeighting, .*UPGradWeighting$"):
+            TorchJD(weighting=name)
+    for name, options in [
         ("MGDAWeighting", {"epsilon": -1.0}),
         ("MGDAWeighting", {"tolerance": 1.0}),
         ("KrumWeighting", None),
-    ],
-)
-def test_wrong_options_are_refused_with_torchjds_reason(weighting, options):
-    with pytest.raises(UserError, match=f"TorchJD's {weighting} refuses the options .*(epsilon|tolerance|n_byzantine)"):
-        TorchJD(weighting=weighting, options=options)
-
-
-def test_more_than_50_parts_are_refused():
+    ]:
+        message = f"TorchJD's {name} does not accept the options .*(epsilon|tolerance|n_byzantine)"
+        with in_case(options=options), pytest.raises(UserError, match=message):
+            TorchJD(weighting=name, options=options)
     rule = TorchJD(weighting="MeanWeighting")
     assert rule.weights(grams(K=50), EPS).shape == (3, 50)
     with pytest.raises(UserError, match="there are 51 parts; valid: up to 50. Use partition=model, module or groups"):

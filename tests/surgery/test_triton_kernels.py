@@ -1,4 +1,4 @@
-"""The Triton kernels against slices and matrix products in float64: compiled where there is a GPU, else interpreted."""
+"""The Triton kernels against slices and matrix products in float64: compiled on a GPU, otherwise interpreted."""
 
 from __future__ import annotations
 
@@ -11,28 +11,29 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from helpers import in_case
 
-from gsdg.errors import UserError
-from gsdg.surgery import GradSurgery, grams
-from gsdg.surgery import table as tables
-from gsdg.surgery.table import Piece, Table, build
+from gsdg.surgery import GradSurgery
+from gsdg.surgery.kernels import torch_kernels
+from gsdg.surgery.part_layout import PartLayout, Piece, build_layout
+from gsdg.utils.errors import UserError
 
 triton = pytest.importorskip("triton", minversion="3.3", reason="the kernels need triton >= 3.3: tuples of tensors")
 tl = importlib.import_module("triton.language")
-twins = importlib.import_module("gsdg.surgery.triton")
+triton_kernels = importlib.import_module("gsdg.surgery.kernels.triton_kernels")
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
 LENGTHS = (1, 7, 128, 129, 1000, 4609)
-PARTS = (2, 0, 1, 0, 3, 2)  # of the slots of these lengths: some parts are two slots, none is its slot's number
-GAP = 3  # elements between the slots that belong to none
+PARTS = (2, 0, 1, 0, 3, 2)  # the part of each slot: some parts have two slots, and no part has the number of its slot
+GAP = 3  # elements between the slots that belong to no slot
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 FAR = 2**31 + 3
 
 
 @contextmanager
 def put_back(*owners: object) -> Iterator[None]:
-    """Whatever happens to the attributes of these modules and classes, afterwards they are as before.
+    """Restore the attributes of these modules and classes afterwards.
 
     But names that a module did not have may stay: the interpreter's, which its cache of functions counts on.
     """
@@ -49,7 +50,7 @@ def put_back(*owners: object) -> Iterator[None]:
 
 @pytest.fixture
 def interpreted(monkeypatch):
-    """Without a GPU Triton's interpreter takes the compiler's place, for the test that asks.
+    """Without a GPU, run the kernels in Triton's interpreter, for tests that use this fixture.
 
     Triton reads TRITON_INTERPRET when a function is decorated, and has decorated its own long ago: torchvision imports
     it. So they are decorated again. The interpreter also replaces parts of triton.language, and leaves some so.
@@ -59,8 +60,8 @@ def interpreted(monkeypatch):
         return
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     classes = (value for value in vars(tl.core).values() if isinstance(value, type))
-    with put_back(twins, tl, tl.core, tl.math, tl.standard, *classes):
-        for module in (tl, tl.standard, twins):
+    with put_back(triton_kernels, tl, tl.core, tl.math, tl.standard, *classes):
+        for module in (tl, tl.standard, triton_kernels):
             for name, value in list(vars(module).items()):
                 if isinstance(value, triton.JITFunction):
                     setattr(module, name, triton.jit(value.fn))
@@ -69,7 +70,7 @@ def interpreted(monkeypatch):
 
 @pytest.fixture
 def compiled(monkeypatch, tmp_path):
-    """A list of the kernels that calls compile, as for an H100, instead of launching them: no GPU is needed."""
+    """The list of kernels that calls compile, for an H100, instead of launching them: no GPU is needed."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
@@ -83,7 +84,7 @@ def compiled(monkeypatch, tmp_path):
         def get_current_stream(self, device: int) -> int:
             return 0
 
-    if not isinstance(twins._gram_kernel, triton.JITFunction):
+    if not isinstance(triton_kernels._gram_kernel, triton.JITFunction):
         pytest.skip("TRITON_INTERPRET is set for the whole session")
     launched = []
     run = triton.JITFunction.run
@@ -95,167 +96,128 @@ def compiled(monkeypatch, tmp_path):
     monkeypatch.setattr(triton.JITFunction, "run", compile_only)
     driver.set_active(H100())
     yield launched
-    driver.set_active(None)  # as it was: found when it is needed
+    driver.set_active(None)  # as before: determined when it is needed
 
 
-def scattered() -> Table:
-    """Slots of all LENGTHS, a gap before and after each."""
+def scattered() -> PartLayout:
+    """Slots of all LENGTHS, with a gap before and after each."""
     starts = [GAP + sum(LENGTHS[:i]) + GAP * i for i in range(len(LENGTHS))]
     pieces = [Piece(part, 0, *place) for part, *place in zip(PARTS, starts, LENGTHS, strict=True)]
-    return build(pieces, starts[-1] + LENGTHS[-1] + GAP, max(PARTS) + 1, [0] * (max(PARTS) + 1), DEVICE)
+    return build_layout(pieces, starts[-1] + LENGTHS[-1] + GAP, max(PARTS) + 1, [0] * (max(PARTS) + 1), DEVICE)
 
 
-def whole(P: int) -> Table:
-    """One part, all of P elements."""
-    return build([Piece(0, 0, 0, P)], P, 1, [0], DEVICE)
+def whole(P: int) -> PartLayout:
+    """One part with all P elements."""
+    return build_layout([Piece(0, 0, 0, P)], P, 1, [0], DEVICE)
 
 
-def slots_of(table: Table) -> list[tuple[slice, int]]:
-    """The place and the part of every slot."""
-    columns = (column.tolist() for column in (table.slot_start, table.slot_length, table.slot_part))
+def slots_of(layout: PartLayout) -> list[tuple[slice, int]]:
+    """The elements and the part of every slot."""
+    columns = (column.tolist() for column in (layout.slot_start, layout.slot_length, layout.slot_part))
     return [(slice(start, start + length), part) for start, length, part in zip(*columns, strict=True)]
 
 
-def gradients(D: int, table: Table, dtype: torch.dtype, padding: int = 0) -> torch.Tensor:
-    """G [D, P]; whatever belongs to no slot, padding included, is NaN."""
-    values = torch.randn(D, table.size + padding, generator=torch.Generator().manual_seed(D), dtype=torch.float64)
+def gradients(D: int, layout: PartLayout, dtype: torch.dtype, padding: int = 0) -> torch.Tensor:
+    """G [D, P]; all elements outside the slots, including the padding, are NaN."""
+    values = torch.randn(D, layout.size + padding, generator=torch.Generator().manual_seed(D), dtype=torch.float64)
     G = torch.full_like(values, torch.nan)
-    for place, _ in slots_of(table):
+    for place, _ in slots_of(layout):
         G[:, place] = values[:, place]
-    return G.to(DEVICE, dtype)[:, : table.size]
+    return G.to(DEVICE, dtype)[:, : layout.size]
 
 
-def weights_of(D: int, table: Table) -> torch.Tensor:
-    """[K, D] float64; of an odd D transposed in memory, as from a rule, whose K comes last."""
+def weights_of(D: int, layout: PartLayout) -> torch.Tensor:
+    """[K, D] float64; transposed in memory for an odd D, as a rule returns them, with K last."""
     generator = torch.Generator().manual_seed(100 + D)
-    weights = torch.randn(D, table.n_parts, generator=generator, dtype=torch.float64).to(DEVICE).t()
+    weights = torch.randn(D, layout.n_parts, generator=generator, dtype=torch.float64).to(DEVICE).t()
     return weights if D % 2 else weights.contiguous()
 
 
 def accumulated(dtype: torch.dtype) -> tuple[torch.dtype, float]:
-    """The type that the kernels compute in, and a bound on their relative error."""
+    """The dtype in which the kernels compute, and a bound of their relative error."""
     return (torch.float64, 1e-14) if dtype == torch.float64 else (torch.float32, 1e-6)
 
 
-def update_buffer(table: Table, dtype: torch.dtype) -> torch.Tensor:
-    return torch.full((table.size,), 77.0, device=DEVICE, dtype=accumulated(dtype)[0])
+def update_buffer(layout: PartLayout, dtype: torch.dtype) -> torch.Tensor:
+    return torch.full((layout.size,), 77.0, device=DEVICE, dtype=accumulated(dtype)[0])
 
 
-def assert_grams(slots: torch.Tensor, G: torch.Tensor, table: Table) -> None:
+def assert_grams(slots: torch.Tensor, G: torch.Tensor, layout: PartLayout) -> None:
     dtype, bound = accumulated(G.dtype)
-    assert slots.shape == (table.n_slots, len(G), len(G))
+    assert slots.shape == (layout.n_slots, len(G), len(G))
     assert slots.dtype == dtype
-    for gram, (place, _) in zip(slots.double(), slots_of(table), strict=True):
+    for gram, (place, _) in zip(slots.double(), slots_of(layout), strict=True):
         rows = G[:, place].double()
         lengths = rows.norm(dim=1)
         assert ((gram - rows @ rows.T).abs() <= bound * lengths[:, None] * lengths).all(), f"slot {place}"
 
 
-def assert_update(out: torch.Tensor, G: torch.Tensor, weights: torch.Tensor, table: Table) -> None:
-    """`out`, an `update_buffer` at first, holds the update in the slots and nothing anywhere else."""
+def assert_update(out: torch.Tensor, G: torch.Tensor, weights: torch.Tensor, layout: PartLayout) -> None:
+    """`out`, from `update_buffer`, holds the update in the slots and is unchanged elsewhere."""
     dtype, bound = accumulated(G.dtype)
     assert out.dtype == dtype
-    outside = torch.ones(table.size, dtype=torch.bool)
-    for place, part in slots_of(table):
+    outside = torch.ones(layout.size, dtype=torch.bool)
+    for place, part in slots_of(layout):
         terms = weights[part, :, None] * G[:, place].double()
         assert ((out[place].double() - terms.sum(0)).abs() <= bound * terms.abs().sum(0)).all(), f"slot {place}"
         outside[place] = False
     assert out[outside.to(DEVICE)].eq(77).all()
 
 
-@pytest.mark.parametrize(
-    ("D", "dtype", "padding"),
-    [*((D, torch.float32, 0) for D in range(1, 9)), *((D, dtype, D) for D in (2, 3, 8) for dtype in DTYPES)],
-)
-def test_both_passes_equal_their_definition(D, dtype, padding, interpreted):
-    table = scattered()
-    G, weights = gradients(D, table, dtype, padding), weights_of(D, table)
-    slots = twins.slot_grams(G, table)
-    assert_grams(slots, G, table)
-    assert torch.equal(slots, slots.mT)
-    out = update_buffer(table, dtype)
-    assert twins.combine(G, weights, table, out) is out
-    assert_update(out, G, weights, table)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("function", ["slot_grams", "combine"])
-def test_twins_agree_with_the_torch_definition(function, dtype, interpreted):
-    from gsdg.surgery import grams
-
-    table = scattered()
-    G, weights = gradients(3, table, dtype), weights_of(3, table)
-    if function == "slot_grams":
-        results = [module.slot_grams(G, table) for module in (twins, grams)]
-    else:
-        results = [module.combine(G, weights, table, update_buffer(table, dtype)) for module in (twins, grams)]
-    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-2 if function == "slot_grams" else 1e-5)
-
-
-def test_grams_of_parts_of_several_slots(interpreted, monkeypatch):
-    monkeypatch.setattr(tables, "SLOT", 300)
-    monkeypatch.setattr(tables, "SLOT_ACCELERATOR", 300)
-    table = scattered()
-    assert table.n_slots == 4 + 4 + 16
-    G, weights = gradients(3, table, torch.float32), weights_of(3, table)
-    parts = table.sums(twins.slot_grams(G, table))
-    for part in range(table.n_parts):
-        rows = torch.cat([G[:, place] for place, of in slots_of(table) if of == part], dim=1).double()
-        torch.testing.assert_close(parts[part], rows @ rows.T, rtol=1e-5, atol=1e-3)
-    out = update_buffer(table, torch.float32)
-    assert_update(twins.combine(G, weights, table, out), G, weights, table)
+def test_both_passes_equal_their_definition(dtype, interpreted):
+    """`finite`, where it is True, changes nothing. Two runs give the same bits."""
+    layout = scattered()
+    cases = [(D, D, torch.tensor(True, device=DEVICE)) for D in (2, 3, 8)]
+    cases += [(D, 0, None) for D in range(1, 9)] if dtype == torch.float32 else []
+    for D, padding, finite in cases:
+        G, weights, out = gradients(D, layout, dtype, padding), weights_of(D, layout), update_buffer(layout, dtype)
+        with in_case(D=D, padding=padding):
+            slots = triton_kernels.slot_grams(G, layout)
+            assert_grams(slots, G, layout)
+            assert torch.equal(slots, slots.mT)
+            assert triton_kernels.combine(G, weights, layout, out, finite) is out
+            assert_update(out, G, weights, layout)
+        if D == 3:
+            assert torch.equal(slots, triton_kernels.slot_grams(G, layout))
+            assert torch.equal(out, triton_kernels.combine(G, weights, layout, out.clone(), finite))
 
 
 def test_float32_sums_keep_six_digits(interpreted):
-    """A sum of 2^14 squares taken one by one in float32 would be off in the fifth."""
-    table = whole(2**14)
-    G = torch.rand(2, table.size, generator=torch.Generator().manual_seed(0)).to(DEVICE)
-    torch.testing.assert_close(twins.slot_grams(G, table)[0].double(), G.double() @ G.double().T, rtol=1e-6, atol=0)
+    """A sequential float32 sum of 2^14 squares would be wrong in the fifth digit."""
+    layout = whole(2**14)
+    G = torch.rand(2, layout.size, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    torch.testing.assert_close(
+        triton_kernels.slot_grams(G, layout)[0].double(), G.double() @ G.double().T, rtol=1e-6, atol=0
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("D", [1, 3])
-def test_false_finite_gives_zeros_whatever_the_gradients_and_weights_hold(D, dtype, interpreted):
-    table = scattered()
-    G, weights = gradients(D, table, dtype), weights_of(D, table)
-    G[D - 1, 4:6], G[0, -100], weights[1] = torch.nan, torch.inf, torch.nan
-    out = update_buffer(table, dtype)
-    twins.combine(G, weights, table, out, torch.tensor(False, device=DEVICE))
-    for place, _ in slots_of(table):
-        assert out[place].eq(0).all()
-    assert out[:GAP].eq(77).all()
-
-
-def test_true_finite_changes_nothing(interpreted):
-    table = scattered()
-    G, weights = gradients(3, table, torch.float32), weights_of(3, table)
-    out = update_buffer(table, torch.float32)
-    twins.combine(G, weights, table, out, torch.tensor(True, device=DEVICE))
-    assert_update(out, G, weights, table)
+def test_false_finite_gives_zeros_whatever_the_gradients_and_weights_hold(dtype, interpreted):
+    layout = scattered()
+    for D in (1, 3):
+        G, weights, out = gradients(D, layout, dtype), weights_of(D, layout), update_buffer(layout, dtype)
+        G[D - 1, 4:6], G[0, -100], weights[1] = torch.nan, torch.inf, torch.nan
+        triton_kernels.combine(G, weights, layout, out, torch.tensor(False, device=DEVICE))
+        with in_case(D=D):
+            assert all(out[place].eq(0).all() for place, _ in slots_of(layout))
+            assert out[:GAP].eq(77).all()
 
 
 def test_nan_reaches_the_update_under_weight_zero(interpreted):
-    table = whole(200)
-    G, weights = gradients(3, table, torch.float32), torch.ones(1, 3, dtype=torch.float64, device=DEVICE)
+    layout = whole(200)
+    G, weights = gradients(3, layout, torch.float32), torch.ones(1, 3, dtype=torch.float64, device=DEVICE)
     G[1, 100], weights[0, 1] = torch.nan, 0
-    assert twins.combine(G, weights, table, torch.empty_like(G[0])).isnan().nonzero().tolist() == [[100]]
+    assert triton_kernels.combine(G, weights, layout, torch.empty_like(G[0])).isnan().nonzero().tolist() == [[100]]
 
 
 def test_nan_in_one_slot_stays_there(interpreted):
-    table = scattered()
-    G = gradients(3, table, torch.float32)
-    G[1, slots_of(table)[2][0].start] = torch.nan
-    broken = twins.slot_grams(G, table).isnan()
+    layout = scattered()
+    G = gradients(3, layout, torch.float32)
+    G[1, slots_of(layout)[2][0].start] = torch.nan
+    broken = triton_kernels.slot_grams(G, layout).isnan()
     assert broken.any(2).any(1).tolist() == [False, False, True, False, False, False]
     assert broken[2].tolist() == [[False, True, False], [True, True, True], [False, True, False]]
-
-
-def test_two_runs_give_the_same_bits(interpreted):
-    table = scattered()
-    G, weights = gradients(3, table, torch.float32), weights_of(3, table)
-    assert torch.equal(twins.slot_grams(G, table), twins.slot_grams(G, table))
-    first, second = (twins.combine(G, weights, table, update_buffer(table, torch.float32)) for _ in range(2))
-    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("rows", ["start", "stride"])
@@ -271,23 +233,22 @@ def test_offsets_beyond_32_bits(rows, interpreted):
         pytest.skip(f"no 13 GB of addresses: {error}")
     if rows == "start":
         G = memory.as_strided((2, FAR + 990), (5, 1))  # rows overlap: half the addresses
-        table = build([Piece(0, 0, FAR, 900)], G.shape[1], 1, [0], DEVICE)
+        layout = build_layout([Piece(0, 0, FAR, 900)], G.shape[1], 1, [0], DEVICE)
     else:
         G = memory.as_strided((3, 990), (2**30 + 1, 1))
-        table = build([Piece(0, 0, 3, 900)], G.shape[1], 1, [0], DEVICE)
-    ((place, _),) = slots_of(table)
+        layout = build_layout([Piece(0, 0, 3, 900)], G.shape[1], 1, [0], DEVICE)
+    ((place, _),) = slots_of(layout)
     for d, row in enumerate(G):  # overlapping rows: the last wins where they do
         row[place] = torch.randn(900, generator=torch.Generator().manual_seed(d)).to(DEVICE)
-    weights = weights_of(len(G), table)
-    assert_grams(twins.slot_grams(G, table), G, table)
-    out = twins.combine(G, weights, table, updates[: table.size])
-    expected = weights[0] @ G[:, place].double()
-    torch.testing.assert_close(out[place].double(), expected, rtol=1e-5, atol=1e-5)
+    weights = weights_of(len(G), layout)
+    assert_grams(triton_kernels.slot_grams(G, layout), G, layout)
+    out = triton_kernels.combine(G, weights, layout, updates[: layout.size])
+    torch.testing.assert_close(out[place].double(), weights[0] @ G[:, place].double(), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif(HAS_GPU, reason="only the interpreter shows the addresses")
 def test_touches_its_slots_and_nothing_beside_them(interpreted, monkeypatch):
-    """Loads too: one that no mask stops reads past the end of G, and only sometimes does a GPU complain."""
+    """Loads as well: an unmasked load reads past the end of G, and a GPU reports this only sometimes."""
     memory, touched = importlib.import_module("triton.runtime.interpreter")._interpreter, set()
     load, store = memory.load, memory.store
 
@@ -301,91 +262,72 @@ def test_touches_its_slots_and_nothing_beside_them(interpreted, monkeypatch):
 
     monkeypatch.setattr(memory, "load", recording_load)
     monkeypatch.setattr(memory, "store", recording_store)
-    table, finite = scattered(), torch.tensor(True)
-    G, weights, out = torch.ones(3, table.size), weights_of(3, table), update_buffer(table, torch.float32)
-    slots = twins.slot_grams(G, table)
-    twins.combine(G, weights, table, out, finite)
-    dense = [table.slot_start, table.slot_length, table.slot_part, weights, finite, slots]
-    dense += [row[place] for row in (*G, out) for place, _ in slots_of(table)]
+    layout, finite = scattered(), torch.tensor(True)
+    G, weights, out = torch.ones(3, layout.size), weights_of(3, layout), update_buffer(layout, torch.float32)
+    slots = triton_kernels.slot_grams(G, layout)
+    triton_kernels.combine(G, weights, layout, out, finite)
+    dense = [layout.slot_start, layout.slot_length, layout.slot_part, weights, finite, slots]
+    dense += [row[place] for row in (*G, out) for place, _ in slots_of(layout)]
     assert touched == {tensor.data_ptr() + i * tensor.element_size() for tensor in dense for i in range(tensor.numel())}
 
 
 def test_no_slots_no_launch(monkeypatch):
     for kernel in ("_gram_kernel", "_combine_kernel"):
-        monkeypatch.setattr(twins, kernel, None)
-    table = build([], 10, 0, [], DEVICE)
+        monkeypatch.setattr(triton_kernels, kernel, None)
+    layout = build_layout([], 10, 0, [], DEVICE)
     G = torch.ones(3, 10, device=DEVICE)
-    assert twins.slot_grams(G, table).shape == (0, 3, 3)
-    out = update_buffer(table, torch.float32)
-    assert twins.combine(G, torch.ones(0, 3, dtype=torch.float64, device=DEVICE), table, out).eq(77).all()
+    assert triton_kernels.slot_grams(G, layout).shape == (0, 3, 3)
+    out = update_buffer(layout, torch.float32)
+    assert triton_kernels.combine(G, torch.ones(0, 3, dtype=torch.float64, device=DEVICE), layout, out).eq(77).all()
 
 
-@pytest.mark.parametrize("D", [0, 9])
-def test_refuses_more_domains_than_it_has_registers_for(D):
-    table = whole(10)
-    G, weights = torch.ones(D, 10, device=DEVICE), torch.ones(1, D, dtype=torch.float64, device=DEVICE)
-    with pytest.raises(UserError, match=rf"{D} domains.*1 to 8.*GSDG_TRITON=0"):
-        twins.slot_grams(G, table)
-    with pytest.raises(UserError, match=rf"{D} domains"):
-        twins.combine(G, weights, table, torch.ones(10, device=DEVICE))
-
-
-def test_refuses_more_slots_than_a_grid_has_programs():
-    too_many = torch.zeros(1, dtype=torch.int64, device=DEVICE).expand(2**31)
-    table = dataclasses.replace(whole(10), slot_part=too_many)
+def test_refuses_more_domains_than_it_has_registers_for_and_more_slots_than_a_grid_has_programs():
+    layout = whole(10)
+    for D in (0, 9):
+        G, weights = torch.ones(D, 10, device=DEVICE), torch.ones(1, D, dtype=torch.float64, device=DEVICE)
+        with pytest.raises(UserError, match=rf"{D} domains.*1 to 8.*GSDG_TRITON=0"):
+            triton_kernels.slot_grams(G, layout)
+        with pytest.raises(UserError, match=rf"{D} domains"):
+            triton_kernels.combine(G, weights, layout, torch.ones(10, device=DEVICE))
+    too_many = dataclasses.replace(layout, slot_part=torch.zeros(1, dtype=torch.int64, device=DEVICE).expand(2**31))
     with pytest.raises(UserError, match="2147483648 slots.*2147483647 programs"):
-        twins.slot_grams(torch.ones(3, 10, device=DEVICE), table)
+        triton_kernels.slot_grams(torch.ones(3, 10, device=DEVICE), too_many)
 
 
 @pytest.mark.skipif(HAS_GPU, reason="with a GPU every other test compiles the kernels")
-@pytest.mark.parametrize(("D", "P", "dtype"), [(3, 1, torch.float32), (3, 5, torch.bfloat16), (8, 5, torch.float64)])
-def test_compiles_for_an_h100_to_one_launch_a_pass(D, P, dtype, compiled):
+def test_compiles_for_an_h100_to_one_launch_a_pass(compiled):
     """As `slot_grams` and `combine` call them, P = 1 and so a row stride of 1 included; no atomics, no matrix unit."""
-    table = whole(P)
-    G, out = torch.ones(D, P, dtype=dtype), torch.ones(P, dtype=accumulated(dtype)[0])
-    weights = torch.ones(1, D, dtype=torch.float64)
-    twins.slot_grams(G, table)
-    twins.combine(G, weights, table, out)
-    twins.combine(G, weights, table, out, torch.tensor(True))
-    assert len(compiled) == 3
-    for kernel in compiled:
-        assert re.search(r"\bfma\.rn\.f" + ("64" if dtype == torch.float64 else "32"), kernel.asm["ptx"])
-        assert not re.search(r"\b(atom|red|mma|wgmma|cp)\.|tf32", kernel.asm["ptx"])
-
-
-@pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_both_passes_never_wait_for_the_device(dtype):
-    table = scattered()
-    G, weights = gradients(3, table, dtype), weights_of(3, table)
-    out, finite = update_buffer(table, dtype), torch.tensor(True, device=DEVICE)
-    mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        parts = table.sums(twins.slot_grams(G, table))
-        twins.combine(G, weights, table, out, finite)
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
-    assert parts.isfinite().all()
-    assert_update(out, G, weights, table)
+    for D, P, dtype in [(3, 1, torch.float32), (3, 5, torch.bfloat16), (8, 5, torch.float64)]:
+        layout = whole(P)
+        G, out = torch.ones(D, P, dtype=dtype), torch.ones(P, dtype=accumulated(dtype)[0])
+        weights = torch.ones(1, D, dtype=torch.float64)
+        compiled.clear()
+        triton_kernels.slot_grams(G, layout)
+        triton_kernels.combine(G, weights, layout, out)
+        triton_kernels.combine(G, weights, layout, out, torch.tensor(True))
+        assert len(compiled) == 3
+        for kernel in compiled:
+            with in_case(D=D, P=P, dtype=dtype):
+                assert re.search(r"\bfma\.rn\.f" + ("64" if dtype == torch.float64 else "32"), kernel.asm["ptx"])
+                assert not re.search(r"\b(atom|red|mma|wgmma|cp)\.|tf32", kernel.asm["ptx"])
 
 
 # ---- where Triton cannot build ---------------------------------------------------------------------------------
 
 
 class PretendsCuda(torch.Tensor):
-    """A tensor of the CPU that says it is on a GPU: simulated, no GPU is needed to see which path is taken."""
+    """A CPU tensor with is_cuda = True: a mock, so that the choice of the path is tested without a GPU."""
 
     is_cuda = property(lambda self: True)
 
 
 class CannotBuild:
-    """In the place of the kernels' module: raises what Triton raises where there is no C compiler. Simulated."""
+    """A mock of the kernels' module that raises what Triton raises without a C compiler."""
 
     def __init__(self, error: Exception) -> None:
         self.error, self.builds = error, 0
 
-    def build(self, D, dtype, device) -> None:
+    def compile_kernels(self, D, dtype, device) -> None:
         self.builds += 1
         raise self.error
 
@@ -397,14 +339,14 @@ class CannotBuild:
 
 @pytest.fixture
 def instead(monkeypatch):
-    """Puts a module in the place of the Triton kernels', and forgets what could be built."""
+    """Replace the module of the Triton kernels, and clear the caches of what can be built."""
     monkeypatch.delenv("GSDG_TRITON", raising=False)
-    caches = (grams._builds, grams._warn_of_torch_path)
+    caches = (torch_kernels._can_build, torch_kernels._warn_torch_path)
     for cache in caches:
         cache.cache_clear()
 
     def instead(module):
-        monkeypatch.setattr(grams, "_triton_twins", lambda: module)
+        monkeypatch.setattr(torch_kernels, "_triton_module", lambda: module)
         return module
 
     yield instead
@@ -413,6 +355,11 @@ def instead(monkeypatch):
 
 
 NO_COMPILER = "Failed to find C compiler. Please specify via CC environment variable or set triton.knobs.build.impl."
+
+
+def surgery_and_gradients() -> tuple[GradSurgery, torch.Tensor]:
+    params = [torch.zeros(5, 2, requires_grad=True), torch.zeros(4, requires_grad=True)]
+    return GradSurgery(params), torch.randn(3, 14, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize(
@@ -427,8 +374,7 @@ NO_COMPILER = "Failed to find C compiler. Please specify via CC environment vari
 )
 def test_where_the_kernels_cannot_be_built_it_warns_once_and_takes_the_torch_path(instead, caplog, error):
     module = instead(CannotBuild(error))
-    G = torch.randn(3, 14, generator=torch.Generator().manual_seed(0))
-    surgery = GradSurgery([torch.zeros(5, 2, requires_grad=True), torch.zeros(4, requires_grad=True)])
+    surgery, G = surgery_and_gradients()
     expected = surgery.combine(G).clone()
     for D in (3, 3, 2, 3):
         update = surgery.combine(G[:D].as_subclass(PretendsCuda))
@@ -450,48 +396,45 @@ def test_where_the_kernels_cannot_be_built_it_warns_once_and_takes_the_torch_pat
 def test_an_error_of_the_device_is_not_taken_for_a_missing_compiler(instead, error):
     instead(CannotBuild(error))
     with pytest.raises(RuntimeError, match=re.escape(str(error))):
-        grams.kernels(torch.ones(3, 4).as_subclass(PretendsCuda))
+        torch_kernels.kernels(torch.ones(3, 4).as_subclass(PretendsCuda))
 
 
-def test_an_error_of_a_launch_is_raised(instead):
-    """Once built, whatever a kernel raises is an error of that kernel."""
+class Built(CannotBuild):
+    def compile_kernels(self, D, dtype, device) -> None:
+        pass
 
-    class Fails(CannotBuild):
-        def build(self, D, dtype, device) -> None:
-            pass
+    def slot_grams(self, *args):
+        raise self.error
 
-        def slot_grams(self, *args):
-            raise self.error
+    combine = slot_grams
 
-    instead(Fails(RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")))
+
+def test_after_the_build_any_error_of_a_kernel_is_raised(instead):
+    instead(Built(RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")))
+    surgery, G = surgery_and_gradients()
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        GradSurgery([torch.zeros(4, requires_grad=True)]).combine(torch.ones(3, 4).as_subclass(PretendsCuda))
+        surgery.combine(G.as_subclass(PretendsCuda))
 
 
 def test_what_is_built_is_taken_and_GSDG_TRITON_0_is_not(instead, monkeypatch):
-    class Built(CannotBuild):
-        def build(self, D, dtype, device) -> None:
-            pass
-
     module, G = instead(Built(RuntimeError())), torch.ones(3, 4).as_subclass(PretendsCuda)
-    assert grams.kernels(G) is module
-    assert grams.kernels(torch.ones(9, 4).as_subclass(PretendsCuda)) is grams
+    assert torch_kernels.kernels(G) is module
+    assert torch_kernels.kernels(torch.ones(9, 4).as_subclass(PretendsCuda)) is torch_kernels
     monkeypatch.setenv("GSDG_TRITON", "0")
-    assert grams.kernels(G) is grams
+    assert torch_kernels.kernels(G) is torch_kernels
 
 
 @pytest.mark.skipif(HAS_GPU, reason="there is nothing missing")
 def test_without_a_gpu_triton_itself_cannot_build(instead):
-    """Its own error, not a simulated one: no driver."""
-    instead(twins)
+    """A real error of Triton, not a mock: no driver."""
+    instead(triton_kernels)
     with pytest.raises(RuntimeError, match="active drivers"):
-        twins.build(3, torch.float32, torch.device("cpu"))
-    assert grams.kernels(torch.ones(3, 4).as_subclass(PretendsCuda)) is grams
+        triton_kernels.compile_kernels(3, torch.float32, torch.device("cpu"))
+    assert torch_kernels.kernels(torch.ones(3, 4).as_subclass(PretendsCuda)) is torch_kernels
 
 
 @pytest.mark.skipif(HAS_GPU, reason="with a GPU every other test compiles the kernels")
-@pytest.mark.parametrize(("D", "dtype"), [(3, torch.float32), (5, torch.bfloat16), (8, torch.float64)])
-def test_build_compiles_what_a_step_launches(D, dtype, compiled, monkeypatch):
+def test_build_compiles_what_a_step_launches(compiled, monkeypatch):
     """Both kernels, and their launchers, which are what needs the C compiler: only asked for here."""
     asked = []
     run = triton.JITFunction.run
@@ -509,12 +452,13 @@ def test_build_compiles_what_a_step_launches(D, dtype, compiled, monkeypatch):
         return Compiled(compiled[-1])
 
     monkeypatch.setattr(triton.JITFunction, "run", warmed)
-    twins.build(D, dtype, torch.device("cpu"))
-    monkeypatch.undo()
-    assert [len(re.findall(r"\.entry _(gram|combine)_kernel", ptx)) for ptx in asked] == [1, 1]
+    for D, dtype in [(3, torch.float32), (5, torch.bfloat16), (8, torch.float64)]:
+        asked.clear()
+        triton_kernels.compile_kernels(D, dtype, torch.device("cpu"))
+        assert [len(re.findall(r"\.entry _(gram|combine)_kernel", ptx)) for ptx in asked] == [1, 1], (D, dtype)
 
 
 @pytest.mark.skipif(not HAS_GPU, reason="needs a GPU")
 def test_builds_on_this_gpu(instead):
-    instead(twins)
-    assert grams.kernels(torch.ones(3, 4, device="cuda")) is twins
+    instead(triton_kernels)
+    assert torch_kernels.kernels(torch.ones(3, 4, device="cuda")) is triton_kernels

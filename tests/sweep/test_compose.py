@@ -1,13 +1,14 @@
-"""A sweep's configs are the ones that Hydra would compose, one by one; wrong ones are refused in Hydra's words."""
+"""A sweep's configs equal those that Hydra composes one by one; wrong overrides raise Hydra's errors."""
 
 from __future__ import annotations
 
 import copy
 import random
-import subprocess
+import shutil
 from datetime import datetime
 
 import pytest
+from config_choices import PRESETS
 from helpers import REPOSITORY
 from hydra import initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -17,18 +18,12 @@ from hydra.errors import ConfigCompositionException
 from hydra.types import RunMode
 from omegaconf import Container, OmegaConf, open_dict, read_write
 
-from gsdg.sweep import grid
-from gsdg.sweep.grid import Composer, from_command_line
+from gsdg.config.choices import choices, groups
+from gsdg.sweep.compose import Composer, from_command_line
 
 CONF = REPOSITORY / "conf"
-PRESETS = sorted(
-    str(path.relative_to(CONF / "experiment").with_suffix("")) for path in (CONF / "experiment").rglob("*.yaml")
-)
-CHOICES = sorted(
-    f"{path.parent.relative_to(CONF)}={path.stem}"
-    for path in CONF.rglob("*/*.yaml")
-    if path.relative_to(CONF).parts[0] not in ("experiment", "hydra", "dataset_trainer")
-)
+NOT_CHOSEN = ("experiment", "experiment_algorithm", "hydra", "dataset_trainer")
+GROUPS = {group: sorted(choices(group)) for group in groups() if group.split("/")[0] not in NOT_CHOSEN}
 ISSUE = (  # the sweep that the issue names: 192 runs
     "split.target=art_painting,cartoon,photo,sketch",
     "split.trial_seed=0,1,2",
@@ -48,7 +43,7 @@ def hydra():
 
 @pytest.fixture(scope="module")
 def sweep(hydra):
-    """The composer of a sweep, and Hydra's own way to the same config."""
+    """The composer of a sweep, and a function that composes the same config with Hydra."""
 
     def sweep(*overrides: str):
         master = hydra.compose_config("config", [*overrides, "hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
@@ -70,7 +65,7 @@ def plain(sweep):
 
 
 def outcome(compose, job) -> object:
-    """All there is to a config, types, order and flags; or the error, with its cause, in words."""
+    """Everything that can be compared of a config: values, types, order and flags; or the error and its cause."""
     try:
         config = compose(list(job))
     except Exception as error:
@@ -90,7 +85,7 @@ def resolved(config) -> str:
 
 
 def nodes(node, key: str = ""):
-    """Every node of a config: its name, its kind, what it allows, and whether it knows its parent."""
+    """Every node of a config: its name, type and flags, and whether its parent is set."""
     metadata = node._metadata
     flags = {name: value for name, value in (metadata.flags or {}).items() if value is not None}
     yield key, type(node).__name__, metadata.object_type, metadata.ref_type, metadata.optional, flags
@@ -101,12 +96,14 @@ def nodes(node, key: str = ""):
             yield from nodes(child, f"{key}.{name}")
 
 
-def assert_same(pair, job) -> None:
+def assert_same(pair, job) -> tuple:
+    """Compare the composer's outcome with Hydra's, and return it."""
     composer, reference = pair
     expected = outcome(reference, job)
-    assert outcome(composer.compose, job) == expected
+    assert outcome(composer.compose, job) == expected, job
     if is_config(expected):
-        assert outcome(composer.compose, job) == expected, "the second time"
+        assert outcome(composer.compose, job) == expected, f"{job}, the second time"
+    return expected
 
 
 @pytest.fixture
@@ -124,38 +121,36 @@ def compositions(monkeypatch):
 # ---- a composer's configs are Hydra's ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("preset", ["ablation/granularity_digits", "paper/domainnet"])
-def test_a_presets_last_run_is_composed_as_by_hydra(sweep, preset):
-    composer, jobs, _ = from_command_line([f"experiment={preset}"])
-    assert_same((composer, sweep(f"experiment={preset}")[1]), jobs[-1])
+def assert_presets_same(sweep, presets) -> None:
+    for preset in presets:
+        jobs = from_command_line([f"experiment={preset}"])[1]
+        assert_same(sweep(f"experiment={preset}"), jobs[-1])
+
+
+def test_a_presets_last_run_is_composed_as_by_hydra(sweep):
+    assert_presets_same(sweep, ["ablation/granularity_digits", "paper/domainnet"])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", PRESETS)
-def test_the_runs_of_every_preset_are_composed_as_by_hydra(sweep, preset):
-    jobs = from_command_line([f"experiment={preset}"])[1]
-    pair = sweep(f"experiment={preset}")
-    for job in random.Random(0).sample(jobs, min(len(jobs), 3)):
-        assert_same(pair, job)
+def test_the_last_run_of_every_preset_is_composed_as_by_hydra(sweep):
+    assert_presets_same(sweep, PRESETS)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("choice", CHOICES)
-def test_every_choice_of_every_group_is_composed_as_by_hydra(plain, choice):
-    assert_same(plain, [choice])
-    assert_same(plain, ["trainer.steps=7", choice, "seed=3"])
+def test_every_choice_of_every_group_is_composed_as_by_hydra(plain):
+    """The k-th choices of all groups together; those of groups inside another group together, too."""
+    for inside in (False, True):
+        chosen = {group: names for group, names in GROUPS.items() if ("/" in group) == inside}
+        for k in range(max(map(len, chosen.values()))):
+            choice = [f"{group}={names[k % len(names)]}" for group, names in chosen.items()]
+            assert is_config(assert_same(plain, ["trainer.steps=7", *choice, "seed=3"]))
 
 
-def test_runs_of_the_issues_sweep_are_composed_as_by_hydra(sweep):
-    pair = sweep(*ISSUE)
-    for job in random.Random(0).sample(from_command_line(ISSUE)[1], 3):
-        assert_same(pair, job)
-
-
-@pytest.mark.slow
-def test_every_fifth_of_the_issues_192_runs_is_composed_as_by_hydra(sweep):
-    pair = sweep(*ISSUE)
-    for job in from_command_line(ISSUE)[1][::5]:
+def test_runs_with_every_value_of_the_issues_sweep_are_composed_as_by_hydra(sweep):
+    pair, jobs = sweep(*ISSUE), from_command_line(ISSUE)[1]
+    chosen = jobs[::61]
+    assert {value for job in chosen for value in job} == {value for job in jobs for value in job}
+    for job in chosen:
         assert_same(pair, job)
 
 
@@ -210,7 +205,7 @@ WRONG = {
     "a group twice, then as a list": ["trainer=default", "trainer=[swad]"],
     "deleted, but null": ["~trainer.workers"],
     "through an interpolation of Hydra's node": ["+note=${hydra.job}", "note.name=x"],
-    "deleting what interpolates Hydra's node": ["+note=${hydra.job.name}", "~note=launch"],
+    "deleting what interpolates Hydra's node": ["+note=${hydra.job.num}", "~note=0"],
     "added twice": ["+note=1", "+note=2"],
     "added to what is there": ["+seed=3"],
     "deleted with another value": ["~seed=1"],
@@ -226,6 +221,7 @@ WRONG = {
     "a group set to a number": ["optimizer=3"],
     "a group that has no such choice": ["optimizer=adamm"],
     "a group added": ["+optimizer=sgd"],
+    "a group at a package of the list": ["experiment_algorithm/ablation=granularity_digits_grad_surgery"],
     "a group at a package that is not in the list": ["optimizer@second=sgd"],
     "a value at a package": ["seed@second=3"],
     "Hydra's unknown value": ["hydra.job.new=1"],
@@ -240,7 +236,7 @@ WRONG = {
     "unfinished": ["seed=[3"],
     "two words": ["seed 3"],
 }
-TELLING = {  # those of both that are tried in the fast tests
+TELLING = {  # those of both lists that the fast tests use
     "added deep",
     "deleted, and added again",
     "a dict for a group",
@@ -260,21 +256,20 @@ TELLING = {  # those of both that are tried in the fast tests
 }
 
 
-def cases(named: dict) -> list:
-    slow = [pytest.mark.slow]
-    return [pytest.param(job, id=name, marks=[] if name in TELLING else slow) for name, job in named.items()]
+@pytest.fixture(params=[True, pytest.param(False, marks=pytest.mark.slow)], ids=["telling", "others"])
+def chosen(request):
+    """A function that chooses the telling cases of a table, or in a slow test the others."""
+    return lambda named: {name: job for name, job in named.items() if (name in TELLING) == request.param}
 
 
-@pytest.mark.parametrize("job", cases(UNUSUAL))
-def test_an_unusual_override_means_what_it_means_in_hydra(plain, job):
-    assert is_config(outcome(plain[1], job))
-    assert_same(plain, job)
+def test_an_unusual_override_means_what_it_means_in_hydra(plain, chosen):
+    for name, job in chosen(UNUSUAL).items():
+        assert is_config(assert_same(plain, job)), name
 
 
-@pytest.mark.parametrize("job", cases(WRONG))
-def test_a_wrong_override_is_refused_as_by_hydra(plain, job):
-    assert not is_config(outcome(plain[1], job))
-    assert_same(plain, job)
+def test_a_wrong_override_is_refused_as_by_hydra(plain, chosen):
+    for name, job in chosen(WRONG).items():
+        assert not is_config(assert_same(plain, job)), name
 
 
 def test_an_error_is_hydras_own_and_nothing_else(plain):
@@ -326,11 +321,11 @@ DELETIONS = ["~optimizer", "~experiment", "~optimizer=sgd", "+optimizer@second=s
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", range(4))
-def test_random_mixtures_are_composed_as_by_hydra(plain, block):
-    draw = random.Random(block)
-    groups = [*CHOICES, *(f"experiment={preset}" for preset in PRESETS)]
-    for _ in range(20):
+def test_random_mixtures_are_composed_as_by_hydra(plain):
+    draw = random.Random(0)
+    groups = [f"{group}={name}" for group, names in GROUPS.items() for name in names]
+    groups += [f"experiment={preset}" for preset in PRESETS]
+    for _ in range(30):
         chosen = draw.choices(groups, k=draw.randrange(4)) + draw.choices(DELETIONS, k=draw.random() < 0.2)
         job = chosen + draw.choices(VALUES, k=draw.randrange(6))
         draw.shuffle(job)
@@ -384,29 +379,26 @@ def test_the_time_is_the_sweeps_in_every_run(hydra):
 # ---- how often Hydra composes -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("overrides", "runs", "expected"),
-    [
+def test_hydra_composes_once_for_each_choice_of_groups(compositions):
+    for overrides, runs, expected in (
         (ISSUE, 192, 1),
         (("algorithm=erm,grad_surgery", "split.trial_seed=range(0,8)", "seed=5,6"), 32, 2),
         (("+optimizer.note={a: 1},{a: 2}", "++note=1,2", "optimizer={lr: 1},{lr: 2}"), 8, 1),
         (("experiment=quickstart",), 12, 2),
         (("hydra/job_logging=none", "hydra.job.name=x", "trainer=default,swad", "seed=1,2"), 4, 2),
-    ],
-)
-def test_hydra_composes_once_for_each_choice_of_groups(compositions, overrides, runs, expected):
-    composer, jobs, _ = from_command_line(overrides)
-    compositions.clear()  # the sweep's own config
-    configs = [composer.compose(job) for job in jobs]
-    assert len(configs) == runs == len({OmegaConf.to_yaml(config) for config in configs})
-    assert len(compositions) == expected
+    ):
+        composer, jobs, _ = from_command_line(overrides)
+        compositions.clear()  # the sweep's own config
+        configs = [composer.compose(job) for job in jobs]
+        assert len(configs) == runs == len({OmegaConf.to_yaml(config) for config in configs})
+        assert len(compositions) == expected, overrides
 
 
 def test_what_is_composed_already_is_not_read_again(tmp_path, monkeypatch):
-    """A YAML edited during a submission changes none of its runs."""
+    """A YAML file that is edited during a submission changes none of its runs."""
     folder = tmp_path / "conf"
-    subprocess.run(["cp", "-r", CONF, folder], check=True)
-    monkeypatch.setattr(grid, "CONF", folder)
+    shutil.copytree(CONF, folder)
+    monkeypatch.setattr("gsdg.config.config_dirs.CONF", folder)
     composer, jobs, _ = from_command_line(["optimizer.lr=1,2"])
     composer.compose(jobs[0])
     (folder / "optimizer" / "adam.yaml").write_text("lr: 3\nnew: 4\n")

@@ -1,8 +1,8 @@
-"""What a sweep's command line comes to: the overrides of every run, as `python launch.py -m` has them; the sweeper."""
+"""From a sweep's command line to the overrides of every run, as in `python launch.py -m`; the sweeper."""
 
 from __future__ import annotations
 
-import importlib.util
+import ast
 import itertools
 import json
 import os
@@ -17,56 +17,54 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from gsdg.errors import UserError
-from gsdg.sweep import grid
-from gsdg.sweep.grid import from_command_line
+from gsdg.sweep.compose import from_command_line
 
 # ---- enumeration ------------------------------------------------------------------------------------------------
 
 
-def test_the_product_is_in_order_and_the_last_axis_turns_fastest():
-    jobs = from_command_line(["trainer.steps=5", "seed=1,2", "algorithm=erm,grad_surgery"])[1]
-    expected = itertools.product(["trainer.steps=5"], ["seed=1", "seed=2"], ["algorithm=erm", "algorithm=grad_surgery"])
-    assert jobs == [list(job) for job in expected]
+def test_the_runs_are_the_product_in_order_and_the_last_key_varies_fastest():
+    for overrides, values in (
+        ([], []),
+        (["seed=3", "hydra.job.name=x"], [["seed=3"]]),
+        (
+            ["trainer.steps=5", "seed=1,2", "algorithm=erm,grad_surgery"],
+            [["trainer.steps=5"], ["seed=1", "seed=2"], ["algorithm=erm", "algorithm=grad_surgery"]],
+        ),
+        (["optimizer=glob(adam*)", "seed=range(1,3)"], [["optimizer=adam", "optimizer=adamw"], ["seed=1", "seed=2"]]),
+        (  # the grid of a preset, where the command line wins
+            ["experiment=quickstart", "split.target=15", "seed=1,2"],
+            [["algorithm=erm", "algorithm=grad_surgery"], ["split.target=15"], ["experiment=quickstart"],
+             ["seed=1", "seed=2"]],
+        ),
+    ):  # fmt: skip
+        expected = [list(job) for job in itertools.product(*values)]
+        assert from_command_line(overrides)[1] == expected, overrides
 
 
-def test_without_commas_there_is_one_run():
-    assert from_command_line([])[1] == [[]]
-    assert from_command_line(["seed=3", "hydra.job.name=x"])[1] == [["seed=3"]]
+def test_a_sweep_over_presets_or_without_values_is_refused(refusal):
+    for override, message in (
+        ("experiment=swad,quickstart", "one `experiment=` per command"),
+        ("experiment=choice(swad,quickstart)", "one `experiment=` per command"),
+        ("seed=interval(0,1)", "an interval is not a list of values"),
+        ("seed=range(3,3)", "seed=range(3,3) has no values, so the sweep has no runs"),
+        ("model=glob(zz*)", "glob(PATTERN) chooses among the files of model: convnet, "),
+    ):
+        assert message in refusal(from_command_line, [override, "device=cpu"]), override
 
 
-def test_a_presets_sweep_is_enumerated_and_the_command_line_beats_it():
-    jobs = from_command_line(["experiment=quickstart", "split.target=15", "seed=1,2"])[1]
-    assert jobs == [
-        [f"algorithm={algorithm}", "split.target=15", "experiment=quickstart", f"seed={seed}"]
-        for algorithm in ("erm", "grad_surgery")
-        for seed in (1, 2)
-    ]
-
-
-def test_sweeps_by_pattern_and_range_are_enumerated():
-    jobs = from_command_line(["optimizer=glob(adam*)", "seed=range(1,3)"])[1]
-    assert jobs == [[f"optimizer={o}", f"seed={s}"] for o in ("adam", "adamw") for s in (1, 2)]
-
-
-@pytest.mark.parametrize("swept", ["experiment=swad,quickstart", "experiment=choice(swad,quickstart)"])
-def test_sweeping_over_presets_is_refused(swept):
-    with pytest.raises(UserError, match="one `experiment=` a command"):
-        from_command_line([swept, "seed=1"])
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["seed=interval(0,1)"], "does not support sweep type"),
-        (["hydra.job.name=a,b"], "Sweeping over Hydra's configuration is not supported"),
-        (["optimizer=adamm"], "Could not find 'optimizer/adamm'"),
-        (["seed=[1"], "no viable alternative"),
-    ],
-)
-def test_what_cannot_be_enumerated_is_refused_in_hydras_words(overrides, message):
-    with pytest.raises(HydraException, match=message):
-        from_command_line(overrides)
+def test_overrides_that_cannot_be_enumerated_are_refused_with_hydras_message_and_hydra_is_left_as_it_was():
+    """In a notebook, neither a valid nor a wrong command line may break the next hydra.initialize."""
+    from_command_line(["seed=1,2"])
+    assert not GlobalHydra.instance().is_initialized()
+    for override, message in (
+        ("hydra.job.name=a,b", "Sweeping over Hydra's configuration is not supported"),
+        ("optimizer=adamm", "Could not find 'optimizer/adamm'"),
+        ("seed=[1", "no viable alternative"),
+        ("seeds=1", "Could not override 'seeds'"),
+    ):
+        with pytest.raises(HydraException, match=message):
+            from_command_line([override])
+        assert not GlobalHydra.instance().is_initialized(), override
 
 
 def test_the_sweeps_own_config_comes_with_it():
@@ -75,30 +73,10 @@ def test_the_sweeps_own_config_comes_with_it():
     assert list(master.hydra.overrides.task) == ["seed=1,2", "runs_dir=here"]
 
 
-def test_hydra_is_left_as_it_was():
-    """A plan inside a notebook must not make the next initialize fail; wrong ones neither."""
-    from_command_line(["seed=1,2"])
-    assert not GlobalHydra.instance().is_initialized()
-    with pytest.raises(HydraException):
-        from_command_line(["seeds=1"])
-    assert not GlobalHydra.instance().is_initialized()
-
-
-@pytest.mark.skipif(not importlib.util.find_spec("gsdg.conf"), reason="gsdg is not installed: pip install -e .")
-def test_installed_configs_are_found_too(monkeypatch, tmp_path):
-    overrides = ["experiment=quickstart", "seed=1,2"]
-    checkout, jobs, _ = from_command_line(overrides)
-    monkeypatch.setattr(grid, "CONF", tmp_path / "nowhere")
-    installed, same_jobs, master = from_command_line(overrides)
-    assert any(source.path == "gsdg.conf" for source in master.hydra.runtime.config_sources)
-    assert same_jobs == jobs
-    assert installed.compose(jobs[-1]) == checkout.compose(jobs[-1])
-
-
 # ---- as processes -----------------------------------------------------------------------------------------------
 
 RECORDER = '''
-"""A launcher that runs nothing and writes down what it was given."""
+"""A launcher that runs nothing and records its arguments."""
 import json
 import os
 
@@ -116,7 +94,7 @@ class Recorder(Launcher):
 
     def launch(self, job_overrides, initial_job_idx):
         jobs = [list(job) for job in job_overrides]
-        self.record(jobs=jobs, last=None)  # before composing: a wrong config must not come this far
+        self.record(jobs=jobs, last=None)  # before composing: a wrong config must not get here
         if not self.composes:
             config = OmegaConf.to_container(self.loader.load_sweep_config(self.config, jobs[-1]), resolve=False)
             del config["hydra"]
@@ -135,7 +113,7 @@ ConfigStore.instance().store(group="hydra/launcher", name="recorder", node=node)
 
 @pytest.fixture
 def recorded(launch, tmp_path):
-    """What `python launch.py` hands to its launcher, and its answer."""
+    """The arguments that `python launch.py` passes to its launcher, and the output of the command."""
     (tmp_path / "plugins" / "hydra_plugins").mkdir(parents=True)
     (tmp_path / "plugins" / "hydra_plugins" / "recorder.py").write_text(RECORDER)
     path = f"{tmp_path / 'plugins'}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
@@ -149,29 +127,29 @@ def recorded(launch, tmp_path):
     return recorded
 
 
-@pytest.mark.parametrize(
-    "overrides",
-    [
-        ("experiment=quickstart", "split.target=15,30"),
+def test_from_command_line_is_what_launch_launches(recorded, launch):
+    for overrides in (
+        ("experiment=quickstart", "hydra.sweeper.params.algorithm='erm,${algorithm.name}'", "split.target=15,30"),
         ("-m", "seed=1,2", "+note='a,${seed}',${seed},'[x]'", "algorithm=glob(*_mask)", "trainer.steps=range(3,9,3)"),
-        ("experiment=quickstart", "hydra.sweeper.params.algorithm='erm,${algorithm.name}'", "seed=2"),
-    ],
-)
-def test_from_command_line_is_what_launch_launches(recorded, launch, overrides):
-    record, answer = recorded(*overrides)
-    assert record, answer.stderr
-    plain = [*(o for o in overrides if o != "-m"), f"runs_dir={launch.runs_dir}"]
-    composer, jobs, _ = from_command_line(plain)
-    assert jobs == record["jobs"]
-    assert OmegaConf.to_container(composer.compose(jobs[-1]), resolve=False) == record["last"]
+    ):
+        record, answer = recorded(*overrides)
+        assert record, answer.stderr
+        plain = [*(o for o in overrides if o != "-m"), f"runs_dir={launch.runs_dir}"]
+        composer, jobs, _ = from_command_line(plain)
+        assert jobs == record["jobs"]
+        assert OmegaConf.to_container(composer.compose(jobs[-1]), resolve=False) == record["last"]
 
 
-def test_a_wrong_config_among_many_is_refused_before_anything_is_launched(recorded):
-    record, answer = recorded("-m", "seed=1,2", "algorithm=grad_surgery,erm", "algorithm.alpha=1")
-    assert record is None
-    assert answer.returncode == 1
-    assert "Could not override 'algorithm.alpha'" in answer.stderr
-    assert "Traceback" not in answer.stderr
+def test_a_sweep_with_a_wrong_config_or_over_presets_is_refused_before_anything_is_launched(recorded):
+    for overrides, message in (
+        (("seed=1,2", "algorithm=grad_surgery,erm", "algorithm.alpha=1"), "unknown key algorithm.alpha."),
+        (("experiment=swad,domainbed_head",), "error: experiment=swad,domainbed_head: Hydra drops"),
+    ):
+        record, answer = recorded("-m", *overrides)
+        assert record is None
+        assert answer.returncode == 1
+        assert message in answer.stderr
+        assert "Traceback" not in answer.stderr
 
 
 def test_a_launcher_that_composes_is_not_preceded(recorded):
@@ -180,18 +158,12 @@ def test_a_launcher_that_composes_is_not_preceded(recorded):
     assert [job[0] for job in record["jobs"]] == ["algorithm=grad_surgery", "algorithm=erm"]
 
 
-def test_launching_a_sweep_over_presets_is_refused(recorded):
-    record, answer = recorded("-m", "experiment=swad,domainbed_head")
-    assert record is None
-    assert answer.returncode == 1
-    assert "error: experiment=swad,domainbed_head: Hydra drops" in answer.stderr
-
-
-def test_planning_imports_no_torch_and_writes_nothing(tmp_path):
+def test_planning_and_status_import_nothing_slow_and_write_nothing(tmp_path):
     code = f"""
 import sys
 sys.path.insert(0, {str(REPOSITORY)!r})
-from gsdg.sweep.grid import from_command_line
+import gsdg.sweep.__main__, gsdg.sweep.status_text
+from gsdg.sweep.compose import from_command_line
 composer, jobs, _ = from_command_line(["experiment=quickstart", "seed=1,2"])
 assert len([composer.compose(job) for job in jobs]) == 24
 print([name for name in ("torch", "pandas", "submitit") if name in sys.modules])
@@ -202,7 +174,7 @@ print([name for name in ("torch", "pandas", "submitit") if name in sys.modules])
     assert list(Path(tmp_path).iterdir()) == []
 
 
-def test_the_plugin_costs_no_import_of_ours():
+def test_the_plugin_imports_only_the_list_of_choices():
     """Hydra imports it at every start, even for --help."""
     code = """
 import sys
@@ -212,7 +184,8 @@ import hydra_plugins.gsdg_sweep
 print(sorted(set(sys.modules) - before))
 """
     answer = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
-    assert answer.stdout == "['hydra_plugins', 'hydra_plugins.gsdg_sweep']\n", answer.stderr
+    modules = {name for name in ast.literal_eval(answer.stdout) if name.split(".")[0] in ("gsdg", "torch", "pandas")}
+    assert modules == {"gsdg", "gsdg.config", "gsdg.config.choices"}
 
 
 def test_the_sweeper_is_hydras_basic_one_but_for_its_name():

@@ -1,18 +1,16 @@
-"""The launcher presets: short differences from submitit's, which every preset of an experiment goes with."""
+"""The launcher presets: few differences from submitit's defaults; every experiment preset works with them."""
 
 from __future__ import annotations
 
+from itertools import cycle
+
 import pytest
-from helpers import REPOSITORY, SMALL
+from config_choices import PRESETS
+from helpers import SMALL
 from omegaconf import OmegaConf
 
-from gsdg.sweep.grid import from_command_line
-from gsdg.sweep.task import Task
-
-PRESETS = sorted(
-    path.relative_to(REPOSITORY / "conf" / "experiment").with_suffix("").as_posix()
-    for path in (REPOSITORY / "conf" / "experiment").rglob("*.yaml")
-)
+from gsdg.sweep.compose import from_command_line
+from gsdg.sweep.executor import Task
 
 
 def launcher(*overrides: str) -> dict:
@@ -20,49 +18,49 @@ def launcher(*overrides: str) -> dict:
     return OmegaConf.to_container(master.hydra.launcher)
 
 
-@pytest.mark.parametrize("name", ["slurm", "slurm_cpu", "local"])
-@pytest.mark.parametrize("preset", PRESETS)
-def test_every_experiment_goes_with_every_launcher(preset, name):
-    jobs, master = from_command_line([f"experiment={preset}", f"hydra/launcher={name}"])[1:]
-    kind = "Local" if name == "local" else "Slurm"
-    assert master.hydra.launcher._target_ == f"hydra_plugins.gsdg_launchers.{kind}Sweep"
-    assert master.hydra.sweeper._target_ == "hydra_plugins.gsdg_sweep.GridSweeper"
-    plain = from_command_line([f"experiment={preset}"])[1]
-    assert jobs == plain
+def test_every_experiment_works_with_a_launcher():
+    for preset, name in zip(PRESETS, cycle(["local", "slurm", "slurm_cpu"])):  # noqa: B905 - a cycle has no end
+        jobs, master = from_command_line([f"experiment={preset}", f"hydra/launcher={name}"])[1:]
+        kind = "Local" if name == "local" else "Slurm"
+        assert master.hydra.launcher._target_ == f"hydra_plugins.gsdg_launchers.{kind}Sweep", preset
+        assert master.hydra.sweeper._target_ == "hydra_plugins.gsdg_sweep.GridSweeper", preset
+        assert jobs == from_command_line([f"experiment={preset}"])[1], preset
 
 
-@pytest.mark.parametrize("name", ["slurm", "slurm_cpu"])
-def test_the_presets_survive_preemption_and_the_time_limit(name):
-    found = launcher(f"hydra/launcher={name}")
-    Task("slurm", found).check()
-    assert found["max_num_timeout"] >= 100
-    assert found["additional_parameters"]["requeue"] is True
-    assert Task("slurm", found).wants_gpu == (name == "slurm")
+def test_the_presets_survive_preemption_and_the_time_limit():
+    for name in ("slurm", "slurm_cpu"):
+        settings = launcher(f"hydra/launcher={name}")
+        Task("slurm", settings).check()
+        assert settings["max_num_timeout"] >= 100
+        assert settings["additional_parameters"]["requeue"] is True
+        assert Task("slurm", settings).wants_gpu == (name == "slurm")
 
 
 def test_every_setting_of_submitits_launcher_can_be_overridden():
-    found = launcher("hydra/launcher=slurm", "hydra.launcher.partition=gpu", "hydra.launcher.account=me",
-                     "hydra.launcher.constraint=a100", "hydra.launcher.setup=[module load cuda]",
-                     "+hydra.launcher.additional_parameters.reservation=r")  # fmt: skip
-    assert (found["partition"], found["account"], found["constraint"]) == ("gpu", "me", "a100")
-    assert found["setup"] == ["module load cuda"]
-    assert found["additional_parameters"] == {"requeue": True, "reservation": "r"}
+    changed = ("partition=gpu", "account=me", "constraint=a100", "setup=[module load cuda]")
+    reservation = "+hydra.launcher.additional_parameters.reservation=r"
+    settings = launcher("hydra/launcher=slurm", *(f"hydra.launcher.{text}" for text in changed), reservation)
+    assert (settings["partition"], settings["account"], settings["constraint"]) == ("gpu", "me", "a100")
+    assert settings["setup"] == ["module load cuda"]
+    assert settings["additional_parameters"] == {"requeue": True, "reservation": "r"}
+    for text, value in (("2", 2), ("a100:2", "a100:2"), ("null", None)):
+        gpus = launcher("hydra/launcher=slurm", f"hydra.launcher.gpus_per_node={text}")["gpus_per_node"]
+        assert gpus == value
 
 
-@pytest.mark.slow
-def test_without_slurm_it_is_a_message_with_what_else_there_is(launch):
-    launch.environment["PATH"] = "/nowhere"
-    answer = launch("-m", "hydra/launcher=slurm", *SMALL)
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["-m", "hydra.sweep.subdir=x"], "hydra.sweep.subdir=x: a run's folder is <runs_dir>/<run id>"),
+        (["-m", "hydra/launcher=slurm", "hydra.launcher.submitit_folder=x"], "jobs and logs are in <runs_dir>/.sweeps"),
+        (["-m", "hydra/launcher=local", "hydra.launcher.name=x"], "name=x has no effect with hydra/launcher=local"),
+        (["hydra/launcher=slurm"], "needs -m"),  # Hydra would run it here
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else "",
+)
+def test_a_setting_that_would_be_ignored_is_refused_before_anything_is_composed(launch, overrides, message):
+    answer = launch(*overrides, *SMALL)
     assert answer.returncode == 1
-    assert "there is no SLURM here" in answer.stderr
-    assert "hydra/launcher=local" in answer.stderr
+    assert message in answer.stderr
     assert "Traceback" not in answer.stderr
-    assert not list(launch.runs_dir.glob(".sweeps/*/runs.jsonl"))
-
-
-@pytest.mark.slow
-def test_a_launcher_without_m_is_refused_because_hydra_would_run_it_here(launch):
-    answer = launch("hydra/launcher=slurm", *SMALL)
-    assert answer.returncode == 1
-    assert "Add -m" in answer.stderr
-    assert not launch.runs_dir.exists() or not list(launch.runs_dir.glob("*/status.json"))
+    assert not list(launch.runs_dir.glob("*/status.json"))

@@ -47,7 +47,7 @@ def test_ctrl_c_saves_what_runs_and_the_same_command_goes_on(launch):
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=300)
     assert process.returncode == 130
-    assert "goes on from what was saved" in errors
+    assert "resume from the last checkpoint" in errors
     while "running" in states(launch):
         assert time.monotonic() < end
         time.sleep(0.1)

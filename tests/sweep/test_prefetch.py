@@ -1,10 +1,12 @@
-"""What `python -m gsdg.sweep prepare` brings, a job finds; what is not here is told all at once, in words."""
+"""A job finds everything that `python -m gsdg.sweep prepare` downloads; all problems are reported together."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
+import io
 import os
+import string
 import subprocess
 import sys
 import threading
@@ -17,11 +19,11 @@ from helpers import REPOSITORY, photos
 from torchvision import models as torchvision_models
 
 from gsdg import models as ours
-from gsdg.data.cache import as_arrays
-from gsdg.errors import UserError
+from gsdg.config.schema import build
+from gsdg.data.cache.memory_map import as_arrays
 from gsdg.models.weights import hub
-from gsdg.schema import build
-from gsdg.sweep.prepare import missing, prepare
+from gsdg.sweep.prefetch import missing_inputs, prefetch
+from gsdg.utils.errors import UserError
 
 DIGITS = {"_target_": "gsdg.data.digits.RotatedDigits", "name": "rotated_digits", "domains": ["0", "15"], "seed": 0}
 MNIST = {"_target_": "gsdg.data.mnist.RotatedMNIST", "name": "rotated_mnist", "root": "MNIST", "domains": ["0", "15"]}
@@ -53,7 +55,7 @@ LAST = "everything is here: jobs need no internet"
 
 @pytest.fixture(autouse=True)
 def home(tmp_path, monkeypatch) -> Path:
-    """The user's own caches, which must not be the real ones; nothing is reached but this machine."""
+    """Empty cache folders in place of the user's; no network access except to this machine."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     for name in ("GSDG_OFFLINE", "http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
@@ -69,7 +71,7 @@ def data(tmp_path) -> Path:
 
 @pytest.fixture
 def config(tmp_path):
-    """A frozen config, as far as `prepare` looks at it."""
+    """The part of a frozen config that `prepare` reads."""
 
     def config(dataset: dict = DIGITS, model: dict = CONVNET, transform: str = "exact", **more: object) -> dict:
         trainer = {"transform": transform, "precision": "float32"}
@@ -78,11 +80,17 @@ def config(tmp_path):
     return config
 
 
+@pytest.fixture(scope="module")
+def content() -> bytes:
+    """The content of resnet18's weights file: the real layout and random values."""
+    file = io.BytesIO()
+    torch.save(torchvision_models.resnet18().state_dict(), file)
+    return file.getvalue()
+
+
 @pytest.fixture
-def server(tmp_path, monkeypatch):
-    """Where resnet18's weights are downloaded from: real ones in all but their numbers. `asked` counts."""
-    torch.save(torchvision_models.resnet18().state_dict(), tmp_path / "state")
-    content = (tmp_path / "state").read_bytes()
+def server(tmp_path, monkeypatch, content):
+    """A server for resnet18's weights file. `asked` counts requests."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -104,18 +112,19 @@ def server(tmp_path, monkeypatch):
         server.shutdown()
 
 
-def told(configs: list[dict]) -> list[str]:
-    """The lines that `prepare` says."""
-    lines: list[str] = []
-    prepare(configs, lines.append)
+def printed(configs: list[dict]) -> list[str]:
+    """The lines that `prefetch` prints. It leaves the configs as they were."""
+    lines, before = [], copy.deepcopy(configs)
+    prefetch(configs, lines.append)
+    assert configs == before
     return lines
 
 
-def refusal(configs: list[dict]) -> tuple[list[str], str]:
-    """The lines that `prepare` says, and the error it ends with."""
+def refused(configs: list[dict]) -> tuple[list[str], str]:
+    """The lines that `prefetch` prints, and the error that it raises."""
     lines: list[str] = []
     with pytest.raises(UserError) as caught:
-        prepare(configs, lines.append)
+        prefetch(configs, lines.append)
     return lines, str(caught.value)
 
 
@@ -128,7 +137,7 @@ def tree(folder: Path) -> dict[str, tuple[int, int]]:
 
 def test_what_was_decoded_here_a_job_finds(data, config):
     frozen = config(TOY, transform="batched")
-    first = told([frozen])
+    first = printed([frozen])
     assert first[0] == f"toy: 36 images of 3 domains, {data / 'toy'}"
     assert first[1].startswith("toy, decoded: 3 of 3 domains now: ")
     assert first[1].endswith(f" MB in {data / '.gsdg_cache'}")
@@ -137,56 +146,43 @@ def test_what_was_decoded_here_a_job_finds(data, config):
     arrays = as_arrays(source.read(), source.cache)
     assert {domain.load.folder.parent for domain in arrays.domains.values()} == {data / ".gsdg_cache"}
     assert tree(data) == before
-    assert told([frozen])[1].startswith("toy, decoded: here already: ")
+    assert printed([frozen])[1].startswith("toy, decoded: here already: ")
     assert tree(data) == before
-
-
-def test_only_what_is_new_is_decoded(data, config):
-    told([config({**TOY, "domains": ["a", "b"]}, transform="batched")])
-    assert "toy, decoded: 1 of 3 domains now: " in told([config(TOY, transform="batched")])[1]
 
 
 def test_where_nothing_can_be_written_beside_the_data_the_users_own_cache_is_filled(data, config, home):
     (data / ".gsdg_cache").touch()  # no folder can be made there
-    lines = told([config(TOY, transform="batched")])
+    lines = printed([config(TOY, transform="batched")])
     assert lines[1].endswith(f" MB in {home / 'gsdg'}")
     assert lines[-1] == LAST
 
 
-def test_the_exact_transform_needs_no_decoded_images(data, config):
-    lines = told([config(TOY)])
-    assert not any("decoded" in line for line in lines)
+def test_a_data_set_is_read_once_and_decoded_if_a_run_wants_decoded_images_that_are_new(data, config):
+    exact, batched = config(TOY), config(TOY, transform="batched")
+    assert not any("decoded" in line for line in printed([exact]))
     assert not (data / ".gsdg_cache").exists()
-
-
-@pytest.mark.parametrize("order", [("exact", "batched"), ("batched", "exact")], ids=",".join)
-def test_a_data_set_is_read_once_and_decoded_if_any_run_wants_it(data, config, order):
-    lines = told([config(TOY, transform=transform) for transform in order])
-    assert len([line for line in lines if line.startswith("toy: ")]) == 1
-    assert len([line for line in lines if line.startswith("toy, decoded: 3 of 3")]) == 1
-
-
-def test_without_a_cache_the_jobs_decode_and_that_is_said(data, config):
-    lines = told([config({**TOY, "cache": "off"}, transform="batched")])
-    assert lines[1] == "toy, decoded: dataset.cache=off, so every image is decoded at every draw"
-    assert lines[-1] == LAST
-
-
-def test_no_room_for_a_cache_is_only_told_where_gsdg_may_choose(data, config, home, tmp_path):
-    (data / ".gsdg_cache").touch()
-    home.touch()
-    lines = told([config(TOY, transform="batched")])
-    assert lines[1].startswith("toy, decoded: no cache, so every image is decoded at every draw: no cache can be writ")
-    assert lines[-1] == LAST
-    (tmp_path / "chosen").touch()
-    _, error = refusal([config({**TOY, "cache": str(tmp_path / "chosen")}, transform="batched")])
-    assert f"{tmp_path / 'chosen'}: " in error
-
-
-def test_digits_are_in_memory_whatever_the_transform(config):
-    lines = told([config(transform="batched"), config(transform="exact")])
+    printed([config({**TOY, "domains": ["a", "b"]}, transform="batched")])
+    for configs, decoded in (([exact, batched], "1 of 3 domains now: "), ([batched, exact], "here already: ")):
+        about_data = [line for line in printed(configs) if line.startswith("toy")]
+        assert len(about_data) == 2
+        assert about_data[0].startswith("toy: ")
+        assert about_data[1].startswith(f"toy, decoded: {decoded}")
+    lines = printed([config(transform="batched"), config(transform="exact")])
     assert lines[0] == "rotated_digits: 1,797 images of 2 domains, in memory"
     assert not any("decoded" in line for line in lines)
+
+
+def test_images_may_stay_undecoded_unless_the_user_has_chosen_a_cache(data, config, home, tmp_path):
+    lines = printed([config({**TOY, "cache": "off"}, transform="batched")])
+    assert lines[1] == "toy, decoded: dataset.cache=off, so every image is decoded at every draw"
+    assert lines[-1] == LAST
+    for place in (data / ".gsdg_cache", home, tmp_path / "chosen"):  # files, where there can be no folder
+        place.touch()
+    lines = printed([config(TOY, transform="batched")])
+    assert lines[1].startswith("toy, decoded: no cache, so every image is decoded at every draw: no cache can be writ")
+    assert lines[-1] == LAST
+    _, error = refused([config({**TOY, "cache": str(tmp_path / "chosen")}, transform="batched")])
+    assert f"{tmp_path / 'chosen'}: " in error
 
 
 # ---- weights ------------------------------------------------------------------------------------------------------
@@ -195,29 +191,31 @@ def test_digits_are_in_memory_whatever_the_transform(config):
 def test_weights_are_fetched_once_for_all_models_and_then_are_here(config, server):
     models = [{**RESNET, "dropout": dropout} for dropout in (0.0, 0.1, 0.5)]
     configs = [config(model=model) for model in models] * 2
-    first = told(configs)
+    assert len(missing_inputs(configs)) == 1
+    first = printed(configs)
     assert [line for line in first if "resnet18" in line] == [
-        f"resnet18: weights fetched: {server.file.stat().st_size / 1e6:,.1f} MB at {server.file}"
+        f"resnet18: weights downloaded: {server.file.stat().st_size / 1e6:,.1f} MB at {server.file}"
     ]
     assert first[-1] == LAST
-    assert "resnet18: weights here already: 4" in "\n".join(told(configs))
+    assert "resnet18: weights here already: 4" in "\n".join(printed(configs))
+    assert missing_inputs(configs) == []
     assert server.asked == 1
 
 
 def test_where_weights_cannot_be_fetched_one_try_is_made_for_all_models(config, server):
     server.up = False
-    lines, error = refusal([config(model={**RESNET, "dropout": dropout}) for dropout in (0.0, 0.1)])
+    lines, error = refused([config(model={**RESNET, "dropout": dropout}) for dropout in (0.0, 0.1)])
     assert server.asked == 1
     assert error.count("can't be downloaded") == 1
     assert str(server.file) in error
     assert LAST not in lines
 
 
-def test_random_weights_and_a_file_of_ones_own_are_told(config, tmp_path):
+def test_random_weights_and_a_file_of_ones_own_are_printed(config, tmp_path):
     net = ours.convnet(None, channels=3)[0]
     torch.save(net.state_dict(), tmp_path / "own.pth")
-    lines = told([config(), config(model={**CONVNET, "weights": str(tmp_path / "own.pth")})])
-    assert "convnet: random weights, nothing to fetch" in lines
+    lines = printed([config(), config(model={**CONVNET, "weights": str(tmp_path / "own.pth")})])
+    assert "convnet: random weights, nothing to download" in lines
     size = (tmp_path / "own.pth").stat().st_size / 1e6
     assert f"convnet: weights here already: {size:.1f} MB at {tmp_path / 'own.pth'}" in lines
 
@@ -231,7 +229,7 @@ def test_a_backbone_of_the_users_own_is_built_so_that_it_finds_its_weights(confi
     )
     monkeypatch.syspath_prepend(tmp_path)
     mine = {**RESNET, "name": "mine", "backbone": {"_target_": "mine.backbone", "_partial_": True}}
-    assert "mine: weights imagenet, as its own code finds them" in told([config(model=mine)])
+    assert "mine: weights imagenet, which the model's own code loads" in printed([config(model=mine)])
     assert (tmp_path / "fetched").exists()
 
 
@@ -243,13 +241,13 @@ def test_all_that_is_wrong_is_told_together_after_the_rest_is_done(data, config,
     configs = [
         config({**TOY, "name": "pacs", "root": "PACS"}),
         config(MNIST),
-        config({**TOY, "root": "x" * 300}),  # no UserError: the file system refuses to look
+        config({**TOY, "root": "x" * 300}),  # an OSError: the name is too long for the file system
         config(model=own),
         config(model={**CONVNET, "dropout": 2.0}),
         config(model={**CONVNET, "name": "deaf", "weights": "imagenet"}),
         config(TOY, RESNET, "batched"),
     ]
-    lines, error = refusal(configs)
+    lines, error = refused(configs)
     first, *problems = error.split("\n- ")
     assert first == "not everything is here:"
     for problem, words in zip(
@@ -266,19 +264,18 @@ def test_all_that_is_wrong_is_told_together_after_the_rest_is_done(data, config,
     ):
         assert all(word in problem for word in words), problem
     assert any(line.startswith("toy, decoded: 3 of 3") for line in lines)
-    assert any(line.startswith("resnet18: weights fetched") for line in lines)
+    assert any(line.startswith("resnet18: weights downloaded") for line in lines)
     assert LAST not in lines
 
 
 def test_a_model_too_narrow_for_one_of_the_data_sets_is_found_now(data, config):
-    digits = "".join(chr(ord("a") + i) for i in range(26)) + "".join(chr(ord("A") + i) for i in range(26))
-    classes = digits + "0123456789" + "_+="  # 65, and the convnet has 64 features
+    classes = string.ascii_letters + string.digits + "_+="  # 65, and the convnet has 64 features
     photos(data / "wide", classes=classes, domains="ab", each=1, size=8)
     wide = config({**TOY, "root": "wide", "domains": ["a", "b"]}, {**CONVNET, "head": "none"})
     narrow = config(model={**CONVNET, "head": "none"})
-    assert told([narrow])[-1] == LAST
+    assert printed([narrow])[-1] == LAST
     for configs in ([wide, narrow], [narrow, wide]):
-        assert "the data set has 65 classes" in refusal(configs)[1]
+        assert "the data set has 65 classes" in refused(configs)[1]
 
 
 def test_a_fault_of_ours_is_not_told_as_the_users(config):
@@ -286,15 +283,7 @@ def test_a_fault_of_ours_is_not_told_as_the_users(config):
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        prepare([config()], say)
-
-
-def test_configs_are_left_as_they_were(data, config):
-    configs = [config(TOY, transform="batched"), config()]
-    before = copy.deepcopy(configs)
-    told(configs)
-    missing(configs)
-    assert configs == before
+        prefetch([config()], say)
 
 
 def test_missing_tells_what_is_not_here_and_touches_nothing(data, config, server, tmp_path):
@@ -310,8 +299,8 @@ def test_missing_tells_what_is_not_here_and_touches_nothing(data, config, server
         config(model={**RESNET, "dropout": 0.5}),
         config(model=own),
     ]
-    before = tree(tmp_path)
-    lines = missing(configs)
+    before = tree(tmp_path), copy.deepcopy(configs)
+    lines = missing_inputs(configs)
     assert [line.split(" is not")[0].split(". ")[0] for line in lines] == [
         f"toy: {data / 'elsewhere'}",
         f"toy: no folder for domain z in {data / 'toy'}",
@@ -320,15 +309,8 @@ def test_missing_tells_what_is_not_here_and_touches_nothing(data, config, server
         f"model=resnet18: its weights are not at {server.file}",
         f"model=convnet: its weights are not at {tmp_path / 'absent.pth'}",
     ]
-    assert tree(tmp_path) == before
+    assert (tree(tmp_path), configs) == before
     assert server.asked == 0
-
-
-def test_nothing_is_missing_after_prepare(data, config, server):
-    configs = [config(TOY, RESNET, "batched"), config()]
-    assert len(missing(configs)) == 1
-    told(configs)
-    assert missing(configs) == []
 
 
 def test_missing_looks_once_at_what_a_thousand_runs_share(data, config, tmp_path):
@@ -341,7 +323,7 @@ def test_missing_looks_once_at_what_a_thousand_runs_share(data, config, tmp_path
             scans.append(str(arguments[0]))
 
     sys.addaudithook(watch)
-    assert len(missing(configs)) == 1
+    assert len(missing_inputs(configs)) == 1
     watching = False
     assert len(scans) <= 2
 
@@ -349,9 +331,9 @@ def test_missing_looks_once_at_what_a_thousand_runs_share(data, config, tmp_path
 def test_a_data_folder_is_looked_for_without_torch(data):
     code = f"""
 import sys
-from gsdg.sweep.prepare import missing
+from gsdg.sweep.prefetch import missing_inputs
 trainer = dict(transform="batched", precision="float32")
-print(missing([dict(dataset={TOY!r}, model={CONVNET!r}, trainer=trainer, data_dir={str(data)!r})]))
+print(missing_inputs([dict(dataset={TOY!r}, model={CONVNET!r}, trainer=trainer, data_dir={str(data)!r})]))
 assert "torch" not in sys.modules
 """
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}

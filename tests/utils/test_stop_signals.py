@@ -1,4 +1,4 @@
-"""Signals are noted or obeyed, nothing else: real signals to this process."""
+"""A signal sets a flag or stops the run. The tests send real signals to this process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from signal import SIGINT, SIGTERM, SIGUSR1, SIGUSR2
 
 import pytest
 
-from gsdg.signals import NOTHING_SAVED, Signals, Stopped, end
+from gsdg.utils.stop_signals import NOTHING_SAVED, Signals, Stopped, end
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def deferring(**kinds) -> Signals:
 
 
 @pytest.mark.parametrize("number", [SIGINT, SIGTERM, SIGUSR1, SIGUSR2])
-def test_a_signal_to_stop_is_noted_once_and_asks_for_one_checkpoint(number):
+def test_a_signal_to_stop_asks_for_one_checkpoint(number):
     with deferring() as signals:
         assert signals.stop is None
         assert not signals.take_save()
@@ -47,7 +47,7 @@ def test_a_signal_to_stop_is_noted_once_and_asks_for_one_checkpoint(number):
         assert signals.stop == number
 
 
-def test_a_signal_to_save_asks_for_a_checkpoint_and_for_no_stop():
+def test_a_signal_to_save_asks_for_a_checkpoint_but_not_to_stop():
     with Signals(stop=(SIGUSR2,), save=(SIGTERM,)) as signals:  # whether deferred or not
         send(SIGTERM)
         assert signals.stop is None
@@ -57,22 +57,22 @@ def test_a_signal_to_save_asks_for_a_checkpoint_and_for_no_stop():
         assert [signals.take_save(), signals.take_save()] == [True, False]
 
 
-def test_the_first_signal_to_stop_is_the_one_that_is_told():
+def test_the_first_signal_to_stop_is_the_one_that_is_reported():
     with deferring() as signals:
         send(SIGUSR2, SIGTERM, SIGUSR2)
         assert signals.stop is SIGUSR2
 
 
-def test_while_nothing_can_be_saved_a_stop_is_obeyed_at_once_and_only_once():
+def test_a_signal_before_defer_stops_at_once_and_only_once():
     with Signals() as signals:
         with pytest.raises(Stopped, match="SIGTERM: .*nothing had to be saved") as stopped:
             send(SIGTERM)
-        send(SIGUSR2)  # while the stop is being written down
-    assert (stopped.value.signal, stopped.value.said) == (SIGTERM, NOTHING_SAVED)
+        send(SIGUSR2)  # while the run records the stop
+    assert (stopped.value.signal, stopped.value.message) == (SIGTERM, NOTHING_SAVED)
     assert signals.stop is SIGTERM
 
 
-def test_ctrl_c_again_is_obeyed_at_once_another_signal_again_is_not():
+def test_a_second_ctrl_c_stops_at_once_but_another_second_signal_does_not():
     with deferring() as signals:
         send(SIGTERM, SIGTERM, SIGUSR2, SIGUSR2, SIGINT)
         with pytest.raises(KeyboardInterrupt):
@@ -80,7 +80,7 @@ def test_ctrl_c_again_is_obeyed_at_once_another_signal_again_is_not():
     assert signals.stop is SIGTERM
 
 
-def test_a_line_says_what_happens_now(capfd):
+def test_a_line_says_what_happens_next(capfd):
     with deferring(stop=(SIGINT,), save=(SIGTERM,)):
         send(SIGINT, SIGTERM)
     assert (
@@ -89,7 +89,7 @@ def test_a_line_says_what_happens_now(capfd):
     )
 
 
-def test_ignored_signals_stay_ignored_and_anothers_handler_is_left_to_it():
+def test_ignored_signals_stay_ignored_and_handlers_of_other_libraries_stay():
     heard = []
     signal.signal(SIGUSR1, signal.SIG_IGN)
     signal.signal(SIGUSR2, lambda number, frame: heard.append(number))
@@ -103,7 +103,7 @@ def test_ignored_signals_stay_ignored_and_anothers_handler_is_left_to_it():
         signal.signal(number, signal.SIG_DFL)
 
 
-def test_outside_the_main_thread_nothing_changes():
+def test_outside_the_main_thread_no_handler_is_installed():
     before, seen = signal.getsignal(SIGTERM), []
 
     def work():
@@ -117,11 +117,11 @@ def test_outside_the_main_thread_nothing_changes():
 
 
 def load() -> None:
-    signal.signal(SIGTERM, signal.SIG_DFL)  # as torch's loaders do
+    signal.signal(SIGTERM, signal.SIG_DFL)  # as torch's data loader workers do
     time.sleep(60)
 
 
-def test_processes_forked_inside_do_not_hear_what_the_whole_tree_is_sent():
+def test_signals_are_blocked_in_child_processes_forked_inside():
     fork = multiprocessing.get_context("fork")
     before, inside, after = (fork.Process(target=load, daemon=True) for _ in range(3))
     before.start()
@@ -133,7 +133,7 @@ def test_processes_forked_inside_do_not_hear_what_the_whole_tree_is_sent():
         inside.join(0.3)
         assert inside.is_alive()
     inside.join(5)
-    assert inside.exitcode == -signal.SIGKILL  # forgotten inside; Python would wait for it for ever at its exit
+    assert inside.exitcode == -signal.SIGKILL  # it was not joined inside; at exit Python would wait for it forever
     assert before.is_alive()
     after.start()
     for process in (before, after):
@@ -142,8 +142,9 @@ def test_processes_forked_inside_do_not_hear_what_the_whole_tree_is_sent():
         assert process.exitcode == -SIGTERM
 
 
-@pytest.mark.parametrize(("number", "error", "code"), [(SIGINT, KeyboardInterrupt, None), (SIGTERM, SystemExit, 143)])
-def test_the_program_ends_as_the_signal_would_have_ended_it(number, error, code):
-    with pytest.raises(error) as ending:
-        end(number)
-    assert getattr(ending.value, "code", None) == code
+def test_the_program_ends_as_the_signal_would_have_done():
+    with pytest.raises(KeyboardInterrupt):
+        end(SIGINT)
+    with pytest.raises(SystemExit) as ending:
+        end(SIGTERM)
+    assert ending.value.code == 143

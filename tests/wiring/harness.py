@@ -1,4 +1,4 @@
-"""The smallest real run, in this process, and everything it did in the order in which it did it.
+"""The smallest real run, in this process, with a list of everything that it did, in order.
 
 `observe` composes a config, prepares it and runs it through `experiment.run`: nothing is constructed by hand. What the
 run did is a list of events, one after the other: the initial weights, and for each step the batches, the gradients that
@@ -30,12 +30,12 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from gsdg import experiment
-from gsdg.batch import Batch
 from gsdg.data.loader import TrainBatches
 from gsdg.evaluate import Evaluator
 from gsdg.trainer import Trainer
+from gsdg.types import Batch
 
-# Four domains of 8 x 8 photos, three to train on, and a network that is small, but has convolutions.
+# Four domains of 8 x 8 photos, three of them source domains, and a small network with convolutions.
 TINY = (
     "dataset=image_folder",
     "dataset.augment=none",
@@ -57,20 +57,20 @@ TINY = (
     "device=cpu",
 )
 SOURCES = ["a", "b", "c"]
-CODE = "0123456789ab"  # what the runs note as the fingerprint of the code
+CODE = "0123456789ab"  # the fingerprint of the code that the runs record
 
 
 @dataclass
 class Observed:
-    """What one run was, did and left."""
+    """The plan of one run, what the run did, and its files."""
 
     plan: experiment.Plan
     folder: Path
-    events: list[tuple[str, str]] = field(default_factory=list)  # (what, digest or text), in the order of time
+    events: list[tuple[str, str]] = field(default_factory=list)  # (what, digest or text), in order
     batches: list[list[Batch]] = field(default_factory=list)  # of each step
     gradients: list[list[Tensor]] = field(default_factory=list)  # of each step, as the optimizer gets them
     weights: list[dict[str, Tensor]] = field(default_factory=list)  # the initial ones, and after each step
-    evaluated: list[Tensor] = field(default_factory=list)  # images, a batch each
+    evaluated: list[Tensor] = field(default_factory=list)  # images, one tensor per batch
     algorithm: Any = None
     optimizer: Any = None
     train_batches: TrainBatches | None = None
@@ -86,7 +86,7 @@ class Observed:
         return (self.folder / "log.txt").read_text()
 
     def lines(self, name: str = "records.jsonl") -> list[dict]:
-        """The lines of a file of the run's folder, without the wall clock's numbers."""
+        """The lines of a file in the run's folder, without times."""
         path = self.folder / name
         lines = path.read_text().splitlines() if path.exists() else []
         return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines]
@@ -139,7 +139,7 @@ def compose_tiny(*overrides: str, **changed: object) -> DictConfig:
         base.remove("dataset.augment=none")
     if data.endswith("mnist"):
         base.append(f"data_dir={mnist()}")
-    if any(own.startswith(("dataset=", "model=")) for own in overrides):  # the test says what images the model sees
+    if any(own.startswith(("dataset=", "model=")) for own in overrides):  # the test chooses the images and the model
         base = [own for own in base if not own.startswith(("model.", "+model."))]
     config = _composed((*base, *overrides)).copy()
     OmegaConf.update(config, "runs_dir", str(Path(tempfile.mkdtemp(dir=images().parent)) / "runs"))
@@ -170,7 +170,7 @@ def observe_plan(plan: experiment.Plan, *, at_start: Callable[[Any], None] | Non
 
 @contextmanager
 def watched(observed: Observed, at_start: Callable[[Any], None]) -> Iterator[None]:
-    """Inside, every run notes in `observed` what it does. The classes are patched: averaging copies the objects."""
+    """Inside, every run appends what it does to `observed`. Classes are patched: averaging copies the objects."""
     kind = type(observed.plan.algorithm)
     fit, backward, step, predict = Trainer.fit, kind.backward, kind.step, kind.predict
 
@@ -222,7 +222,7 @@ def is_tensor(value: object) -> bool:
 
 
 def digest(tensors: Sequence[Tensor]) -> str:
-    """Of every bit of them, and of their shapes and types."""
+    """A hash of the values, shapes and dtypes of the tensors."""
     total = hashlib.sha256()
     for tensor in tensors:
         total.update(f"{tuple(tensor.shape)} {tensor.dtype}".encode())
@@ -231,7 +231,7 @@ def digest(tensors: Sequence[Tensor]) -> str:
 
 
 def first_difference(one: Observed, other: Observed) -> str | None:
-    """What the first event is in which the runs differ; None where they are the same to the last file."""
+    """The first event in which the runs differ; None if all events and files are the same."""
     for (what, value), (other_what, other_value) in zip(one.events, other.events, strict=False):
         if what != other_what:
             return f"{what} instead of {other_what}"

@@ -16,12 +16,12 @@ from hydra.utils import get_object
 from hydra_plugins.hydra_submitit_launcher.config import LocalQueueConf, SlurmQueueConf
 from omegaconf import OmegaConf
 
+from gsdg.config.schema import parameters_of
 from gsdg.experiment import SUPPLIED
-from gsdg.schema import accepted
 from hydra_plugins.gsdg_launchers import LocalConf, SlurmConf
 
 SEARCH = "search=domainbed"
-PRESET = ("experiment",)  # a choice of other keys' values, not a key with an effect of its own
+PRESET = ("experiment",)  # it sets other keys and has no effect of its own
 
 
 @cache
@@ -30,7 +30,7 @@ def every_key() -> dict[str, str]:
     keys: dict[str, str] = {}
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         whole = _composed("config", SEARCH)
-        for choice in CHOICES:  # each alone: faster than with all the others
+        for choice in CHOICES:  # each alone, which is faster than all combinations
             for key in _keys_below(_composed(choice.replace("=", "/"))):
                 keys.setdefault(key, choice)
     for key, value in whole.items():
@@ -41,7 +41,7 @@ def every_key() -> dict[str, str]:
 
 @cache
 def launcher_keys() -> frozenset[str]:
-    """What our launchers' YAML files set, and what they have beside submitit's own settings."""
+    """The keys that the YAML files of GSDG's launchers set, and those that GSDG adds to submitit's settings."""
     files = [OmegaConf.load(path) for path in (CONF / "hydra" / "launcher").glob("*.yaml")]
     ours = {field.name for kind in (SlurmConf, LocalConf) for field in fields(kind)}
     submitits = {field.name for kind in (SlurmQueueConf, LocalQueueConf) for field in fields(kind)}
@@ -54,9 +54,9 @@ def _composed(name: str, *overrides: str) -> dict:
 
 
 def _keys_below(node: dict, path: str = "") -> Iterator[str]:
-    """Those of a node and of the nodes in it. The first argument of a function that is called later is the caller's."""
+    """The keys of a node and of the nodes inside it, without the first argument of a `_partial_` function."""
     if "_target_" in node:
-        parameters = list(accepted(node))
+        parameters = list(parameters_of(node))
         passed = {*SUPPLIED.get(path, ()), *(parameters[:1] if node.get("_partial_") else ())}
         for key in sorted({*node, *parameters} - passed):
             if not key.startswith("_"):

@@ -11,6 +11,7 @@ import importlib
 import json
 import logging
 import re
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,9 @@ from unittest import mock
 
 import pytest
 import torch
+from algorithm_cases import refusal
 from cases import CASES, DIGITS, Effect
+from config_choices import NEEDED
 from harness import (
     SOURCES,
     Observed,
@@ -35,19 +38,19 @@ from omegaconf import OmegaConf
 from tiny_backbone import tiny
 
 from gsdg import experiment
-from gsdg.checkpoint import Saver
-from gsdg.data.augment import Exact
-from gsdg.data.batched import Batched
+from gsdg.config.hparam_search import draw
+from gsdg.config.identity import NOT_SCIENTIFIC
 from gsdg.data.loader import train_loader
-from gsdg.errors import UserError
+from gsdg.data.transforms_batched import Batched
+from gsdg.data.transforms_exact import Exact
 from gsdg.experiment import SUPPLIED, prepare
-from gsdg.identity import NOT_SCIENTIFIC
-from gsdg.runs import read_lines
-from gsdg.search import draw
+from gsdg.runs.saver import Saver
 from gsdg.surgery import Surgery
-from gsdg.sweep.grid import from_command_line
-from gsdg.sweep.submit import _options, packed
-from gsdg.sweep.task import Task, script
+from gsdg.sweep.compose import from_command_line
+from gsdg.sweep.executor import Task, script
+from gsdg.sweep.submit import _pack_options, pack_runs
+from gsdg.utils.errors import UserError
+from gsdg.utils.json_files import read_lines
 from hydra_plugins import gsdg_launchers
 
 SHOWN: dict[str, str] = {}  # key -> the test that shows its effect
@@ -75,34 +78,34 @@ def test_every_key_has_a_test_of_its_effect():
         "of no choice of any group: remove its entry": tested - keys,
         "both in cases.py and in a test": CASES.keys() & SHOWN.keys(),
     }
-    assert not any(wrong.values()), {reason: sorted(found) for reason, found in wrong.items() if found}
+    assert not any(wrong.values()), {reason: sorted(keys) for reason, keys in wrong.items() if keys}
 
 
 # ---- keys with two values --------------------------------------------------------------------------------------------
 
-REPEATED: dict[str, Observed] = {}  # config -> its run, which was made twice
+RUNS: dict[str, Observed] = {}  # config -> its run
+REPEATED: set[tuple[str, ...]] = set()  # the overrides of which a run was made twice
 
 
-def events_only(run: Observed) -> Observed:
-    return Observed(run.plan, run.folder, run.events)
-
-
-def repeated(*overrides: str, **changed: object) -> Observed:
-    """A run that was made twice, the same to the bit: what differs from it does not differ by chance."""
+def first_run(*overrides: str, **changed: object) -> Observed:
+    """A run, made once. With each set of overrides one is made twice, with the same result to the bit, so that no other
+    run differs from it by chance."""
     plan = prepare(compose_tiny(*overrides, **changed))
     config = json.dumps({key: value for key, value in plan.config.items() if key != "runs_dir"})
-    if config not in REPEATED:
-        first, second = observe_plan(plan), observe(*overrides, **changed)
-        assert first_difference(first, second) is None, "the same config gave two different runs"
-        REPEATED[config] = events_only(first)
-    return REPEATED[config]
+    if config not in RUNS:
+        run = observe_plan(plan)
+        if overrides not in REPEATED:
+            REPEATED.add(overrides)
+            assert first_difference(run, observe(*overrides, **changed)) is None, "one config gave two different runs"
+        RUNS[config] = Observed(run.plan, run.folder, run.events)  # without the tensors
+    return RUNS[config]
 
 
 @pytest.mark.parametrize("key", sorted(CASES, key=lambda key: (CASES[key].base, key)))
-def test_a_key_changes_what_it_is_for_and_nothing_before_that(key):
+def test_a_key_changes_its_first_event_and_nothing_before_it(key):
     effect: Effect = CASES[key]
-    path, (one, other) = key.split(" ")[0], effect.values
-    first, second = repeated(*effect.base, **{path: one}), observe(*effect.base, **{path: other})
+    path, (value, other) = key.split(" ")[0], effect.values
+    first, second = first_run(*effect.base, **{path: value}), observe(*effect.base, **{path: other})
     assert first_difference(first, second) == effect.first
     changes_a_result = effect.first != "files"
     assert not (changes_a_result and path in NOT_SCIENTIFIC)
@@ -112,103 +115,121 @@ def test_a_key_changes_what_it_is_for_and_nothing_before_that(key):
 # ---- the trainer -----------------------------------------------------------------------------------------------------
 
 
-def steps_of(run: Observed) -> list[int]:
-    return [record["step"] for record in run.lines()]
-
-
-@shows("trainer.steps (Trainer)")
-@pytest.mark.parametrize("steps", [1, 4])
-def test_steps_is_the_number_of_updates(steps):
-    run = observe(**{"trainer.steps": steps})
-    assert len(run.batches) == len(run.gradients) == len(run.train_batches) == steps
-    assert json.loads((run.folder / "status.json").read_text())["steps"] == steps
-
-
-@shows("trainer.eval_every (Trainer)", "trainer.evaluate_last (Trainer)")
-@pytest.mark.parametrize(
-    ("every", "last", "expected"), [(2, False, [0, 2]), (2, True, [0, 2, 3]), (3, False, [0, 3]), (100, False, [0])]
+@shows(
+    *(f"trainer.{key} (Trainer)" for key in ("steps", "eval_every", "evaluate_last", "checkpoint_every", "log_every"))
 )
-def test_eval_every_and_evaluate_last_say_which_steps_are_evaluated(every, last, expected):
-    run = observe(**{"trainer.steps": 4, "trainer.eval_every": every, "trainer.evaluate_last": last})
-    assert steps_of(run) == expected
+def test_the_trainers_settings_say_how_long_it_trains_and_when_it_evaluates_saves_and_logs(monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    saved, save = [], Saver._save
+
+    def watched(self, done, *args, **options):
+        saved.append(done)
+        save(self, done, *args, **options)
+
+    monkeypatch.setattr(Saver, "_save", watched)
+    for steps, every, last, save_every, log_every, evaluated, expected, logged in [
+        (1, 2, False, 3, 1, [0], [1], [1]),
+        (4, 2, False, 1, 1, [0, 2], [1, 2, 3, 4], [1, 2, 3, 4]),
+        (4, 2, True, 3, 3, [0, 2, 3], [3, 4], [1, 4]),
+        (4, 3, False, 3, 3, [0, 3], [3, 4], [1, 4]),
+    ]:
+        saved.clear()
+        settings = {"steps": steps, "eval_every": every, "evaluate_last": last}
+        settings |= {"checkpoint_every": save_every, "log_every": log_every}
+        run = observe(**{f"trainer.{key}": value for key, value in settings.items()})
+        assert len(run.batches) == len(run.gradients) == len(run.train_batches) == steps
+        assert json.loads((run.folder / "status.json").read_text())["steps"] == steps
+        assert [record["step"] for record in run.lines()] == evaluated, settings
+        assert saved == expected, settings
+        assert [int(step) for step in re.findall(rf"step (\d+)/{steps}  loss ", run.log)] == logged, settings
 
 
-@shows("trainer.evaluate (Trainer)")
-@pytest.mark.parametrize(("evaluate", "of_sources"), [("all", ["in", "out"]), ("fast", ["out"])])
-def test_evaluate_says_whether_the_sources_in_is_evaluated(evaluate, of_sources):
-    run = observe(**{"trainer.evaluate": evaluate})
-    parts = {domain: list(own) for domain, own in run.lines()[0]["accuracy"].items()}
-    assert parts == dict.fromkeys(SOURCES, of_sources) | {"d": ["in", "out"]}
-    assert sum(map(len, run.evaluated)) == {"all": 40, "fast": 3 * 2 + 10}[evaluate]
+@shows(*(f"trainer.{key} (Trainer)" for key in ("evaluate", "batch_size", "eval_batch_size")))
+def test_what_is_evaluated_and_the_sizes_of_batches():
+    for evaluate, of_sources, images, size, eval_size in [
+        ("all", ["in", "out"], 40, 4, 16),
+        ("fast", ["out"], 16, 2, 3),
+    ]:
+        settings = {"evaluate": evaluate, "batch_size": size, "eval_batch_size": eval_size}
+        run = observe(**{f"trainer.{key}": value for key, value in settings.items()})
+        parts = {domain: list(accuracies) for domain, accuracies in run.lines()[0]["accuracy"].items()}
+        assert parts == dict.fromkeys(SOURCES, of_sources) | {"d": ["in", "out"]}
+        assert sum(map(len, run.evaluated)) == images
+        assert {len(batch.labels) for step in run.batches for batch in step} == {size}
+        assert max(map(len, run.evaluated)) == min(eval_size, 10)
 
 
 def test_a_record_holds_the_accuracies_of_the_images_that_were_evaluated():
-    """In `parts`, not in others: recomputed from the final weights, which the last record is of."""
+    """Recomputed from the final weights, with which the last record was made."""
     run = observe("split.holdout_fraction=0.3", **{"trainer.evaluate": "all", "trainer.evaluate_last": True})
-    parts = run.plan.split.parts(run.plan.source.read())
-    assert {name: list(own) for name, own in run.lines()[-1]["accuracy"].items()} == {
-        n: list(p) for n, p in parts.items()
-    }
+    dataset, recorded = run.plan.source.read(), run.lines()[-1]["accuracy"]
+    parts = run.plan.split.indices(dataset)
+    assert {name: list(accuracies) for name, accuracies in recorded.items()} == {n: list(p) for n, p in parts.items()}
     run.algorithm.eval()
-    transform = Exact(run.algorithm.model.spec, "none")
-    for name, domain in run.plan.source.read().domains.items():
+    for name, domain in dataset.domains.items():
         for part, indices in parts[name].items():
-            logits = run.algorithm.predict(transform.prepare([domain.load(int(i)) for i in indices]))
-            right = (logits.argmax(1).numpy() == domain.labels[indices]).mean()
-            assert run.lines()[-1]["accuracy"][name][part] == pytest.approx(right)
+            right = run.algorithm.predict(pixels(run, name, indices)).argmax(1).numpy() == domain.labels[indices]
+            assert recorded[name][part] == pytest.approx(right.mean())
+
+
+def pixels(run: Observed, domain: str, indices) -> torch.Tensor:
+    """The images [N, C, H, W] of a domain as the network gets them."""
+    transform, images = Exact(run.algorithm.model.spec, "none"), run.plan.source.read().domains[domain]
+    return transform.on_device(transform.on_host([images.load(int(i)) for i in indices]))
 
 
 def test_training_draws_from_the_in_part_of_the_sources_and_from_nothing_else():
     run = observe("split.holdout_fraction=0.5", **{"trainer.batch_size": 64})
-    dataset, parts = run.plan.source.read(), run.plan.split.parts(run.plan.source.read())
-    transform = Exact(run.algorithm.model.spec, "none")
+    parts = run.plan.split.indices(run.plan.source.read())
     for number, name in enumerate(SOURCES):
         batches = [step[number] for step in run.batches]
         assert {batch.domain for batch in batches} == {name}
         drawn = {image.numpy().tobytes() for batch in batches for image in batch.images}
-        expected = [transform.prepare([dataset.domains[name].load(int(i))])[0] for i in parts[name]["in"]]
-        assert drawn == {image.numpy().tobytes() for image in expected}
+        assert drawn == {image.numpy().tobytes() for image in pixels(run, name, parts[name]["in"])}
 
 
 @shows("trainer.augment (Trainer)")
-def test_augment_says_whether_the_sources_evaluation_is_augmented_too():
+def test_augment_chooses_whether_the_sources_evaluation_is_augmented_too():
     training, sources = (
         observe("dataset.augment=photos", **{"trainer.augment": augment}) for augment in ("training", "sources")
     )
     plain = observe("dataset.augment=none")
     assert same_images(training, plain) == dict.fromkeys([*SOURCES, "d"], True)
     assert same_images(sources, plain) == dict.fromkeys(SOURCES, False) | {"d": True}
-    assert [value for what, value in training.events if what == "batches"] == [
-        value for what, value in sources.events if what == "batches"
-    ]
+    assert digests("batches", training) == digests("batches", sources)
 
 
-def same_images(one: Observed, other: Observed) -> dict[str, bool]:
+def digests(event: str, run: Observed) -> list[str]:
+    return [value for what, value in run.events if what == event]
+
+
+def same_images(run: Observed, other: Observed) -> dict[str, bool]:
     """{domain: whether both runs evaluated the same pixels}. A domain's images are one batch each."""
-    assert len(one.evaluated) == len(other.evaluated) == 4
-    pairs = zip([*SOURCES, "d"], one.evaluated, other.evaluated, strict=True)
+    assert len(run.evaluated) == len(other.evaluated) == 4
+    pairs = zip([*SOURCES, "d"], run.evaluated, other.evaluated, strict=True)
     return {domain: torch.equal(a, b) for domain, a, b in pairs}
 
 
-@shows("trainer.transform (Trainer)")
-@pytest.mark.parametrize(("transform", "kind"), [("exact", Exact), ("batched", Batched)])
-def test_transform_says_who_transforms_training_and_evaluation(transform, kind):
-    run = observe(**{"trainer.transform": transform, "dataset.cache": "off"})
-    used = [run.train_batches.transform, *run.evaluator.transforms.values()]
-    assert {type(one) for one in used} == {kind}
+@shows("trainer.transform (Trainer)", "trainer.workers (Trainer)")
+def test_training_and_evaluation_have_the_transform_and_the_workers_of_the_config(monkeypatch):
+    workers, loader = [], torch.utils.data.DataLoader
 
+    def watched(dataset, *, num_workers, prefetch_factor, multiprocessing_context, **options):
+        workers.append(num_workers)
+        return loader(dataset, num_workers=0, **options)
 
-@shows("trainer.batch_size (Trainer)", "trainer.eval_batch_size (Trainer)")
-@pytest.mark.parametrize(("size", "eval_size"), [(4, 16), (2, 3)])
-def test_batch_sizes_are_those_of_each_source_and_of_an_evaluation(size, eval_size):
-    run = observe(**{"trainer.batch_size": size, "trainer.eval_batch_size": eval_size})
-    assert {len(batch.labels) for step in run.batches for batch in step} == {size}
-    assert max(map(len, run.evaluated)) == min(eval_size, 10)
+    monkeypatch.setattr("gsdg.data.workers.DataLoader", watched)
+    for transform, kind, number in [("exact", Exact, 3), ("batched", Batched, 0)]:
+        workers.clear()
+        run = observe(**{"trainer.transform": transform, "trainer.workers": number, "dataset.cache": "off"})
+        used = [run.train_batches.transform, *run.evaluator.transforms.values()]
+        assert {type(transform) for transform in used} == {kind}
+        assert workers == [number, number]  # of training, and of the only evaluation
 
 
 @shows("trainer.class_balanced (Trainer)")
 def test_class_balanced_draws_every_class_equally_often():
-    """Of the third class there are half as many images as of the others: it is 1 in 5, or 1 in 3."""
+    """The third class has half as many images as the others: 1 in 5 draws, or 1 in 3 when balanced."""
     shares = {}
     for balanced in (False, True):
         run = observe("split.holdout_fraction=0", **{"trainer.batch_size": 200, "trainer.class_balanced": balanced})
@@ -220,7 +241,7 @@ def test_class_balanced_draws_every_class_equally_often():
 
 
 class Seen:
-    """What the first convolution is given and returns, in training and in evaluation."""
+    """The input and output of the first convolution, in training and in evaluation."""
 
     def __init__(self) -> None:
         self.maps: dict[bool, list[tuple[torch.Tensor, torch.Tensor]]] = {True: [], False: []}
@@ -233,69 +254,23 @@ class Seen:
         self.maps[module.training].append((inputs[0], output))
 
 
-@shows("trainer.precision (Trainer)")
-@pytest.mark.parametrize(("precision", "dtype"), [("float32", torch.float32), ("bf16", torch.bfloat16)])
-def test_precision_is_that_of_the_forward_pass_and_the_weights_stay_float32(precision, dtype):
+@shows("trainer.precision (Trainer)", "trainer.channels_last (Trainer)")
+@pytest.mark.parametrize(
+    ("precision", "dtype", "channels_last"), [("float32", torch.float32, False), ("bf16", torch.bfloat16, True)]
+)
+def test_precision_and_channels_last_hold_in_training_and_evaluation(precision, dtype, channels_last):
+    """The forward pass has the precision, weights stay float32. Images, maps and weights have the layout."""
     seen = Seen()
-    run = observe(at_start=seen.watch, **{"trainer.precision": precision})
+    settings = {"trainer.precision": precision, "trainer.channels_last": channels_last}
+    run = observe(at_start=seen.watch, **settings)
     for training in (True, False):
-        assert seen.maps[training]
         assert {output.dtype for _, output in seen.maps[training]} == {dtype}
-    tensors = [*run.weights[-1].values(), *run.gradients[-1]]
-    assert {tensor.dtype for tensor in tensors} == {torch.float32}
-
-
-@shows("trainer.channels_last (Trainer)")
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_channels_last_is_the_layout_of_images_maps_and_weights_in_training_and_evaluation(channels_last):
-    seen = Seen()
-    run = observe(at_start=seen.watch, **{"trainer.channels_last": channels_last})
+    assert {tensor.dtype for tensor in [*run.weights[-1].values(), *run.gradients[-1]]} == {torch.float32}
     kernels = [tensor for tensor in run.algorithm.parameters() if tensor.ndim == 4 and tensor.shape[1] > 1]
-    for tensors in (
-        [t for pair in seen.maps[True] for t in pair],
-        [t for pair in seen.maps[False] for t in pair],
-        kernels,
-    ):
-        assert tensors
-        for tensor in tensors:
-            assert tensor.is_contiguous(memory_format=torch.channels_last) == channels_last
-            assert tensor.is_contiguous() != channels_last
-
-
-@shows("trainer.checkpoint_every (Trainer)")
-@pytest.mark.parametrize(("every", "expected"), [(1, [1, 2, 3, 4]), (3, [3, 4])])
-def test_checkpoint_every_says_after_how_many_steps_the_run_is_saved(monkeypatch, every, expected):
-    saved, save = [], Saver._save
-
-    def watched(self, done, *args, **options):
-        saved.append(done)
-        save(self, done, *args, **options)
-
-    monkeypatch.setattr(Saver, "_save", watched)
-    observe(**{"trainer.steps": 4, "trainer.checkpoint_every": every})
-    assert saved == expected
-
-
-@shows("trainer.log_every (Trainer)")
-@pytest.mark.parametrize(("every", "expected"), [(1, [1, 2, 3, 4]), (3, [1, 4])])
-def test_log_every_says_which_steps_are_logged(caplog, every, expected):
-    caplog.set_level(logging.INFO)
-    run = observe(**{"trainer.steps": 4, "trainer.log_every": every})
-    assert [int(step) for step in re.findall(r"step (\d+)/4 ", run.log)] == expected
-
-
-@shows("trainer.workers (Trainer)")
-@pytest.mark.parametrize("workers", [0, 3])
-def test_workers_load_the_batches_of_training_and_of_evaluation(monkeypatch, workers):
-    asked, loader = [], torch.utils.data.DataLoader
-
-    def watched(dataset, *, num_workers, **options):
-        asked.append(num_workers)
-        return loader(dataset, num_workers=0, **options)
-
-    monkeypatch.setattr("gsdg.data.loader.DataLoader", watched)
-    observe(**{"trainer.workers": workers})
-    assert asked == [workers, workers]  # the training's, and the one evaluation's
+    assert kernels
+    for tensor in [*kernels, *(t for pairs in seen.maps.values() for pair in pairs for t in pair)]:
+        assert tensor.is_contiguous(memory_format=torch.channels_last) == channels_last
+        assert tensor.is_contiguous() != channels_last
 
 
 @shows("trainer.keep_weights (Trainer)")
@@ -308,116 +283,102 @@ def test_keep_weights_leaves_the_final_weights(tmp_path):
 
 
 # Keys that change no result: the same batches, weights and records.
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("trainer.checkpoint_every", 1),
-        ("trainer.log_every", 1),
-        ("trainer.workers", 2),
-        ("trainer.keep_weights", False),
-        ("algorithm.diagnostics", True),
-        ("deterministic", False),
-    ],
-)
-def test_a_key_that_is_not_scientific_changes_no_result(key, value):
-    one, other = repeated("algorithm=grad_surgery"), observe("algorithm=grad_surgery", **{key: value})
-    assert first_difference(one, other) in (None, "files")
-    assert key in NOT_SCIENTIFIC or key == "deterministic"
+def test_keys_that_are_not_scientific_change_no_result():
+    """The same batches, weights and records, with all of them changed together."""
+    changed = {
+        "trainer.checkpoint_every": 1,
+        "trainer.log_every": 1,
+        "trainer.workers": 2,
+        "trainer.keep_weights": False,
+        "algorithm.diagnostics": True,
+    }
+    assert {*changed} <= {*NOT_SCIENTIFIC}
+    run, other = (observe("algorithm=grad_surgery", **keys) for keys in ({}, {**changed, "deterministic": False}))
+    assert first_difference(run, other) in (None, "files")
 
 
 # ---- averaging -------------------------------------------------------------------------------------------------------
 
 
 @shows("trainer.averaging (Trainer)")
-def test_averaging_is_evaluated_and_kept_beside_the_weights_and_changes_nothing_of_theirs():
+def test_averaging_is_evaluated_and_saved_in_addition_and_does_not_change_the_training():
     plain, averaged = (observe(*more, "trainer.eval_every=1") for more in ((), ("trainer/averaging=ema",)))
     assert averaged.files - plain.files == {"averaged.jsonl", "model_averaged.pt"}
     assert [line["averaging"] for line in averaged.lines("averaged.jsonl")] == ["ema"] * 3
     assert plain.lines() == averaged.lines()
-    assert updates(plain) == updates(averaged)
+    assert digests("weights", plain) == digests("weights", averaged)
     mean = torch.load(averaged.folder / "model_averaged.pt", weights_only=True)
     decay = averaged.plan.trainer.averaging.decay
     shares = [decay**2, decay, 1.0]
     for name in ("head.weight", "featurizer.0.weight"):
         steps = [weights[f"model.{name}"] for weights in averaged.weights[1:]]
-        expected = sum(share * own for share, own in zip(shares, steps, strict=True)) / sum(shares)
+        expected = sum(share * weight for share, weight in zip(shares, steps, strict=True)) / sum(shares)
         assert torch.allclose(mean[name], expected, atol=1e-6)
 
 
-def updates(run: Observed) -> list[str]:
-    return [value for what, value in run.events if what == "weights"]
-
-
-# Held-out losses, one a step: a valley from step 3 to 8, a ridge at 7, and a first dip at 1.
+# Held-out losses, one per step: a valley from step 3 to 8, a ridge at 7, and a first dip at 1.
 COURSE = [3.0, 1.6, 1.7, 1.0, 1.2, 1.1, 1.1, 2.0, 1.2, 2.0, 2.0, 2.0]
 
 
-@shows(
-    "trainer.averaging.n_converge (SWAD)",
-    "trainer.averaging.n_tolerance (SWAD)",
-    "trainer.averaging.tolerance_ratio (SWAD)",
-    "trainer.averaging.as_released (SWAD)",
-)
-@pytest.mark.parametrize(
-    ("changed", "span"),
-    [
+@shows(*(f"trainer.averaging.{key} (SWAD)" for key in ("n_converge", "n_tolerance", "tolerance_ratio", "as_released")))
+def test_the_settings_of_swad_say_which_steps_are_averaged(monkeypatch):
+    for changed, span in [
         ({}, (3, 8, 6)),
         ({"n_converge": 2}, (1, 11, 11)),  # two losses converge at the first dip, with a higher threshold
         ({"n_tolerance": 1}, (3, 6, 4)),  # the ridge ends it
         ({"tolerance_ratio": 1.0}, (3, 11, 9)),  # no loss is too high
         ({"as_released": True}, (4, 8, 5)),
-    ],
-    ids=str,
-)
-def test_the_settings_of_swad_say_which_steps_are_averaged(monkeypatch, changed, span):
-    course = iter(COURSE)
-    monkeypatch.setattr("gsdg.trainer.held_out_loss", lambda *_: next(course))
-    settings = {"n_converge": 3, "n_tolerance": 3, "tolerance_ratio": 0.3, **changed}
-    options = {f"trainer.averaging.{key}": value for key, value in settings.items()}
-    run = observe("trainer/averaging=swad", f"trainer.steps={len(COURSE)}", "trainer.eval_every=1", **options)
-    (row,) = run.lines("averaged.jsonl")
-    assert (row["start"], row["end"], row["n"]) == span
+    ]:
+        course = iter(COURSE)
+        monkeypatch.setattr("gsdg.trainer.held_out_loss", lambda *_, course=course: next(course))
+        settings = {"n_converge": 3, "n_tolerance": 3, "tolerance_ratio": 0.3, **changed}
+        options = {f"trainer.averaging.{key}": value for key, value in settings.items()}
+        run = observe("trainer/averaging=swad", f"trainer.steps={len(COURSE)}", "trainer.eval_every=1", **options)
+        (row,) = run.lines("averaged.jsonl")
+        assert (row["start"], row["end"], row["n"]) == span, changed
 
 
 # ---- the top level ---------------------------------------------------------------------------------------------------
 
 
-def test_the_seed_is_that_of_initialisation_batches_and_the_evaluations_draws():
-    """Of each of them: a constant in one place would leave the others different."""
-    one, other = (
+def test_the_seed_changes_initialization_batches_and_augmented_evaluation():
+    """Each of them is checked, because a constant seed in one place would leave the others different."""
+    run, other = (
         observe("dataset.augment=photos", "trainer.augment=sources", seed=seed, **{"split.trial_seed": 0})
         for seed in (0, 1)
     )
-    assert not torch.equal(one.weights[0]["model.head.weight"], other.weights[0]["model.head.weight"])
-    drawn = [[batch.labels.tolist() for step in run.batches for batch in step] for run in (one, other)]
-    assert drawn[0] != drawn[1]
-    assert same_images(one, other) == dict.fromkeys(SOURCES, False) | {"d": True}
+    assert not torch.equal(run.weights[0]["model.head.weight"], other.weights[0]["model.head.weight"])
+    drawn, drawn_by_other = (
+        [batch.labels.tolist() for step in batches for batch in step] for batches in (run.batches, other.batches)
+    )
+    assert drawn != drawn_by_other
+    assert same_images(run, other) == dict.fromkeys(SOURCES, False) | {"d": True}
 
 
-def test_the_trial_seed_is_another_split_and_another_seed_of_everything():
+def test_the_trial_seed_changes_the_split_and_the_seed_of_the_run():
     splits = [prepare(compose_tiny(**{"split.trial_seed": trial})) for trial in (0, 1)]
-    parts = [plan.split.parts(plan.source.read())["a"]["out"].tolist() for plan in splits]
+    parts = [plan.split.indices(plan.source.read())["a"]["out"].tolist() for plan in splits]
     assert parts[0] != parts[1]
     assert splits[0].seed != splits[1].seed
 
 
 @shows("deterministic")
-@pytest.mark.parametrize("deterministic", [True, False])
-def test_deterministic_is_switched_on_in_the_step_and_in_the_evaluation(deterministic):
-    switched = []
+def test_deterministic_is_switched_on_in_the_step_and_in_the_evaluation():
+    for deterministic in (True, False):
+        switched = set()
 
-    def watch(algorithm) -> None:
-        note = lambda *_: switched.append(torch.are_deterministic_algorithms_enabled())  # noqa: E731
-        algorithm.model.register_forward_hook(note)
+        def watch(algorithm, switched=switched) -> None:
+            note = lambda *_: switched.add(torch.are_deterministic_algorithms_enabled())  # noqa: E731
+            algorithm.model.register_forward_hook(note)
 
-    observe(at_start=watch, deterministic=deterministic)
-    assert set(switched) == {deterministic}
-    assert torch.backends.cudnn.benchmark is not deterministic
+        observe(at_start=watch, deterministic=deterministic)
+        assert switched == {deterministic}
+        assert torch.backends.cudnn.benchmark is not deterministic
 
 
 @shows("device")
 def test_device_is_where_the_model_is_trained_and_the_images_go(monkeypatch):
-    """There is one kind here, which has two names."""
+    """This machine has one kind of device, which has two names."""
     moved, to = [], torch.nn.Module.to
 
     def watched(self, *args, **options):
@@ -429,7 +390,7 @@ def test_device_is_where_the_model_is_trained_and_the_images_go(monkeypatch):
     monkeypatch.setattr("gsdg.trainer.train_loader", loaded)
     run = observe(device="cpu:0")
     assert moved == [torch.device("cpu:0")]
-    assert run.evaluator.loading["device"] == torch.device("cpu:0")
+    assert run.evaluator.loader.device == torch.device("cpu:0")
     assert loaded.call_args.kwargs["device"].type == "cpu"
     assert "(tiny, cpu:0)" in run.log
 
@@ -452,83 +413,71 @@ def test_runs_dir_is_where_the_runs_folder_lies(tmp_path):
     assert "model.pt" in run.files
 
 
-@shows("force")
-@pytest.mark.parametrize(("force", "starts"), [(False, 1), (True, 2)])
-def test_force_makes_a_run_that_is_done_again(force, starts):
+@shows("force", "on_code_change")
+def test_force_and_on_code_change_say_whether_a_run_that_is_done_is_made_again(monkeypatch):
     config = compose_tiny()
     first = observe_config(config)
-    config.force = force
-    again = observe_config(config)
-    assert again.folder == first.folder
-    assert bool(again.batches) == force
-    assert len(read_lines(first.folder / "records.jsonl")) == 1
-
-
-@shows("on_code_change")
-@pytest.mark.parametrize(("answer", "starts"), [("note", False), ("rerun", True)])
-def test_on_code_change_makes_a_run_of_other_code_again(monkeypatch, answer, starts):
-    config = compose_tiny()
-    observe_config(config)
-    monkeypatch.setattr("harness.CODE", "0ther0ther00")
-    config.on_code_change = answer
-    assert bool(observe_config(config).batches) == starts
+    for code, changed, again in [
+        ("0123456789ab", {}, False),
+        ("0123456789ab", {"force": True}, True),
+        ("0ther0ther00", {"on_code_change": "note"}, False),
+        ("0ther0ther00", {"on_code_change": "rerun"}, True),
+    ]:
+        monkeypatch.setattr("harness.CODE", code)
+        run = observe_config(OmegaConf.merge(config, changed))
+        assert run.folder == first.folder
+        assert bool(run.batches) == again, (code, changed)
+        assert len(read_lines(first.folder / "records.jsonl")) == 1
 
 
 @shows("resubmit")
-@pytest.mark.parametrize(
-    ("overrides", "expected"), [([], "failed"), (["resubmit=missing"], "missing"), (["force=true"], "all")]
-)
-def test_resubmit_reaches_the_submission_of_a_sweep(monkeypatch, tmp_path, overrides, expected):
-    asked = mock.Mock(return_value=[])
-    monkeypatch.setattr("gsdg.sweep.submit.launch", asked)
-    composer, jobs, master = from_command_line(
-        ["hydra/launcher=local", "split.target='15'", f"runs_dir={tmp_path}", *overrides]
-    )
-    context = SimpleNamespace(config_loader=composer._loader)
-    parameters = {"side_by_side": 3}
-    launcher = SimpleNamespace(config=master, hydra_context=context, params=parameters, _EXECUTOR="local")
-    gsdg_launchers._submit(launcher, jobs)
-    assert asked.call_args.kwargs["resubmit"] == expected
-    assert asked.call_args.args[2] == Task("local", parameters)
+def test_resubmit_reaches_the_submission_of_a_sweep(monkeypatch, tmp_path):
+    launched = mock.Mock(return_value=[])
+    monkeypatch.setattr("gsdg.sweep.submit.launch", launched)
+    for overrides, expected in [([], "failed"), (["resubmit=missing"], "missing"), (["force=true"], "all")]:
+        composer, jobs, master = from_command_line(
+            ["hydra/launcher=local", "split.target='15'", f"runs_dir={tmp_path}", *overrides]
+        )
+        context = SimpleNamespace(config_loader=composer._loader)
+        parameters = {"side_by_side": 3, "tasks_per_node": 1, "nodes": 1}
+        launcher = SimpleNamespace(config=master, hydra_context=context, params=parameters, _EXECUTOR="local")
+        gsdg_launchers._submit(launcher, jobs)
+        assert launched.call_args.kwargs["resubmit"] == expected
+        assert launched.call_args.args[2] == Task("local", parameters)
 
 
-# ---- what is told of a run, and how it is searched -------------------------------------------------------------------
+# ---- names, and the hyper-parameter search ---------------------------------------------------------------------------
 
 
 NAMES = sorted(key for key in every_key() if ".name (" in key)
-RANGES = sorted(key for key in every_key() if key.startswith("algorithm.ranges ("))
+RANGES = sorted(key for key in every_key() if ".ranges (" in key)
 
 
 @shows(*NAMES)
 def test_a_name_is_written_into_the_runs_config_and_those_of_the_run_into_its_first_line():
-    """It is what tables and messages call the choice; a name is scientific, so that a run keeps its id."""
-    names = {f"{group}.name": f"my_{group}" for group in ("algorithm", "dataset", "model")}
-    names |= {
-        "algorithm.rule.name": "my_rule",
-        "algorithm.partition.name": "my_partition",
-        "trainer.averaging.name": "ours",
-    }
+    """Tables and messages use the name; it is part of the run id."""
+    nodes = ("algorithm", "dataset", "model", "algorithm.rule", "algorithm.partition", "trainer.averaging")
+    names = {f"{node}.name": f"my_{node.split('.')[-1]}" for node in nodes}
     run = observe("algorithm=pcgrad", "trainer/averaging=ema", **names)
-    config = json.loads((run.folder / "config.json").read_text())
-    for key, name in names.items():
-        node = config
-        for word in key.split("."):
-            node = node[word]
-        assert node == name
+    config = OmegaConf.create(json.loads((run.folder / "config.json").read_text()))
+    assert {key: OmegaConf.select(config, key) for key in names} == names
     assert "my_algorithm on my_dataset (my_model, cpu), target d, trial 0" in run.log
 
 
 @shows(*RANGES)
-@pytest.mark.parametrize("key", RANGES)
-def test_the_ranges_of_an_algorithm_are_drawn_by_a_search(key):
-    choice = every_key()[key]
-    ranges = OmegaConf.to_container(compose_tiny(choice).algorithm.ranges)
-    config = prepare(compose_tiny(choice, "search=domainbed", "search.hparams_seed=1")).config
-    drawn = draw(config["search"]["ranges"], 1, 0)
-    assert ranges.keys() <= config["search"]["ranges"].keys()
-    for own in ranges.values():
-        assert own["key"] in drawn
-        assert OmegaConf.select(OmegaConf.create(config), own["key"]) == drawn[own["key"]]
+def test_the_ranges_of_an_algorithm_are_drawn_by_a_search():
+    """Also those of gradient surgery on an algorithm's losses, at the place where the surgery stands."""
+    for key in RANGES:
+        choice, place = every_key()[key], key.partition(".ranges")[0]
+        overrides = (*NEEDED.get(choice, ()), choice)
+        ranges = OmegaConf.to_container(OmegaConf.select(compose_tiny(*overrides), f"{place}.ranges"))
+        config = prepare(compose_tiny(*overrides, "search=domainbed", "search.hparams_seed=1")).config
+        drawn = draw(config["search"]["ranges"], 1, 0)
+        assert ranges, key
+        assert ranges.keys() <= config["search"]["ranges"].keys(), key
+        for spec in ranges.values():
+            target = spec["key"].replace("algorithm", place, 1)
+            assert OmegaConf.select(OmegaConf.create(config), target) == drawn[target], key
 
 
 @shows("search.hparams_seed", "search.ranges", "search.name")
@@ -554,11 +503,28 @@ def test_root_is_the_folder_that_is_read(tmp_path):
     assert here.plan.run_id != there.plan.run_id
 
 
+@shows("dataset.classes (ImageFolders)")
+def test_classes_union_lets_a_domain_lack_a_class_that_others_have(tmp_path):
+    """The labels of the remaining images, and the number of classes, are those of the complete data set."""
+    root = photos(tmp_path / "photos", domains="abcd", classes="xyz", size=12)
+    for domain, label in (("a", "x"), ("d", "z")):
+        shutil.rmtree(root / domain / label)
+    with pytest.raises(UserError, match=r"a lacks x; d lacks z\. .* dataset\.classes=union"):
+        observe(**{"dataset.root": str(root)})
+    run = observe(**{"dataset.root": str(root), "dataset.classes": "union"})
+    assert run.algorithm.model.classes == 3
+    drawn = [{int(label) for step in run.batches for label in step[number].labels} for number in range(3)]
+    assert drawn[0] == {1, 2}
+    assert 0 in drawn[1] | drawn[2]
+    assert run.lines()[-1]["accuracy"]["d"].keys() == {"in", "out"}
+    assert run.plan.run_id != prepare(compose_tiny(**{"dataset.root": str(root)})).run_id
+
+
 @shows("dataset.cache (ImageFolders)")
 def test_cache_is_where_decoded_images_are_kept_and_changes_no_result(tmp_path):
     kept = observe("trainer.transform=batched", **{"dataset.cache": str(tmp_path / "kept")})
     off = observe("trainer.transform=batched", **{"dataset.cache": "off"})
-    assert len(list((tmp_path / "kept").glob("*/pixels.bin"))) == 4  # a domain each
+    assert len(list((tmp_path / "kept").glob("*/pixels.bin"))) == 4  # one per domain
     assert first_difference(kept, off) is None
     assert kept.plan.run_id == off.plan.run_id
 
@@ -566,41 +532,36 @@ def test_cache_is_where_decoded_images_are_kept_and_changes_no_result(tmp_path):
 TINY_BACKBONE = {"_target_": "tiny_backbone.tiny", "_partial_": True}
 
 
-@shows("model.freeze_bn (Classifier)")
-@pytest.mark.parametrize("frozen", [False, True])
-def test_freeze_bn_keeps_the_statistics_while_the_affine_part_trains(frozen, tmp_path):
-    torch.save(tiny(None)[0].state_dict(), tmp_path / "weights.pt")  # random statistics may not be frozen
-    weights = {"model.weights": str(tmp_path / "weights.pt")}
-    run = observe(**{"model.backbone": TINY_BACKBONE, "model.freeze_bn": frozen, **weights})
-    before, after = run.weights[0], run.weights[-1]
-    assert torch.equal(before["model.featurizer.1.running_mean"], after["model.featurizer.1.running_mean"]) == frozen
-    assert not torch.equal(before["model.featurizer.1.weight"], after["model.featurizer.1.weight"])
-
-
-@shows("model.weights (Classifier)")
-def test_weights_are_those_that_training_begins_with(tmp_path):
-    net, _ = tiny(None)
-    torch.save(net.state_dict(), tmp_path / "weights.pt")
-    run = observe(**{"model.backbone": TINY_BACKBONE, "model.weights": str(tmp_path / "weights.pt")})
-    for name, tensor in net.state_dict().items():
-        assert torch.equal(run.weights[0][f"model.featurizer.{name}"], tensor)
+@shows("model.freeze_bn (Classifier)", "model.weights (Classifier)")
+def test_training_begins_with_weights_and_freeze_bn_keeps_their_statistics_while_the_affine_part_trains(tmp_path):
+    state = tiny(None)[0].state_dict()
+    torch.save(state, tmp_path / "weights.pt")
+    weights = {"model.backbone": TINY_BACKBONE, "model.weights": str(tmp_path / "weights.pt")}
+    for frozen in (False, True):
+        run = observe(**weights, **{"model.freeze_bn": frozen})
+        before, after = run.weights[0], run.weights[-1]
+        assert all(torch.equal(before[f"model.featurizer.{name}"], tensor) for name, tensor in state.items())
+        mean = "model.featurizer.1.running_mean"
+        assert torch.equal(before[mean], after[mean]) == frozen
+        assert not torch.equal(before["model.featurizer.1.weight"], after["model.featurizer.1.weight"])
 
 
 @shows("model.backbone.channels (convnet)")
-@pytest.mark.parametrize("channels", [1, 2, 3])
-def test_channels_are_those_of_the_first_convolution(channels):
-    """Digits, which a model may look at in more colours than they have."""
-    per_channel = {"model.mean": [0.0] * channels, "model.std": [1.0] * channels}
-    run = observe(*DIGITS, "dataset=rotated_digits", **{"model.backbone.channels": channels, **per_channel})
-    assert run.weights[0]["model.featurizer.0.weight"].shape[1] == channels
-    assert {batch.images.shape[1] for step in run.batches for batch in step} == {channels}
+def test_channels_are_those_of_the_first_convolution():
+    """With grey digits, because a model may have more channels than the images need."""
+    for channels in (1, 2, 3):
+        settings = {"channels": channels, "mean": [0.0] * channels, "std": [1.0] * channels}
+        paths = {"channels": "model.backbone.channels", "mean": "model.mean", "std": "model.std"}
+        run = observe(*DIGITS, "dataset=rotated_digits", **{paths[key]: value for key, value in settings.items()})
+        assert run.weights[0]["model.featurizer.0.weight"].shape[1] == channels
+        assert {batch.images.shape[1] for step in run.batches for batch in step} == {channels}
 
 
 @shows("model.backbone.inputs (mlp)")
-@pytest.mark.parametrize("size", [8, 10])
-def test_inputs_are_those_of_the_hidden_layer(size):
-    run = observe("model=mlp", **{"model.image_size": size, "model.backbone.inputs": 3 * size * size})
-    assert run.weights[0]["model.featurizer.1.weight"].shape == (128, 3 * size * size)
+def test_inputs_are_those_of_the_hidden_layer():
+    for size in (8, 10):
+        run = observe("model=mlp", **{"model.image_size": size, "model.backbone.inputs": 3 * size * size})
+        assert run.weights[0]["model.featurizer.1.weight"].shape == (128, 3 * size * size)
 
 
 IMPLEMENTATIONS = ("_single_tensor_{}", "_multi_tensor_{}", "_fused_{}")
@@ -609,11 +570,11 @@ IMPLEMENTATIONS = ("_single_tensor_{}", "_multi_tensor_{}", "_fused_{}")
 @shows(*(f"optimizer.{key} ({kind})" for kind in ("Adam", "AdamW", "SGD") for key in ("foreach", "fused")))
 @pytest.mark.parametrize("kind", ["adam", "adamw", "sgd"])
 def test_foreach_and_fused_choose_torchs_implementation_of_the_update(monkeypatch, kind):
-    algorithm = "sgd" if kind == "sgd" else "adam"
-    module = importlib.import_module(f"torch.optim.{algorithm}")
-    spies = {name: mock.Mock(side_effect=getattr(module, name.format(algorithm))) for name in IMPLEMENTATIONS}
+    family = "sgd" if kind == "sgd" else "adam"
+    module = importlib.import_module(f"torch.optim.{family}")
+    spies = {name: mock.Mock(side_effect=getattr(module, name.format(family))) for name in IMPLEMENTATIONS}
     for name, spy in spies.items():
-        monkeypatch.setattr(module, name.format(algorithm), spy)
+        monkeypatch.setattr(module, name.format(family), spy)
     settings = [("foreach", False), ("foreach", True), ("fused", True)]
     for (key, value), expected in zip(settings, IMPLEMENTATIONS, strict=True):
         experiment.try_optimizer.cache_clear()
@@ -627,56 +588,38 @@ def test_foreach_and_fused_choose_torchs_implementation_of_the_update(monkeypatc
     *(f"optimizer.differentiable ({kind})" for kind in ("Adam", "AdamW", "SGD")),
     *(f"optimizer.capturable ({kind})" for kind in ("Adam", "AdamW")),
 )
-@pytest.mark.parametrize(
-    ("optimizer", "key"), [("adam", "capturable"), ("adamw", "capturable"), ("sgd", "differentiable")]
-)
-def test_a_setting_of_the_optimizer_that_no_run_can_use_is_refused(optimizer, key):
-    with pytest.raises(UserError, match=rf"optimizer\.{key}=true is of no use here"):
-        prepare(compose_tiny(f"optimizer={optimizer}", **{f"optimizer.{key}": True}))
+def test_what_no_run_can_use_is_refused_in_the_optimizer():
+    for optimizer, key in [("adam", "capturable"), ("adamw", "capturable"), ("sgd", "differentiable")]:
+        message = refusal(prepare, compose_tiny(f"optimizer={optimizer}", **{f"optimizer.{key}": True}))
+        assert f"optimizer.{key}=true is of no use here" in message
+    message = refusal(prepare, compose_tiny(optimizer={"_target_": "torch.optim.LBFGS", "lr": 0.1}))
+    assert re.search(r"optimizer \(torch.optim.LBFGS\): .*closure", message)
 
 
-def test_an_optimizer_that_wants_a_closure_is_refused_before_data_loads():
-    node = {"_target_": "torch.optim.LBFGS", "lr": 0.1}
-    with pytest.raises(UserError, match=r"optimizer \(torch.optim.LBFGS\): .*closure"):
-        prepare(compose_tiny(optimizer=node))
-
-
-@pytest.mark.parametrize("key", [f"{group}.{key}" for group, supplied in SUPPLIED.items() for key in supplied])
-def test_what_the_program_passes_itself_cannot_be_set_without_effect(key):
+def test_what_the_program_passes_itself_cannot_be_set_without_effect():
     """`+model.precision=bf16` was accepted, changed the run's id, and trained in float32."""
-    value = {"model.classes": 3, "model.precision": "bf16", "dataset.data_dir": "/x", "optimizer.params": []}[key]
-    with pytest.raises(UserError, match=rf"{re.escape(key)} cannot be set: it is taken from "):
-        prepare(compose_tiny(**{key: value}))
+    values = {"model.classes": 3, "model.precision": "bf16", "dataset.data_dir": "/x", "optimizer.params": []}
+    assert values.keys() == {f"{group}.{key}" for group, supplied in SUPPLIED.items() for key in supplied}
+    for key, value in values.items():
+        assert f"{key} cannot be set: it is taken from " in refusal(prepare, compose_tiny(**{key: value}))
+    message = refusal(prepare, compose_tiny(**{"model.backbone.weights": "imagenet"}))
+    assert "model.backbone.weights cannot be set: it is passed by model. Leave it out" in message
 
 
-def test_what_the_model_passes_to_its_backbone_cannot_be_set_there():
-    with pytest.raises(
-        UserError, match=r"model\.backbone\.weights cannot be set: it is passed by model\. Leave it out"
-    ):
-        prepare(compose_tiny(**{"model.backbone.weights": "imagenet"}))
+@shows("algorithm.engine (GradSurgery)", "algorithm.surgery.engine (GradSurgery)")
+def test_the_engine_makes_one_forward_pass_per_domain_or_one_for_all():
+    for engine, sizes in [("micro_batch", [4, 4, 4]), ("joint", [12])]:
+        forwards = []
 
+        def watch(algorithm, forwards=forwards) -> None:
+            note = lambda module, inputs: forwards.append(len(inputs[0])) if module.training else None  # noqa: E731
+            algorithm.model.register_forward_pre_hook(note)
 
-@shows("algorithm.engine (GradSurgery)")
-@pytest.mark.parametrize(("engine", "sizes"), [("micro_batch", [4, 4, 4]), ("joint", [12])])
-def test_the_engine_makes_a_forward_of_each_domain_or_one_of_all(engine, sizes):
-    forwards = []
-
-    def watch(algorithm) -> None:
-        note = lambda module, inputs: forwards.append(len(inputs[0])) if module.training else None  # noqa: E731
-        algorithm.model.register_forward_pre_hook(note)
-
-    observe("algorithm=pcgrad", at_start=watch, **{"algorithm.engine": engine, "trainer.steps": 1})
-    assert forwards == sizes
-
-
-@shows("algorithm.surgery.engine (GradSurgery)")
-def test_surgery_of_losses_has_one_engine_and_another_is_refused():
-    with pytest.raises(UserError, match="engine: joint"):
-        prepare(
-            compose_tiny(
-                "algorithm=groupdro", "algorithm/surgery=pcgrad", **{"algorithm.surgery.engine": "micro_batch"}
-            )
-        )
+        observe("algorithm=pcgrad", at_start=watch, **{"algorithm.engine": engine, "trainer.steps": 1})
+        assert forwards == sizes
+    of_losses = ("algorithm=groupdro", "algorithm/surgery=pcgrad")
+    config = compose_tiny(*of_losses, **{"algorithm.surgery.engine": "micro_batch"})
+    assert "engine: joint" in refusal(prepare, config)
 
 
 def test_bf16_storage_is_that_of_the_kept_gradients(monkeypatch):
@@ -698,7 +641,7 @@ def test_grad_norm_is_that_of_all_gradients_together():
 
 
 def test_seconds_per_step_do_not_count_evaluations(monkeypatch):
-    """A clock that only forward passes move on: 1 second in training, 1000 for a batch that is evaluated."""
+    """The clock is simulated: a forward pass takes 1 second in training, and 1000 seconds in evaluation."""
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
 
@@ -723,14 +666,14 @@ def test_seconds_per_step_do_not_count_evaluations(monkeypatch):
 
 
 def launcher(tmp_path: Path, monkeypatch, *overrides: str) -> tuple[Task, str]:
-    """A launcher's config with these overrides -> the task, and what sbatch would be given for ten of them."""
-    (tmp_path / "srun").write_text("#!/bin/sh\n")  # submitit looks for it; nothing is submitted
+    """(the task of a launcher with these overrides, the batch script that sbatch would get for ten of them)."""
+    (tmp_path / "srun").write_text("#!/bin/sh\n")  # submitit checks that it exists; nothing is submitted
     (tmp_path / "srun").chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
     master = from_command_line(["hydra/launcher=slurm", *overrides])[2]
     parameters = OmegaConf.to_container(master.hydra.launcher)
     task = Task("slurm", {key: value for key, value in parameters.items() if key != "_target_"})
-    return task, script(task.executor(tmp_path / "jobs", tmp_path / "start.py"), 10)
+    return task, script(task.executor(tmp_path / "jobs", tmp_path / "bootstrap.py"), 10)
 
 
 # key -> override, and the line that it makes in the script
@@ -748,18 +691,19 @@ IN_SCRIPT = {
 
 
 @shows(*(f"hydra.launcher.{key}" for key in IN_SCRIPT))
-@pytest.mark.parametrize("key", IN_SCRIPT)
-def test_a_launchers_key_is_in_what_sbatch_is_given(tmp_path, monkeypatch, key):
-    override, expected = IN_SCRIPT[key]
-    assert expected not in launcher(tmp_path, monkeypatch)[1]
-    assert expected in launcher(tmp_path, monkeypatch, override)[1]
+def test_a_key_of_a_launcher_is_in_the_batch_script(tmp_path, monkeypatch):
+    _, defaults = launcher(tmp_path, monkeypatch)
+    _, changed = launcher(tmp_path, monkeypatch, *(override for override, _ in IN_SCRIPT.values()))
+    for key, (_, line) in IN_SCRIPT.items():
+        assert line not in defaults, key
+        assert line in changed, key
 
 
 @shows("hydra.launcher.runs_per_task", "hydra.launcher.side_by_side", "hydra.launcher.max_num_timeout")
-def test_a_launchers_key_says_how_runs_are_packed_and_how_often_a_task_comes_back(tmp_path, monkeypatch):
+def test_keys_of_a_launcher_set_how_runs_are_packed_and_how_often_a_task_is_requeued(tmp_path, monkeypatch):
     given = {"runs_per_task": 2, "side_by_side": 2, "max_num_timeout": 33}
     task, _ = launcher(tmp_path, monkeypatch, *(f"hydra.launcher.{key}={value}" for key, value in given.items()))
-    assert [len(pack) for pack in packed([None] * 5, task.parameters)] == [2, 2, 1]
-    sweep = SimpleNamespace(read=lambda: {"environment": {}, "overrides": []})
-    assert _options(sweep, task, afresh=False)["side_by_side"] == 2
-    assert task.executor(tmp_path, tmp_path / "start.py")._executor.max_num_timeout == 33
+    assert [len(pack) for pack in pack_runs([None] * 5, task.parameters)] == [2, 2, 1]
+    sweep = SimpleNamespace(read=lambda: {"environment": {}, "overrides": [], "directory": "/"})
+    assert _pack_options(sweep, task, from_scratch=False)["side_by_side"] == 2
+    assert task.executor(tmp_path, tmp_path / "bootstrap.py")._executor.max_num_timeout == 33

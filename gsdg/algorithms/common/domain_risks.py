@@ -1,4 +1,4 @@
-"""The domains' risks: the mean cross-entropy of each."""
+"""The domain risks: the mean cross-entropy of each domain's minibatch."""
 
 from __future__ import annotations
 
@@ -8,16 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gsdg.batch import Batch, Joint, join
+from gsdg.types import Batch, Joint, join
 
 
-def risks(logits: Tensor, joint: Joint) -> list[Tensor]:
-    """logits [N, classes] of the joint images -> one 0-dim risk a domain, in order."""
+def risks_from_logits(logits: Tensor, joint: Joint) -> list[Tensor]:
+    """The risk of each domain, 0-dim, in domain order, from the logits [N, classes] of the joint images."""
     pairs = zip(joint.split(logits), joint.split(joint.labels), strict=True)
-    return [F.cross_entropy(own, labels) for own, labels in pairs]
+    return [F.cross_entropy(domain_logits, labels) for domain_logits, labels in pairs]
 
 
 def domain_risks(model: nn.Module, batches: Sequence[Batch]) -> Tensor:
-    """[D], with a graph, by one forward of all: every domain counts once, however many images it has."""
+    """The risks [D] of all domains, with a graph, from one joint forward pass.
+
+    Their mean gives each domain the same weight, however many images it has.
+    """
     joint = join(batches)
-    return torch.stack(risks(model(joint.images), joint))
+    return torch.stack(risks_from_logits(model(joint.images), joint))

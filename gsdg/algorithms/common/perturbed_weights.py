@@ -1,11 +1,8 @@
-"""Gradients at other weights: the model's own are moved in place, used, and put back as they were.
-
-They are put back from a copy: to subtract what was added would leave its rounding errors in the weights.
-"""
+"""Gradients at perturbed weights: the model's weights are changed in place, used, and restored."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,12 +11,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 @contextmanager
-def elsewhere(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, `weights`, some of the model's, may be moved in place; at the end they are as before, bit for bit.
+def restored_afterwards(model: nn.Module, weights: Sequence[Tensor]) -> Generator[None]:
+    """Inside the context `weights` may be changed in place; afterwards they have their old values, bit for bit.
 
-    BatchNorm normalises as ever, but keeps its running statistics: they are of the weights that are evaluated.
+    The values are restored from a copy, because subtracting what was added would leave rounding errors.
+    BatchNorm layers do not update their running statistics inside, which should belong to the unperturbed weights.
+
+    Args:
+        model: the model whose forward passes run inside the context.
+        weights: some or all parameters of the model.
     """
-    kept = [weight.detach().clone() for weight in weights]
+    saved = [weight.detach().clone() for weight in weights]
     layers = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     for layer in layers:
         layer.track_running_stats = False
@@ -29,10 +31,10 @@ def elsewhere(model: nn.Module, weights: Sequence[Tensor]) -> Iterator[None]:
         for layer in layers:
             layer.track_running_stats = True
         with torch.no_grad():
-            torch._foreach_copy_(weights, kept)
+            torch._foreach_copy_(list(weights), saved)
 
 
-def with_gradient(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """The model's parameters that have a gradient, and these gradients."""
-    weights = [p for p in model.parameters() if p.grad is not None]
-    return weights, [p.grad for p in weights]
+def parameters_with_gradient(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """The model's parameters whose `.grad` is not None, and these gradients."""
+    pairs: list[tuple[Tensor, Tensor]] = [(p, p.grad) for p in model.parameters() if p.grad is not None]
+    return [p for p, _ in pairs], [gradient for _, gradient in pairs]

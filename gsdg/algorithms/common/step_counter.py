@@ -1,4 +1,4 @@
-"""A count of the steps that were made, for what depends on it: a penalty that waits, players that take turns."""
+"""A counter of training steps, for behaviour that depends on the step: an annealed penalty, alternating updates."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ from torch import nn
 from torch.optim import Optimizer
 
 
-class Steps(nn.Module):
-    """Counted on the host, where nothing has to wait for the number, and saved with the weights."""
+class StepCounter(nn.Module):
+    """Makes optimizer steps and counts them.
+
+    The count `done` is a Python int, so that reading it never synchronizes with the device. It is saved in the
+    checkpoint as the extra state of this module.
+    """
 
     def __init__(self) -> None:
         super().__init__()

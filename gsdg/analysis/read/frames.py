@@ -1,7 +1,7 @@
-"""Run folders -> tidy frames: ours, DomainBed's and those in the SWAD fork's dialect, in one table.
+"""Run folders -> pandas frames, of GSDG's, DomainBed's and the SWAD fork's runs together.
 
-Nothing on disk is fatal here but a folder that is not there: half-written, foreign and broken files are left out and
-reported in `Runs.problems`, because a table is wanted most while a sweep is running or after one has gone wrong.
+The only fatal error is a folder that does not exist. Half-written, foreign and damaged files are left out and reported
+in `Runs.problems`, because a table is needed most while a sweep is running, or after it has failed.
 """
 
 from __future__ import annotations
@@ -12,57 +12,67 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from analysis.filters import filtered
-from analysis.labels import as_draws, label
-from analysis.ours import read_run
-from analysis.peers import mark_draws, number_seeds, read_results
-from analysis.run import Evaluations, NotARun, Run, printable, read_json_lines
-from gsdg.errors import UserError
+from gsdg.analysis.read.domainbed_runs import mark_draws, number_seeds, read_results
+from gsdg.analysis.read.filters import filter_runs
+from gsdg.analysis.read.gsdg_runs import read_run
+from gsdg.analysis.read.labels import as_draws, label
+from gsdg.analysis.read.run import Evaluations, NotARun, Reader, Run, printable, read_json_lines
+from gsdg.utils.errors import UserError, listing
+from gsdg.utils.progress import tracked
 
 RUN = [
     "run_id", "source", "dataset", "algorithm", "model", "target", "n_targets", "trial_seed", "seed", "hparams_seed",
 ]  # fmt: skip
 STATUS = [*RUN, "state", "step", "steps", "reason", "domains", "targets", "drawn", "folder"]
 RECORDS = [*RUN, "step", "domain", "is_target", "part", "accuracy"]
-DEPTH = 3  # folders below the one that is given: train_output/PACS/<run> of the SWAD fork needs two
-MARKS = {"config.json": "ours", "results.jsonl": "peers"}
+MAX_DEPTH = 3  # levels searched below a given folder; the SWAD fork's train_output/PACS/<run> needs two
+READERS: dict[str, Reader] = {"config.json": read_run, "results.jsonl": read_results}  # by the file that marks a folder
 
 
 @dataclass(frozen=True)
 class Runs:
-    """What is on disk.
+    """All runs that were read.
 
-    `status`: a row a run (columns STATUS). source is gsdg, domainbed or swad. state is running, done, failed, stopped
-    (by a signal: it saved itself), dead (running, but without a heartbeat), unfinished (a peer's, without its mark) or
-    unknown; reason is "" where none is noted; domains is the tuple of the dataset's domains in order, () where its
-    config does not name them; drawn is what a hyper-parameter search has drawn, as text.
-    `records`: a row per run, step, domain and part (columns RECORDS); accuracy is a fraction.
-    `problems`: (folder, what was left out and why).
-    `configs`: run_id -> {dotted key: value as JSON}; `methods`: that part of it which the runs of one method share.
-    `options`: the arguments of `read_runs` that were given beside the folders.
-    A run with several targets has them joined by "+" in `target`; names may hold a "+": ask `targets`.
+    Args:
+        records: one row per run, step, domain and part (columns RECORDS); `part` is in, out or uda, `accuracy` is in
+            [0, 1]. Columns of text are categorical and integers are int32 if they fit: 38 bytes per row, not 170.
+        status: one row per run (columns STATUS).
+            source: gsdg, domainbed or swad.
+            algorithm: the label of the run's method, see `labels.Method`.
+            target: the target domain; of several, their names joined by "+". Names may contain a "+": `targets` is the
+                tuple of names.
+            state: running, done, failed, stopped (by a signal, after saving a checkpoint), dead (running, but without
+                a recent heartbeat), unfinished (DomainBed or SWAD, no mark of its end) or unknown.
+            reason: why it is in this state; "" if no reason was recorded.
+            domains: the dataset's domains in order; () if the config does not name them.
+            drawn: the values that a hyper-parameter search has drawn, as text.
+        problems: (folder or run id, message) for everything that was left out or could not be read.
+        configs: {run_id: {dotted key: value as JSON}}.
+        method_settings: {run_id: the part of its config that all runs of its method share}.
+        options: the arguments `draws`, `where` and `exclude` of `read_runs`, if given.
     """
 
     records: pd.DataFrame
     status: pd.DataFrame
     problems: tuple[tuple[str, str], ...]
     configs: dict[str, dict[str, str]] = field(default_factory=dict, repr=False)
-    methods: dict[str, dict[str, str]] = field(default_factory=dict, repr=False)
+    method_settings: dict[str, dict[str, str]] = field(default_factory=dict, repr=False)
     options: dict[str, list[str]] = field(default_factory=dict)
 
     def finished(self, *, unfinished: bool = False) -> pd.DataFrame:
-        """The records of the runs that are done: what selection looks at. `unfinished`: of the others too."""
+        """The records of the runs that are done, the input of model selection. `unfinished`: of all runs."""
         done = self.status.loc[self.status["state"] == "done", "run_id"]
         return self.records if unfinished else self.records[self.records["run_id"].isin(done)]
 
     def settings(self, **keys: str) -> pd.DataFrame:
-        """A row a run: run_id and, for each name=dotted_key, the value in its config (None where it has none)."""
-        found = {name: [_value(config.get(key)) for config in self.configs.values()] for name, key in keys.items()}
-        return pd.DataFrame({"run_id": list(self.configs), **found})
+        """Values of the configs, one row per run: run_id, and for each `name=dotted_key` a column (None if unset)."""
+        columns = {name: [_parse(config.get(key)) for config in self.configs.values()] for name, key in keys.items()}
+        return pd.DataFrame({"run_id": list(self.configs), **columns})
 
 
 def read_runs(
@@ -72,243 +82,291 @@ def read_runs(
     where: Sequence[str] = (),
     exclude: Sequence[str] = (),
 ) -> Runs:
-    """Read every run in and below `folders` (one or several), or only `run_ids`. UserError if one is not there.
+    """Read all runs in and below one or several folders.
 
-    draws: config keys in whose values the runs of a method may differ, as hyper-parameter draws to select from.
-    where, exclude: conditions `key=value` on the runs' configs, see `filters.filtered`. The methods' labels are made
-    from the runs that are left.
+    Args:
+        folders: folders of runs, or run folders.
+        run_ids: read only these.
+        draws: config keys. Runs that differ only in their values are hyper-parameter draws of one method.
+        where: conditions `key=value` that the runs' configs must meet, see `filters.filter_runs`.
+        exclude: conditions `key=value` that the runs' configs must not meet.
+
+    Labels distinguish the methods of the runs that are kept.
+
+    Raises:
+        UserError: none of the folders exists, or a key or condition matches nothing.
     """
     roots = [Path(folder) for folder in ([folders] if isinstance(folders, str | Path) else folders)]
     problems: list[tuple[str, str]] = []
-    places = Places()
-    runs = list(_every_run(roots, None if run_ids is None else set(run_ids), places, problems))
+    encoder = EvaluationEncoder()
+    runs = list(_read_all(roots, None if run_ids is None else set(run_ids), encoder, problems))
+
+    # Methods and their draws. DomainBed's draws are marked before runs are filtered, because a search is recognized by
+    # its other draws; labels are made afterwards, because they distinguish only the methods that are left.
     mark_draws(runs)
-    runs = filtered(runs, where, exclude, problems)
+    runs = filter_runs(runs, where, exclude, problems)
     if draws and runs:
         as_draws(runs, draws)
     label(runs)
     number_seeds(runs)
-    runs = _named(_without_copies(runs, places, problems), problems)
-    problems += [(run.facts["run_id"], what) for run in runs for what in run.problems]
-    status = pd.DataFrame([run.facts for run in runs], columns=STATUS)
-    configs = {run.facts["run_id"]: run.config for run in runs}
-    methods = {run.facts["run_id"]: run.method for run in runs}
-    given = {"draws": list(draws), "where": list(where), "exclude": list(exclude)}
-    options = {name: values for name, values in given.items() if values}
-    return Runs(_records(status, runs, places), status, tuple(problems), configs, methods, options)
+
+    runs = _make_ids_unique(_drop_copies(runs, encoder, problems), problems)
+    problems += [(run.metadata["run_id"], message) for run in runs for message in run.problems]
+    status = pd.DataFrame([run.metadata for run in runs], columns=STATUS)
+    configs = {run.metadata["run_id"]: run.config for run in runs}
+    method_settings = {run.metadata["run_id"]: run.settings for run in runs}
+    arguments = {"draws": list(draws), "where": list(where), "exclude": list(exclude)}
+    options = {name: values for name, values in arguments.items() if values}
+    return Runs(_records_frame(status, runs, encoder), status, tuple(problems), configs, method_settings, options)
 
 
 def read_config(folder: str | Path) -> dict[str, str]:
-    """The config of a run's folder, flat, {dotted key: value as JSON}. UserError if it is no run's."""
+    """The config of one run folder, {dotted key: value as JSON}. UserError if the folder is not a run."""
     path = Path(folder)
-    kind = _kind(path)
+    reader = _reader_of(path)
     try:
-        if not kind:
-            raise NotARun("neither config.json nor results.jsonl in it")
-        return _read(path, kind)[-1].config
+        if not reader:
+            raise NotARun(f"neither {' nor '.join(READERS)} in it")
+        return _read_folder(path, reader)[-1].config
     except NotARun as reason:
         raise UserError(f"{folder} is not a run: {reason}.\nGive a run's folder, for example: runs/<run_id>") from None
 
 
 def read_diagnostics(folder: str | Path, levels: Sequence[str] | None = None) -> pd.DataFrame:
-    """diagnostics.jsonl of one run: a row per step, granularity (`level`) and module, a column per statistic.
+    """The diagnostics.jsonl of one run: one row per step, granularity (`level`) and module, one column per statistic.
 
-    `frame[frame.level == "chunk"].pivot(index="module", columns="step", values="conflict_rate")` is a heat map. Empty
-    where the run wrote none (algorithm.diagnostics=false); a line that cannot be read is left out.
+    A heat map: `frame[frame.level == "chunk"].pivot(index="module", columns="step", values="conflict_rate")`. The frame
+    is empty if the run wrote no diagnostics (algorithm.diagnostics=false). Lines that cannot be read are left out.
+
+    Args:
+        levels: read only these granularities, for example ["chunk"].
     """
     rows: list[dict] = []
 
-    def take(line: dict) -> None:
+    def handle(line: dict) -> None:
         for level, modules in line["levels"].items():
             for module, values in modules.items() if levels is None or level in levels else []:
-                named = dict(zip(line["statistics"], values, strict=True))
-                rows.append({"step": line["step"], "level": level, "module": module, **named})
+                statistics = dict(zip(line["statistics"], values, strict=True))
+                rows.append({"step": line["step"], "level": level, "module": module, **statistics})
 
-    read_json_lines(Path(folder) / "diagnostics.jsonl", take)
+    read_json_lines(Path(folder) / "diagnostics.jsonl", handle)
     return pd.DataFrame(rows, columns=None if rows else ["step", "level", "module"])
 
 
 def diagnostics(runs: Runs, levels: Sequence[str] = ("chunk",)) -> pd.DataFrame:
-    """`read_diagnostics` of all runs, with the columns RUN and steps before them."""
-    found = []
+    """`read_diagnostics` of all runs in one frame, after the columns RUN and steps."""
+    frames = []
     for row in runs.status[runs.status["source"] == "gsdg"].to_dict("records"):
         if Path(row["folder"]).name != Path(row["run_id"]).name:
-            continue  # averaged weights: their gradients are the run's
+            continue  # the row of averaged weights: gradients are those of the run itself
         frame = read_diagnostics(row["folder"], levels)
         if len(frame):
-            found.append(frame.assign(**{key: row[key] for key in [*RUN, "steps"]}))
+            frames.append(frame.assign(**{key: row[key] for key in [*RUN, "steps"]}))
     order = [*RUN, "steps", "step", "level", "module"]
-    both = pd.concat(found, ignore_index=True) if found else pd.DataFrame(columns=order)
-    return both[[*order, *(column for column in both.columns if column not in order)]]
+    joined = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=order)
+    return joined[[*order, *(column for column in joined.columns if column not in order)]]
 
 
-def _every_run(roots: Sequence[Path], run_ids: set[str] | None, places: Places, problems: list) -> Iterator[Run]:
-    """The runs in order of their folders; `problems` is told why folders are left out, and which ids are nowhere."""
-    for root in roots:
-        if not root.is_dir():
-            raise UserError(f"no folder of runs at {root}.\nGive the runs_dir of a training, for example: runs")
+# ---- finding and reading run folders --------------------------------------------------------------------------------
+
+
+def _read_all(
+    roots: Sequence[Path], run_ids: set[str] | None, encoder: EvaluationEncoder, problems: list
+) -> Iterator[Run]:
+    """All runs in the order of their folders. Folders that are left out and ids that do not exist go to `problems`."""
+    absent = [root for root in roots if not root.is_dir()]
+    if len(absent) == len(roots):
+        raise UserError(f"no folder of runs at {listing(absent)}.\nGive the runs_dir of a training, for example: runs")
+    problems += [(str(root), "no such folder or run: left out") for root in absent]
     missing = set(run_ids or ())
-    for folder, kind in (one for root in roots for one in _folders(root, run_ids, problems)):
+    folders = (pair for root in roots if root not in absent for pair in _run_folders(root, run_ids, problems))
+    for folder, reader in tracked(folders, "reading", None, "runs"):
         missing.discard(folder.name)
         try:
-            found = _read(folder, kind)
+            runs = _read_folder(folder, reader)
         except NotARun as reason:
             problems.append((folder.name, str(reason)))
             continue
-        for run in found:
-            run.columns, run.evaluations = places.columns(run.evaluations), {}
+        for run in runs:
+            run.columns, run.evaluations = encoder.encode(run.evaluations), {}
             yield run
     problems += [(name, "no such run") for name in sorted(missing)]
 
 
-def _folders(root: Path, run_ids: Iterable[str] | None, problems: list) -> Iterator[tuple[Path, str]]:
-    """The run folders and their kind; `problems` is told of those in which nothing is found."""
+def _run_folders(root: Path, run_ids: Iterable[str] | None, problems: list) -> Iterator[tuple[Path, Reader]]:
+    """(run folder, reader) of the runs in `root`, which may be a run itself. Folders without a run go to `problems`."""
     if run_ids is not None:
         for name in sorted(run_ids):
-            if kind := _kind(root / name):
-                yield root / name, kind
-    elif kind := _kind(root):
-        yield root, kind
+            if reader := _reader_of(root / name):
+                yield root / name, reader
+    elif reader := _reader_of(root):
+        yield root, reader
     else:
-        for folder in _below(root):
-            yield from _search(folder, DEPTH - 1, problems)
+        for folder in _subfolders(root):
+            yield from _search(folder, MAX_DEPTH - 1, problems)
 
 
-def _search(folder: Path, depth: int, problems: list) -> Iterator[tuple[Path, str]]:
-    if kind := _kind(folder):
-        yield folder, kind
+def _search(folder: Path, depth: int, problems: list) -> Iterator[tuple[Path, Reader]]:
+    """(run folder, reader) of `folder` itself or of the runs up to `depth` levels below it."""
+    if reader := _reader_of(folder):
+        yield folder, reader
         return
-    found = [run for inner in _below(folder) for run in _search(inner, depth - 1, [])] if depth else []
-    if not found:
-        problems.append((folder.name, "neither config.json nor results.jsonl: not a run"))
-    yield from found
+    inner = [run for subfolder in _subfolders(folder) for run in _search(subfolder, depth - 1, [])] if depth else []
+    if not inner:
+        problems.append((folder.name, f"neither {' nor '.join(READERS)}: not a run"))
+    yield from inner
 
 
-def _kind(folder: Path) -> str | None:
-    return next((kind for mark, kind in MARKS.items() if os.path.exists(folder / mark)), None)
+def _reader_of(folder: Path) -> Reader | None:
+    return next((reader for name, reader in READERS.items() if os.path.exists(folder / name)), None)
 
 
-def _below(folder: Path) -> list[Path]:
+def _subfolders(folder: Path) -> list[Path]:
     try:
         entries = os.listdir(folder)
-    except OSError:  # gone by now, or not ours to read
+    except OSError:  # removed in the meantime, or not readable
         return []
     return [folder / name for name in sorted(entries) if not name.startswith(".") and os.path.isdir(folder / name)]
 
 
-def _read(folder: Path, kind: str) -> list[Run]:
-    """The runs of one folder, the folder's name as their id; of several with the target, or the averaging, after it."""
-    runs = read_run(folder) if kind == "ours" else read_results(folder)
+def _read_folder(folder: Path, reader: Reader) -> list[Run]:
+    """The runs of one folder, with the folder in their metadata."""
+    runs = reader(folder)
     for run in runs:
-        if kind == "peers":
-            run.facts["run_id"] = folder.name if len(runs) == 1 else f"{folder.name}:{run.facts['target']}"
-        run.facts["folder"] = str(folder)
-        run.facts |= {key: printable(value) for key, value in run.facts.items() if isinstance(value, str)}
+        run.metadata["folder"] = str(folder)
+        run.metadata |= {key: printable(value) for key, value in run.metadata.items() if isinstance(value, str)}
     return runs
 
 
-def _without_copies(runs: list[Run], places: Places, problems: list[tuple[str, str]]) -> list[Run]:
-    """Without runs that repeat another (a folder copied by hand): twice, they would make a standard error too small.
+# ---- copies and ids -------------------------------------------------------------------------------------------------
 
-    One that repeats it with other results is named with both folders, once for all runs of the same two folders.
+
+def _drop_copies(runs: list[Run], encoder: EvaluationEncoder, problems: list[tuple[str, str]]) -> list[Run]:
+    """Leave out runs that repeat another one (a folder copied by hand): they would make standard errors too small.
+
+    If the results differ, the message names both folders and one example; the same two parent folders have one example.
     """
     groups = defaultdict(list)
     for run in runs:
-        groups[tuple(run.facts[column] for column in RUN[1:])].append(run)
+        groups[tuple(run.metadata[column] for column in RUN[1:])].append(run)
     copies = set()
     examples: dict[tuple[Path, Path], str] = {}
     for members in groups.values():
-        first, *others = sorted(members, key=_poorer) if len(members) > 1 else members
+        kept, *others = sorted(members, key=_preference) if len(members) > 1 else members
         for run in others:
             copies.add(id(run))
-            example = places.contradiction(first, run)
+            example = encoder.contradiction(kept, run)
             if example:
-                pair = Path(first.facts["folder"]).parent, Path(run.facts["folder"]).parent
-                example = examples.setdefault(pair, example)
-            problems.append((run.facts["run_id"], _repeats(run, first, example)))
+                parents = Path(kept.metadata["folder"]).parent, Path(run.metadata["folder"]).parent
+                example = examples.setdefault(parents, example)
+            problems.append((run.metadata["run_id"], _copy_message(run, kept, example)))
     return [run for run in runs if id(run) not in copies]
 
 
-def _poorer(run: Run) -> tuple[bool, bool]:
-    """Of copies the one that is done stays, then the one that has diagnostics."""
-    return run.facts["state"] != "done", not (Path(run.facts["folder"]) / "diagnostics.jsonl").exists()
+def _preference(run: Run) -> tuple[bool, bool]:
+    """Sorting key for copies: runs that are done first, then runs that have diagnostics."""
+    return run.metadata["state"] != "done", not (Path(run.metadata["folder"]) / "diagnostics.jsonl").exists()
 
 
-def _repeats(run: Run, first: Run, example: str) -> str:
-    """Why `run` is left out beside `first`. example: where their results differ."""
-    draw, values = run.facts["hparams_seed"], run.facts["drawn"]
-    if values != first.facts["drawn"]:
-        return f"draw {draw} with other values ({values}) than in {first.facts['run_id']}: left out"
-    same = run.facts.get("averaging") == first.facts.get("averaging")
-    equal = f"same {'config' if same else 'training'} as another run"
+def _copy_message(run: Run, kept: Run, example: str) -> str:
+    """Why `run` is left out and `kept` is not. `example`: where their results differ, or ""."""
+    draw, values = run.metadata["hparams_seed"], run.metadata["drawn"]
+    if values != kept.metadata["drawn"]:
+        return f"draw {draw} with other values ({values}) than in {kept.metadata['run_id']}: left out"
+    same_averaging = run.metadata.get("averaging") == kept.metadata.get("averaging")
+    equal = f"same {'config' if same_averaging else 'training'} as another run"
     return f"{equal}, but other results: {example}" if example else f"{equal}: counted once"
 
 
-def _named(runs: list[Run], problems: list[tuple[str, str]]) -> list[Run]:
-    """Runs of different configs that have the same id, in different folders, get the folder into their id."""
+def _make_ids_unique(runs: list[Run], problems: list[tuple[str, str]]) -> list[Run]:
+    """Put the parent folder into the ids of runs that have the same id but different configs."""
     groups = defaultdict(list)
     for run in runs:
-        groups[run.facts["run_id"]].append(run)
-    for name, members in groups.items():
-        for run in members if len(members) > 1 else []:
-            run.facts["run_id"] = f"{Path(run.facts['folder']).parent}/{name}"
+        groups[run.metadata["run_id"]].append(run)
+    for run_id, members in groups.items():
         if len(members) > 1:
-            problems.append((name, f"{len(members)} different configs have this id: read as runs of their own"))
+            for run in members:
+                run.metadata["run_id"] = f"{Path(run.metadata['folder']).parent}/{run_id}"
+            problems.append((run_id, f"{len(members)} different configs have this id: read as separate runs"))
     return runs
 
 
-class Places:
-    """Numbers the (domain, part)s seen, so that a run's evaluations are three columns of numbers and no longer dicts.
+# ---- the frame of records -------------------------------------------------------------------------------------------
 
-    A quarter of a million nested dicts, kept until the frame is made, would keep the garbage collector busy.
+
+class EvaluationEncoder:
+    """Turns evaluations into three arrays (steps, codes, accuracies); a code numbers a (domain, part) pair.
+
+    Kept as nested dicts until the frame is made, the evaluations of a large sweep would be a quarter of a million
+    objects, which slows down the garbage collector.
     """
 
     def __init__(self) -> None:
-        self.codes: dict[tuple[str, str], int] = {}
+        self.codes: dict[tuple[str, str], int] = {}  # {(domain, part): code}, in the order seen
 
-    def columns(self, evaluations: Evaluations) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(steps, codes, accuracies) in order of steps."""
-        steps, codes, values = [], [], []
+    def encode(self, evaluations: Evaluations) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(steps [n], codes [n], accuracies [n]), ordered by step."""
+        steps, codes, accuracies = [], [], []
         for step, accuracy in sorted(evaluations.items()):
             for domain, parts in accuracy.items():
                 for part, value in parts.items():
                     steps.append(step)
                     codes.append(self.codes.setdefault((domain, part), len(self.codes)))
-                    values.append(value)
-        return np.array(steps, dtype=int), np.array(codes, dtype=int), np.array(values, dtype=float)
+                    accuracies.append(value)
+        return _compact_integers(steps), _compact_integers(codes), np.array(accuracies, dtype=float)
 
-    def contradiction(self, first: Run, other: Run) -> str:
-        """The last accuracy that two runs have recorded differently, the target's `in` before others; "" if none.
+    def contradiction(self, kept: Run, other: Run) -> str:
+        """An accuracy that two runs have recorded differently, as text; "" if there is none.
 
+        The last such step is shown, and the target's `in` accuracy is preferred, because it is the reported one:
         `photo in at step 300 is 81.2 % in runs/1fd86c56df2d (counted), 80.9 % in old/1fd86c56df2d`
         """
         recorded, by_other = (
-            {(step, code): value for step, code, value in zip(*run.columns, strict=True)} for run in (first, other)
+            {(step, code): value for step, code, value in zip(*run.columns, strict=True)} for run in (kept, other)
         )
-        different = [place for place in recorded.keys() & by_other.keys() if recorded[place] != by_other[place]]
+        different = [key for key in recorded.keys() & by_other.keys() if recorded[key] != by_other[key]]
         if not different:
             return ""
-        reported = {self.codes.get((target, "in")) for target in first.facts["targets"]}
-        step, code = place = max(different, key=lambda place: (place[1] in reported, *place))
+        reported = {self.codes.get((target, "in")) for target in kept.metadata["targets"]}
+        step, code = shown = max(different, key=lambda key: (key[1] in reported, *key))
         what = f"{' '.join(list(self.codes)[code])} at step {step}"
-        counted = f"{100 * recorded[place]:.6g} % in {first.facts['folder']} (counted)"
-        return f"{what} is {counted}, {100 * by_other[place]:.6g} % in {other.facts['folder']}"
+        counted = f"{100 * recorded[shown]:.6g} % in {kept.metadata['folder']} (counted)"
+        return f"{what} is {counted}, {100 * by_other[shown]:.6g} % in {other.metadata['folder']}"
 
 
-def _records(status: pd.DataFrame, runs: Sequence[Run], places: Places) -> pd.DataFrame:
-    """One frame at the end: a frame a run would take most of the time."""
-    nothing = (np.array([], dtype=int), np.array([], dtype=int), np.array([], dtype=float))
-    every = [nothing, *(run.columns for run in runs)]
-    steps, codes, values = (np.concatenate(columns) for columns in zip(*every, strict=True))
-    rows = np.repeat(np.arange(len(runs)), [len(run.columns[0]) for run in runs])
-    is_target = np.array([[domain in run.facts["targets"] for domain, _ in places.codes] for run in runs], dtype=bool)
-    domains, parts = (pd.Series([place[i] for place in places.codes], dtype="str") for i in (0, 1))
-    records = status[RUN].iloc[rows].reset_index(drop=True)
-    records["step"], records["domain"] = steps, domains.take(codes).array
-    records["is_target"] = is_target[rows, codes] if len(codes) else np.array([], dtype=bool)
-    records["part"], records["accuracy"] = parts.take(codes).array, values
-    return records
+def _records_frame(status: pd.DataFrame, runs: Sequence[Run], encoder: EvaluationEncoder) -> pd.DataFrame:
+    """The frame of records (columns RECORDS), built in one step: a frame per run would take most of the time."""
+    empty = (np.array([], dtype=np.int32), np.array([], dtype=np.int32), np.array([], dtype=float))
+    per_run = [empty, *(run.columns for run in runs)]
+    steps, codes, accuracies = (np.concatenate(columns) for columns in zip(*per_run, strict=True))
+    rows = np.repeat(np.arange(len(runs)), [len(run.columns[0]) for run in runs])  # row of `status` of each record
+    is_target = [[domain in run.metadata["targets"] for domain, _ in encoder.codes] for run in runs]
+    domains, parts = ([pair[i] for pair in encoder.codes] for i in (0, 1))
+    columns = {name: _repeated(status[name].tolist(), rows) for name in RUN}
+    columns |= {"step": steps, "domain": _repeated(domains, codes)}
+    columns["is_target"] = np.array(is_target, dtype=bool)[rows, codes] if len(codes) else np.array([], dtype=bool)
+    columns |= {"part": _repeated(parts, codes), "accuracy": accuracies}
+    return pd.DataFrame(columns)
 
 
-def _value(text: str | None) -> object:
+def _repeated(values: list[Any], rows: np.ndarray) -> pd.Categorical | np.ndarray:
+    """The column `values[row]` for all `rows`: text as categories in alphabetical order, integers in few bytes."""
+    if values and not isinstance(values[0], str):
+        return _compact_integers(values)[rows]
+    names = sorted(set(values))
+    numbers = {name: number for number, name in enumerate(names)}
+    codes = np.array([numbers[value] for value in values], dtype=np.min_scalar_type(-max(1, len(names))))
+    return pd.Categorical.from_codes(codes[rows], categories=pd.Index(names, dtype="str"))
+
+
+def _compact_integers(values: Sequence[int]) -> np.ndarray:
+    """int32 if all values fit, else int64."""
+    integers = np.array(values, dtype=np.int64)
+    limits = np.iinfo(np.int32)
+    fits = not len(integers) or (integers.min() >= limits.min and integers.max() <= limits.max)
+    return integers.astype(np.int32) if fits else integers
+
+
+def _parse(text: str | None) -> object:
+    """A value of a flat config, which is JSON; None if the config does not have the key."""
     return None if text is None else json.loads(text)

@@ -1,4 +1,4 @@
-"""A run folder of GSDG -> a `Run`, or two where weights were averaged. The layout is described in gsdg/runs.py."""
+"""Reads a GSDG run folder: one `Run`, or two if weights were averaged. The folder's layout: gsdg/runs/folder.py."""
 
 from __future__ import annotations
 
@@ -6,84 +6,104 @@ import json
 import re
 import time
 from pathlib import Path
+from typing import Any
 
-from analysis.labels import SEARCHED
-from analysis.run import Evaluations, NotARun, Run, first_of, flat, is_fraction, read_json_lines, repeated, said_values
-from gsdg.identity import NOT_SCIENTIFIC, edited, hashed
-from gsdg.runs import STALE_AFTER, read_json
+from gsdg.analysis.read.labels import SEARCHED
+from gsdg.analysis.read.run import (
+    Evaluations,
+    NotARun,
+    Run,
+    describe_draw,
+    flatten,
+    is_fraction,
+    read_json_lines,
+    repeated_steps,
+    summarize_problems,
+)
+from gsdg.config.identity import NOT_SCIENTIFIC, edited_keys, hash_identity
+from gsdg.runs.folder import STALE_AFTER
+from gsdg.utils.json_files import read_json
 
-NO_METHOD = {*NOT_SCIENTIFIC, "split.target", "split.trial_seed", "seed", "search.hparams_seed"}
-AVERAGING = "trainer.averaging."  # what is set there does not change how the weights themselves are trained
+# Keys in which the runs of one method may differ.
+NOT_IN_METHOD = {*NOT_SCIENTIFIC, "split.target", "split.trial_seed", "seed", "search.hparams_seed"}
+AVERAGING = "trainer.averaging."  # keys that affect the averaged weights only, not the trained ones
 RUN_ID = re.compile(r"[0-9a-f]{12}")
 
 
 def read_run(folder: Path) -> list[Run]:
-    """The run and, with trainer/averaging, that of its averaged weights: `<id>:swad`, a method of its own, `erm+swad`.
+    """The run in `folder` and, if its weights were averaged, a second run for the averaged weights.
 
-    NotARun if its config.json is absent, unreadable or something else.
+    The second one has the run id `<id>:swad` and the algorithm `erm+swad` (if the averaging is called swad).
+
+    Raises:
+        NotARun: config.json is missing, unreadable, or not the config of a run.
     """
     config = _read_config(folder)
-    facts = _facts(config) | _status(folder / "status.json", config)
+    metadata = _metadata(config) | _status(folder / "status.json", config)
     evaluations, problems = read_records(folder / "records.jsonl")
-    problems += _other_than_its_name(folder, config)
-    whole = flat(config)
-    drawn = _drawn(config)
-    facts["drawn"] = said_values({name: json.loads(whole.get(key, "null")) for name, key in drawn.items()})
-    facts |= {"run_id": folder.name, "averaging": {key: whole[key] for key in whole if key.startswith(AVERAGING)}}
-    method = {key: value for key, value in whole.items() if key not in NO_METHOD}
-    method |= dict.fromkeys(drawn.values(), SEARCHED)
-    run = Run(facts, _plain(whole), _plain(method), evaluations, problems)
-    if f"{AVERAGING}name" not in whole:
+    problems += _identity_problems(folder, config)
+    flat = flatten(config)
+    searched = _searched_keys(config)
+    drawn = {name: json.loads(flat.get(key, "null")) for name, key in searched.items()}
+    averaging = {key: value for key, value in flat.items() if key.startswith(AVERAGING)}
+    metadata |= {"drawn": describe_draw(drawn), "run_id": folder.name, "averaging": averaging}
+    settings = {key: value for key, value in flat.items() if key not in NOT_IN_METHOD}
+    settings |= dict.fromkeys(searched.values(), SEARCHED)
+    run = Run(metadata, _without_averaging(flat), _without_averaging(settings), evaluations, problems)
+    if f"{AVERAGING}name" not in flat:
         return [run]
-    name = json.loads(whole[f"{AVERAGING}name"])
-    facts = facts | {"run_id": f"{folder.name}:{name}", "algorithm": f"{facts['algorithm']}+{name}"}
-    return [run, Run(facts, whole, method, *read_records(folder / "averaged.jsonl"))]
+    name = json.loads(flat[f"{AVERAGING}name"])
+    metadata = metadata | {"run_id": f"{folder.name}:{name}", "algorithm": f"{metadata['algorithm']}+{name}"}
+    return [run, Run(metadata, flat, settings, *read_records(folder / "averaged.jsonl"))]
 
 
-def _other_than_its_name(folder: Path, config: dict) -> list[str]:
-    """A problem where a run's config is not the one that its folder is named after."""
+def _identity_problems(folder: Path, config: dict) -> list[str]:
+    """A message if config.json or identity.json does not fit the run id, which is the folder's name."""
     identity = read_json(folder / "identity.json").get("config")
     if identity is None or not RUN_ID.fullmatch(folder.name):
         return []
-    if hashed(identity) != folder.name:
-        return ["its name is not its identity's hash: identity.json was edited, or is another version's"]
-    changed = edited(identity, config)
+    if hash_identity(identity) != folder.name:
+        return ["its run id is not the hash of its identity.json, which was edited or written by another version"]
+    changed = edited_keys(identity, config)
     return [f"its config.json was edited, it is not what was run: {', '.join(changed[:3])}"] if changed else []
 
 
-def _plain(flat: dict[str, str]) -> dict[str, str]:
-    """A config without what is about averaged weights."""
+def _without_averaging(flat: dict[str, str]) -> dict[str, str]:
     return {key: value for key, value in flat.items() if not key.startswith(AVERAGING)}
 
 
 def read_records(path: Path) -> tuple[Evaluations, list[str]]:
-    """What records.jsonl holds and what of it was left out; of several lines for one step the last counts."""
-    found: Evaluations = {}
-    wrong: list[str] = []
+    """(accuracies in a records.jsonl, messages about what was left out). The last record of each step counts."""
+    evaluations: Evaluations = {}
+    not_fractions: list[str] = []
     steps: list[int] = []
 
-    def take(record: dict) -> None:
+    def handle(record: dict) -> None:
         step = int(record["step"])
-        found[step] = _fractions(record["accuracy"], step, wrong)
+        evaluations[step] = _remove_not_fractions(record["accuracy"], step, not_fractions)
         steps.append(step)
 
-    problems = read_json_lines(path, take)
-    return found, [*problems, *first_of(wrong, "left out"), *repeated(len(steps) - len(set(steps)))]
+    problems = read_json_lines(path, handle)
+    problems += summarize_problems(not_fractions, "left out")
+    return evaluations, problems + repeated_steps(len(steps) - len(set(steps)))
 
 
 def read_environment(folder: str | Path) -> list[dict]:
-    """The starts that a run has noted in environment.jsonl; [] without it, as in the folders of DomainBed's runs."""
-    found: list[dict] = []
-    read_json_lines(Path(folder) / "environment.jsonl", lambda line: found.append(dict(line)))
-    return found
+    """The lines of environment.jsonl, one for each time the run was started or resumed; [] if there is no such file.
+
+    DomainBed's run folders have none.
+    """
+    starts: list[dict] = []
+    read_json_lines(Path(folder) / "environment.jsonl", lambda line: starts.append(dict(line)))
+    return starts
 
 
-def _fractions(accuracy: dict, step: int, wrong: list[str]) -> dict[str, dict[str, float]]:
-    """The accuracies that are fractions; `wrong` is told of the others."""
+def _remove_not_fractions(accuracy: dict, step: int, messages: list[str]) -> dict[str, dict[str, float]]:
+    """Remove accuracies that are not in [0, 1] from {domain: {part: accuracy}}, adding a message for each."""
     for domain, parts in list(accuracy.items()):
-        bad = [part for part, value in parts.items() if not is_fraction(value)]
-        for part in bad:
-            wrong.append(f"accuracy of {domain} {part} at step {step} is {parts.pop(part)}, not a fraction")
+        invalid = [part for part, value in parts.items() if not is_fraction(value)]
+        for part in invalid:
+            messages.append(f"accuracy of {domain} {part} at step {step} is {parts.pop(part)}, not a fraction")
     return accuracy
 
 
@@ -94,8 +114,8 @@ def _read_config(folder: Path) -> dict:
         raise NotARun(f"config.json cannot be read: {error}") from None
 
 
-def _facts(config: dict) -> dict:
-    """What the tables need to know of a run."""
+def _metadata(config: dict) -> dict:
+    """The columns of the status table that a config determines."""
     try:
         targets = config["split"]["target"]
         targets = (targets,) if isinstance(targets, str) else tuple(str(target) for target in targets)
@@ -117,22 +137,22 @@ def _facts(config: dict) -> dict:
         raise NotARun(f"config.json is not a run's config: {type(error).__name__} {error}") from None
 
 
-def _drawn(config: dict) -> dict[str, str]:
-    """{name: dotted key} of what a hyper-parameter search draws; {} without one."""
+def _searched_keys(config: dict) -> dict[str, str]:
+    """{name: dotted key} of the hyper-parameters that a search draws; {} without a search."""
     ranges = (config.get("search") or {}).get("ranges") or {}
     return {name: entry["key"] for name, entry in ranges.items() if isinstance(entry, dict) and "key" in entry}
 
 
 def _status(path: Path, config: dict) -> dict:
-    """state, step, steps and reason as they are on disk, but for a process that has stopped beating: dead."""
+    """state, step, steps and reason from status.json. A running process without recent heartbeat is "dead"."""
     steps = config["trainer"]["steps"]
     try:
-        status = json.loads(path.read_text(encoding="utf-8"))
-        silence = time.time() - status["heartbeat"]
-        found = {"state": str(status["state"]), "reason": str(status.get("reason") or "")}
-        found |= {"step": status.get("step") or 0, "steps": status.get("steps") or steps}
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+        silence = time.time() - recorded["heartbeat"]
+        status: dict[str, Any] = {"state": str(recorded["state"]), "reason": str(recorded.get("reason") or "")}
+        status |= {"step": recorded.get("step") or 0, "steps": recorded.get("steps") or steps}
     except (OSError, AttributeError, KeyError, TypeError, ValueError):
         return {"state": "unknown", "reason": "no readable status.json", "step": 0, "steps": steps}
-    if found["state"] == "running" and silence > STALE_AFTER:
-        found |= {"state": "dead", "reason": f"no heartbeat for {silence:.0f} s"}
-    return found
+    if status["state"] == "running" and silence > STALE_AFTER:
+        status |= {"state": "dead", "reason": f"no heartbeat for {silence:.0f} s"}
+    return status

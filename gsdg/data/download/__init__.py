@@ -1,7 +1,8 @@
-"""A data set, from its publisher or from files you have, to the folder that a run reads: whole, checked, or not at all.
+"""Prepare a dataset: from its publisher, or from files the user has, to the folder that a run reads.
 
-Find or download, unpack, build in a hidden folder beside the final place, compare with what is published, and only then
-rename it. What was given is never changed, nor a folder that is there already.
+Steps: find or download the files, unpack them, build the tree in a hidden folder next to the final one, compare it with
+the published numbers, and only then rename it. So the final folder is complete and checked, or does not exist. The
+user's files are never changed, nor is a final folder that already exists.
 """
 
 from __future__ import annotations
@@ -15,39 +16,51 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from gsdg.data.prepare.archives import is_archive, unpack
-from gsdg.data.prepare.disk import Damaged, Unusable, remove, workplace
-from gsdg.data.prepare.recipes import RECIPES, Images, Recipe
-from gsdg.data.prepare.sources import Source
-from gsdg.errors import UserError, listing
+from gsdg.data.download.archives import is_archive, unpack
+from gsdg.data.download.disk import Damaged, Unusable, build_folder, remove
+from gsdg.data.download.recipes import RECIPES, Images, Recipe
+from gsdg.data.download.sources import Source
+from gsdg.utils.errors import UserError, listing
 
-MOST_LINES = 10  # of differing counts, in a message
+MOST_LINES = 10  # differences listed in a message
 
 
 def prepare(config: DictConfig, *, given: Path | None, source: str | None, accept_counts: bool) -> str:
-    """Put the data set of `config` in place, from `given` or else from its sources in turn; a short report."""
+    """Prepare the dataset of `config` and return a short report.
+
+    Args:
+        config: with `dataset` and `data_dir`.
+        given: an archive or folder the user has; None: download.
+        source: name of the only source to download from; None: each source of the recipe, until one works.
+        accept_counts: accept numbers of images that differ from the published ones.
+
+    Raises:
+        UserError: the files cannot be downloaded, read or written, or differ from what is published.
+    """
     name = config.dataset.name
     recipe = _recipe(name)
-    sources = _chosen(name, recipe.sources, source)
+    sources = _selected_sources(name, recipe.sources, source)
     given = _existing(given)
     data_dir = Path(config.data_dir).expanduser().absolute()
     final = data_dir / Path(config.dataset.root).expanduser()
-    if _taken(final):
-        return _already(config, data_dir, final)
-    with workplace(final) as building:
-        if _taken(final):  # by another process, while this one came here
-            return _already(config, data_dir, final)
+    if _is_occupied(final):
+        return _already_exists_report(config, data_dir, final)
+    # Build in a hidden folder, check, rename. Another process may have done so before this one got the lock.
+    with build_folder(final) as building:
+        if _is_occupied(final):
+            return _already_exists_report(config, data_dir, final)
         tree = building / "tree"
         notes = _build(recipe, given, tree) if given else _download(name, recipe, sources, data_dir, tree)
-        said, faults = recipe.inspect(name, tree)
+        summary, faults = recipe.inspect(name, tree)
         if faults and not accept_counts:
-            raise UserError(_differs(name, faults))
+            raise UserError(_faults_message(name, faults))
         remove(building / "unpacked")
         os.replace(tree, final)
+    # The downloads are no longer needed, unless they are the files that the user has given.
     if not given or not given.is_relative_to(data_dir / ".downloads"):
-        _clear(data_dir / ".downloads", name)
-    lines = [f"{name}: {final}", said, *notes, *(f"accepted: {fault}" for fault in _first(faults))]
-    return "\n  ".join(lines) + _next(config, data_dir)
+        _remove_downloads(data_dir / ".downloads", name)
+    lines = [f"{name}: {final}", summary, *notes, *(f"accepted: {fault}" for fault in _first(faults))]
+    return "\n  ".join(lines) + _next_commands(config, data_dir)
 
 
 def _recipe(name: str) -> Recipe:
@@ -57,15 +70,16 @@ def _recipe(name: str) -> Recipe:
     raise UserError(f"{name}: nothing to prepare, {why}. Valid: {listing(RECIPES)}.")
 
 
-def _chosen(name: str, sources: Sequence[Source], wanted: str | None) -> Sequence[Source]:
+def _selected_sources(name: str, sources: Sequence[Source], wanted: str | None) -> Sequence[Source]:
     if wanted is None:
         return sources
-    if found := [one for one in sources if one.name == wanted]:
-        return found
-    raise UserError(f"{name}: --source {wanted} is unknown. Valid: {listing(one.name for one in sources)}.")
+    if selected := [source for source in sources if source.name == wanted]:
+        return selected
+    raise UserError(f"{name}: --source {wanted} is unknown. Valid: {listing(source.name for source in sources)}.")
 
 
 def _existing(given: Path | None) -> Path | None:
+    """The absolute path of --from. UserError: there is no such file."""
     if given is None:
         return None
     given = given.expanduser().absolute()
@@ -74,14 +88,20 @@ def _existing(given: Path | None) -> Path | None:
     return given
 
 
-def _taken(final: Path) -> bool:
-    """Anything but an empty folder."""
+def _is_occupied(final: Path) -> bool:
+    """Whether something exists at this path, other than an empty folder."""
     empty = final.is_dir() and not final.is_symlink() and not any(final.iterdir())
     return os.path.lexists(final) and not empty
 
 
 def _build(recipe: Recipe, material: Path, tree: Path) -> list[str]:
-    """Make `tree` from a folder that has the parts, or has archives of them, or from one archive."""
+    """Build `tree` and return lines for the report.
+
+    Args:
+        material: a folder with the unpacked files or with archives of them, one archive, or one Parquet file.
+        tree: the folder to build.
+    """
+    # First look for unpacked files.
     remove(tree)
     archives = [material]
     if material.is_dir() or material.suffix == ".parquet":
@@ -90,27 +110,30 @@ def _build(recipe: Recipe, material: Path, tree: Path) -> list[str]:
         except Unusable:
             if not (archives := _archives(recipe, material)):
                 raise
+    # Otherwise unpack the archives. Remove what an attempt with a damaged file may have left.
     unpacked = tree.with_name("unpacked")
     remove(unpacked)
-    remove(tree)  # of what a damaged shard left
+    remove(tree)
     for archive in archives:
         unpack(archive, unpacked)
     return recipe.build([unpacked, material], tree)
 
 
 def _archives(recipe: Recipe, folder: Path) -> list[Path]:
-    """The files in `folder` that bear the names of the recipe's archives; else the only archive."""
+    """The files in `folder` with the names of the recipe's archives; if there are none, the only archive."""
     names = [item.name for source in recipe.sources for item in source.items if item.archive]
-    inside = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
-    if own := [path for path in inside if any(fnmatch(path.name, name) for name in (*names, *recipe.archives))]:
-        return own
-    if len(found := [path for path in inside if is_archive(path)]) < 2:
-        return found
-    raise UserError(f"{folder} holds several archives: {listing(path.name for path in found)}. Name one with --from.")
+    files = sorted(path for path in folder.iterdir() if path.is_file()) if folder.is_dir() else []
+    if by_name := [path for path in files if any(fnmatch(path.name, name) for name in (*names, *recipe.archives))]:
+        return by_name
+    if len(archives := [path for path in files if is_archive(path)]) < 2:
+        return archives
+    raise UserError(
+        f"{folder} holds several archives: {listing(path.name for path in archives)}. Name one with --from."
+    )
 
 
 def _download(name: str, recipe: Recipe, sources: Sequence[Source], data_dir: Path, tree: Path) -> list[str]:
-    """Each source in turn, until one gives the data set. UserError: none does."""
+    """Download from each source in turn, until one works, and build `tree`. UserError: none works."""
     failures = []
     for source in sources:
         folder = data_dir / ".downloads" / name / source.name
@@ -120,12 +143,12 @@ def _download(name: str, recipe: Recipe, sources: Sequence[Source], data_dir: Pa
         except Unusable as error:
             failures.append(str(error))
             if isinstance(error, Damaged):
-                error.path.unlink()  # or the same command would find it again
-    raise UserError(_nowhere(name, sources, failures, data_dir))
+                error.path.unlink()  # otherwise the next attempt would take it for a finished download
+    raise UserError(_no_source_message(name, sources, failures, data_dir))
 
 
-def _nowhere(name: str, sources: Sequence[Source], failures: Sequence[str], data_dir: Path) -> str:
-    lines = [f"{name} could not be had from {listing(source.name for source in sources)}."]
+def _no_source_message(name: str, sources: Sequence[Source], failures: Sequence[str], data_dir: Path) -> str:
+    lines = [f"downloading {name} from {listing(source.name for source in sources)} failed."]
     for source, failure in zip(sources, failures, strict=True):
         lines += [f"{source.name}: {failure}", *(f"    {item}" for item in source.items)]
     return "\n  ".join(
@@ -137,12 +160,12 @@ def _nowhere(name: str, sources: Sequence[Source], failures: Sequence[str], data
     )
 
 
-def _differs(name: str, faults: Sequence[str]) -> str:
+def _faults_message(name: str, faults: Sequence[str]) -> str:
     return "\n  ".join(
         [
             f"{name}: this is not the published data set; nothing was put in place.",
             *_first(faults),
-            "Is it another edition, or a part? Get it again, or take it as it is: --accept-counts.",
+            "Is it another edition, or incomplete? Get it again, or accept it as it is: --accept-counts.",
         ]
     )
 
@@ -152,29 +175,30 @@ def _first(faults: Sequence[str]) -> list[str]:
     return [*faults[:MOST_LINES], *more]
 
 
-def _already(config: DictConfig, data_dir: Path, final: Path) -> str:
-    said = f"{config.dataset.name}: {final} is there already, and stays as it is. To make it anew, move it away."
-    return said + _next(config, data_dir)
+def _already_exists_report(config: DictConfig, data_dir: Path, final: Path) -> str:
+    report = f"{config.dataset.name}: {final} already exists and was not changed. To prepare it again, move it away."
+    return report + _next_commands(config, data_dir)
 
 
-def _next(config: DictConfig, data_dir: Path) -> str:
+def _next_commands(config: DictConfig, data_dir: Path) -> str:
+    """The commands to run after preparing."""
     name, target = config.dataset.name, config.dataset.domains[0]
     model = RECIPES[name].model
-    run = f"python launch.py dataset={name} model={model} split.target={shlex.quote(target)} {_at(data_dir)}"
+    run = f"python launch.py dataset={name} model={model} split.target={shlex.quote(target)} {_override(data_dir)}"
     if isinstance(RECIPES[name], Images):
         return f"\nNext: {_command('verify', name, data_dir)}\nThen: {run}"
     return f"\nNext: {run}"
 
 
 def _command(verb: str, name: str, data_dir: Path) -> str:
-    return f"python -m gsdg.data {verb} {name} {_at(data_dir)}"
+    return f"python -m gsdg.data {verb} {name} {_override(data_dir)}"
 
 
-def _at(data_dir: Path) -> str:
+def _override(data_dir: Path) -> str:
     return shlex.quote(f"data_dir={data_dir}")
 
 
-def _clear(downloads: Path, name: str) -> None:
+def _remove_downloads(downloads: Path, name: str) -> None:
     shutil.rmtree(downloads / name, ignore_errors=True)
     if downloads.is_dir() and not any(downloads.iterdir()):
         downloads.rmdir()

@@ -1,38 +1,48 @@
-"""Where a data set is built: a hidden folder beside its final place, on the same disk, one process at a time."""
+"""The folder in which a dataset is built: hidden, next to the final folder, used by one process at a time."""
 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
-from gsdg.errors import DISK_FULL, UserError
+from gsdg.utils.errors import DISK_FULL, UserError
+from gsdg.utils.file_locks import lock_open_file
 
-REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)  # errors of the disk that are shown as a message
 
 
 class Unusable(UserError):
-    """This archive, folder or address does not serve; another source may."""
+    """The dataset cannot be built from this archive, folder or address; another source may work."""
 
 
 class Damaged(Unusable):
-    """`path` is not a whole file of the kind that it should be."""
+    """A file is damaged, incomplete, or of another format.
+
+    Args:
+        path: the file.
+        kind: the expected format, such as "gzip file".
+        why: the error found.
+    """
 
     def __init__(self, path: Path, kind: str, why: object) -> None:
         super().__init__(
-            f"{path} ({path.stat().st_size:,} bytes) is not a whole {kind}: {why}. "
-            "It is another file, damaged or cut short: get it again."
+            f"{path} ({path.stat().st_size:,} bytes) is not a complete {kind}: {why}. "
+            "It is another file, damaged or truncated: get it again."
         )
         self.path = path
 
 
 @contextmanager
-def workplace(final: Path) -> Iterator[Path]:
-    """An empty folder `.<name>.building` beside `final`, gone at the end; a killed process's is emptied first."""
+def build_folder(final: Path) -> Generator[Path]:
+    """Create an empty folder `.<name>.building` next to `final`, and remove it at the end.
+
+    What a killed process has left in it is removed first. UserError: another process is using it, or an OSError inside
+    says that the disk is full or not writable.
+    """
     building = final.with_name(f".{final.name}.building")
     with _locked(final.with_name(f".{final.name}.lock"), final):
         try:
@@ -40,38 +50,41 @@ def workplace(final: Path) -> Iterator[Path]:
             building.mkdir()
             yield building
         except OSError as error:
-            if explained := _explained(error, final):
-                raise explained from error
+            if user_error := _as_user_error(error, final):
+                raise user_error from error
             raise
         finally:
             shutil.rmtree(building, ignore_errors=True)
 
 
 @contextmanager
-def _locked(path: Path, final: Path) -> Iterator[None]:
-    """Hold an exclusive lock on the file `path`, which is gone at the end. UserError: another process holds it."""
+def _locked(path: Path, final: Path) -> Generator[None]:
+    """Hold an exclusive lock on the file `path`; remove the file at the end. UserError: another process holds it."""
     descriptor = _lock(path, final)
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)  # before it is let go: it is nobody else's yet
+        path.unlink(missing_ok=True)  # before the lock is released: afterwards the file may be another process's lock
         os.close(descriptor)
 
 
 def _lock(path: Path, final: Path) -> int:
+    """Lock the file and return its descriptor."""
     descriptor = _open(path)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock_open_file(descriptor, wait=False)
         if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
             return descriptor
     except BlockingIOError as error:
         os.close(descriptor)
         raise UserError(f"another process is preparing {final}. Wait until it is done.") from error
+    # The previous holder finished and removed the file after this process had opened it: lock a new one.
     os.close(descriptor)
-    return _lock(path, final)  # its holder was done, and removed it, since we opened it
+    return _lock(path, final)
 
 
 def _open(path: Path) -> int:
+    """Open the lock file, creating it and its folder if needed. UserError: not writable."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return os.open(path, os.O_CREAT | os.O_RDWR, 0o666)
@@ -81,11 +94,11 @@ def _open(path: Path) -> int:
         ) from error
 
 
-def _explained(error: OSError, final: Path) -> UserError | None:
-    """What the disk refuses, as a message; None for anything else, which is a bug."""
+def _as_user_error(error: OSError, final: Path) -> UserError | None:
+    """The message for a full or unwritable disk; None for other errors, which are bugs."""
     if error.errno in DISK_FULL:
         return UserError(
-            f"no space left for {final}: {mega(free(final.parent))} MB are free. "
+            f"no space left for {final}: {megabytes(free(final.parent))} MB are free. "
             "Free some, or set data_dir=... to another disk. Nothing was put in place."
         )
     if error.errno in REFUSED:
@@ -94,23 +107,25 @@ def _explained(error: OSError, final: Path) -> UserError | None:
 
 
 def check_space(folder: Path, needed: int, what: str) -> None:
-    """UserError where `needed` bytes do not fit on the disk of `folder`."""
+    """UserError if `needed` bytes do not fit on the disk of `folder`; `what` names the files in the message."""
     if needed > free(folder):
         raise UserError(
-            f"no space for {what}: it takes {mega(needed)} MB, and {mega(free(folder))} MB are free on the disk of "
-            f"{folder}. Free some, or set data_dir=... to another disk."
+            f"no space for {what}: it takes {megabytes(needed)} MB, and {megabytes(free(folder))} MB are free on the "
+            f"disk of {folder}. Free some, or set data_dir=... to another disk."
         )
 
 
 def free(folder: Path) -> int:
+    """Free bytes on the disk of `folder`."""
     return shutil.disk_usage(folder).free
 
 
-def mega(size: int) -> str:
+def megabytes(size: int) -> str:
+    """A size in bytes as text in MB, without the unit."""
     return f"{size / 1e6:,.1f}"
 
 
 def remove(folder: Path) -> None:
-    """A folder and all below it, if it is there."""
+    """Remove a folder and everything below it, if it exists."""
     if folder.is_dir():
         shutil.rmtree(folder)

@@ -1,6 +1,7 @@
-"""MNIST's four IDX files -> `raw/`, as torchvision's download leaves them; RotatedMNIST and ColoredMNIST share it.
+"""MNIST's four IDX files in the folder `raw`, as torchvision's download leaves them; for RotatedMNIST and ColoredMNIST.
 
-torchvision keeps what it downloaded beside what it decompressed, and so does this: the checksums it has are of those.
+Like torchvision, it keeps the compressed files next to the decompressed ones, because torchvision's checksums are those
+of the compressed files.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gsdg.data.prepare.disk import Damaged, Unusable
-from gsdg.data.prepare.sources import Item, Source
-from gsdg.data.prepare.trees import described, files, put
-from gsdg.errors import listing
+from gsdg.data.download.disk import Damaged, Unusable
+from gsdg.data.download.sources import Item, Source
+from gsdg.data.download.trees import files, link_or_copy, list_contents
+from gsdg.utils.errors import listing
 
-IMAGES = {"train": 60_000, "t10k": 10_000}
+IMAGES = {"train": 60_000, "t10k": 10_000}  # published numbers
 NAMES = [f"{part}-{kind}-ubyte" for part in IMAGES for kind in ("images-idx3", "labels-idx1")]
 MIRRORS = {  # torchvision's
     "ossci": "https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -31,24 +32,24 @@ class Mnist:
 
     model: str
     sources: tuple[Source, ...] = tuple(
-        Source(name, tuple(Item(f"{url}{one}.gz", f"{one}.gz") for one in NAMES)) for name, url in MIRRORS.items()
+        Source(mirror, tuple(Item(f"{url}{name}.gz", f"{name}.gz") for name in NAMES))
+        for mirror, url in MIRRORS.items()
     )
-
     archives: tuple[str, ...] = ()
 
     def build(self, places: Sequence[Path], tree: Path) -> list[str]:
-        found = {path.name.removesuffix(".gz"): path for path in files(places, ("-ubyte", "-ubyte.gz"))}
-        if missing := [name for name in NAMES if name not in found]:
-            raise Unusable(f"no {listing(missing)} (or with .gz) found in {described(places)}.")
+        paths = {path.name.removesuffix(".gz"): path for path in files(places, ("-ubyte", "-ubyte.gz"))}
+        if missing := [name for name in NAMES if name not in paths]:
+            raise Unusable(f"no {listing(missing)} (or with .gz) found in {list_contents(places)}.")
         (tree / "raw").mkdir(parents=True)
         for name in NAMES:
-            put(found[name], tree / "raw" / found[name].name)
-            if found[name].suffix == ".gz":
-                _decompress(found[name], tree / "raw" / name)
+            link_or_copy(paths[name], tree / "raw" / paths[name].name)
+            if paths[name].suffix == ".gz":
+                _decompress(paths[name], tree / "raw" / name)
         return []
 
     def inspect(self, name: str, tree: Path) -> tuple[str, list[str]]:
-        """Read as a run would; by their contents, then by the checksums of those that came compressed."""
+        """Compare the numbers of images and labels, read as a run reads them, and the checksums of compressed files."""
         from gsdg.data.mnist import read_idx
 
         try:
@@ -61,17 +62,17 @@ class Mnist:
             for part, published in IMAGES.items()
             if not images[part] == labels[part] == published
         ]
-        said = " + ".join(f"{images[part]:,} {part}" for part in IMAGES) + " images"
-        return said, faults + _other_checksums(tree / "raw")
+        summary = " + ".join(f"{images[part]:,} {part}" for part in IMAGES) + " images"
+        return summary, faults + _checksum_faults(tree / "raw")
 
 
-def _other_checksums(raw: Path) -> list[str]:
-    """A line for each compressed file that is not the one torchvision knows."""
+def _checksum_faults(raw: Path) -> list[str]:
+    """A line for each compressed file whose MD5 is not the one in torchvision."""
     from torchvision.datasets import MNIST
     from torchvision.datasets.utils import calculate_md5
 
-    found = {name: (calculate_md5(str(raw / name)), md5) for name, md5 in MNIST.resources if (raw / name).is_file()}
-    return [f"{name}: MD5 {own} found, {md5} published" for name, (own, md5) in found.items() if own != md5]
+    sums = {name: (calculate_md5(str(raw / name)), md5) for name, md5 in MNIST.resources if (raw / name).is_file()}
+    return [f"{name}: MD5 {actual} found, {md5} published" for name, (actual, md5) in sums.items() if actual != md5]
 
 
 def _decompress(source: Path, target: Path) -> None:

@@ -1,6 +1,6 @@
-"""What each data set is made of: its sources in order of preference, and how a tree comes out of what they give.
+"""The recipe of each dataset: its sources in order of preference, and how to build its tree from their files.
 
-Addresses are DomainBed's (domainbed/scripts/download.py) where no other is named.
+Unless stated otherwise, addresses are those of DomainBed (domainbed/scripts/download.py).
 """
 
 from __future__ import annotations
@@ -10,32 +10,65 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from gsdg.data.prepare import parquet, terra
-from gsdg.data.prepare.disk import Unusable
-from gsdg.data.prepare.mnist import Mnist
-from gsdg.data.prepare.sources import Item, Source, drive, hub
-from gsdg.data.prepare.trees import Spellings, copy_tree, count, described, files, find_tree
-from gsdg.data.published import count_faults
-from gsdg.errors import UserError, listing
+from gsdg.data.download import parquet, terra
+from gsdg.data.download.disk import Unusable
+from gsdg.data.download.mnist import Mnist
+from gsdg.data.download.sources import Item, Source, drive, hub
+from gsdg.data.download.trees import Spellings, copy_tree, count_images, files, find_tree, list_contents
+from gsdg.data.published_counts import count_faults
+from gsdg.utils.errors import UserError, listing
 
 
 class Recipe(Protocol):
-    """`places` are folders or files, as they were downloaded, given or unpacked; `tree` is where to build."""
+    """How to get and build a dataset."""
 
-    sources: tuple[Source, ...]
-    archives: tuple[str, ...]  # patterns of names that archives go by elsewhere
-    model: str  # one that runs on it, for the report
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """Where it is published, in order of preference."""
+        ...
+
+    @property
+    def archives(self) -> tuple[str, ...]:
+        """Patterns of the names under which other sites publish its archives."""
+        ...
+
+    @property
+    def model(self) -> str:
+        """A model that suits it, for the command in the report."""
+        ...
 
     def build(self, places: Sequence[Path], tree: Path) -> list[str]:
-        """Make `tree`; lines for the report. Unusable, before anything is written: the parts are not in `places`."""
+        """Build the dataset.
+
+        Args:
+            places: folders or files, as they were downloaded, given by the user, or unpacked.
+            tree: the folder to build.
+
+        Returns: lines for the report.
+
+        Raises:
+            Unusable: `places` do not contain the needed files; nothing was written.
+        """
 
     def inspect(self, name: str, tree: Path) -> tuple[str, list[str]]:
-        """What `tree` holds, in words, and a line for each difference from what is published of data set `name`."""
+        """Summarize `tree` in a line, and compare it with the published numbers of dataset `name`.
+
+        Returns: (summary, one line per difference).
+        """
 
 
 @dataclass(frozen=True)
 class Images:
-    """Trees of <domain>/<class>/<image>. `labels` renames classes; `without` lists images that are to be left out."""
+    """The recipe of a tree <domain>/<class>/<image>, from folders or from Parquet files.
+
+    Args:
+        sources: where it is published.
+        domains: its domains, with other spellings of their names.
+        labels: {class name in the source: class name in the tree}; other classes keep their names.
+        without: a file that lists images to leave out.
+        archives: see `Recipe`.
+        model: see `Recipe`.
+    """
 
     sources: tuple[Source, ...]
     domains: Spellings
@@ -45,49 +78,52 @@ class Images:
     model: str = "resnet18"
 
     def build(self, places: Sequence[Path], tree: Path) -> list[str]:
-        left_out = self._left_out(places)
-        if found := find_tree(places, self.domains):
-            number = copy_tree(found, tree, self.labels, left_out)
-            return [f"{number:,} of the {len(left_out):,} files in {self.without.name} left out"] if left_out else []
-        return self._build_otherwise(places, tree)
+        excluded = self._excluded(places)
+        if domain_folders := find_tree(places, self.domains):
+            number = copy_tree(domain_folders, tree, self.labels, excluded)
+            if self.without and excluded:
+                return [f"{number:,} of the {len(excluded):,} files in {self.without.name} left out"]
+            return []
+        return self._build_without_folders(places, tree)
 
-    def _build_otherwise(self, places: Sequence[Path], tree: Path) -> list[str]:
+    def _build_without_folders(self, places: Sequence[Path], tree: Path) -> list[str]:
         if (shards := parquet.shards_in(places)) and not self.without:
             return parquet.build(shards, self.domains, self.labels, tree)
         raise Unusable(
-            f"no folder that holds {listing(self.domains)} found in {described(places)}. "
-            "--from takes an archive, a folder with it in, or the folders unpacked."
+            f"no folder that holds {listing(self.domains)} found in {list_contents(places)}. "
+            "--from takes an archive, a folder with the archive in it, or the unpacked folders."
         )
 
-    def _left_out(self, places: Sequence[Path]) -> set[str]:
+    def _excluded(self, places: Sequence[Path]) -> set[str]:
+        """The paths in the file `without`. UserError: the file is not in `places`."""
         if self.without is None:
             return set()
         lists = [path for path in files(places, (".txt",)) if path.name == self.without.name]
         if not lists:
             raise UserError(
-                f"{self.without.name} is not in {described(places)}. It lists the duplicates that DomainBed leaves "
+                f"{self.without.name} is not in {list_contents(places)}. It lists the duplicates that DomainBed leaves "
                 f"out. Get it from {self.without.url} and put it into the folder that --from names, beside the rest."
             )
         return set(lists[0].read_text().split())
 
     def inspect(self, name: str, tree: Path) -> tuple[str, list[str]]:
-        counts = count(tree)
-        totals = {domain: sum(labels.values()) for domain, labels in counts.items()}
-        every = sorted({label for labels in counts.values() for label in labels})
-        said = f"{sum(totals.values()):,} images, {len(every)} classes: " + listing(
+        counts = count_images(tree)
+        totals = {domain: sum(by_class.values()) for domain, by_class in counts.items()}
+        classes = sorted({label for by_class in counts.values() for label in by_class})
+        summary = f"{sum(totals.values()):,} images, {len(classes)} classes: " + listing(
             f"{domain} {total:,}" for domain, total in totals.items()
         )
-        lacking = {domain: [label for label in every if not labels.get(label)] for domain, labels in counts.items()}
+        lacking = {domain: [y for y in classes if not by_class.get(y)] for domain, by_class in counts.items()}
         lacks = [f"{domain}: no images of {listing(labels[:5])}" for domain, labels in lacking.items() if labels]
-        return said, count_faults(name, counts) + lacks
+        return summary, count_faults(name, counts) + lacks
 
 
 class Terra(Images):
-    """Also from photographs and annotations."""
+    """As Images, and also from camera trap photographs and their annotations."""
 
-    def _build_otherwise(self, places: Sequence[Path], tree: Path) -> list[str]:
+    def _build_without_folders(self, places: Sequence[Path], tree: Path) -> list[str]:
         if parquet.shards_in(places):
-            return super()._build_otherwise(places, tree)
+            return super()._build_without_folders(places, tree)
         return terra.build(places, tree)
 
 

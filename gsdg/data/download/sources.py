@@ -1,4 +1,4 @@
-"""Where the files of a data set are published, and the three ways to get them: HTTP, Google Drive, Hugging Face."""
+"""Where the files of a dataset are published, and three ways to download them: HTTP, Google Drive, Hugging Face."""
 
 from __future__ import annotations
 
@@ -9,15 +9,22 @@ from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from gsdg.data.prepare.archives import is_archive
-from gsdg.data.prepare.disk import check_space, mega
-from gsdg.data.prepare.download import DownloadError, fetch
-from gsdg.errors import DISK_FULL, UserError
+from gsdg.data.download.archives import is_archive
+from gsdg.data.download.disk import check_space, megabytes
+from gsdg.data.download.over_http import DownloadError, fetch
+from gsdg.utils.errors import DISK_FULL, UserError
 
 
 @dataclass(frozen=True)
 class Item:
-    """A file, or a Hugging Face data set's files. `size` in bytes, 0 where it is not known before."""
+    """A file, or the files of a dataset on Hugging Face.
+
+    Args:
+        url: its address.
+        name: its file name, or for Hugging Face a pattern.
+        sha256: the expected SHA-256; None: not checked.
+        size: bytes, 0 if not known.
+    """
 
     url: str
     name: str
@@ -29,47 +36,54 @@ class Item:
         return self.name.endswith((".zip", ".tar", ".tar.gz", ".tgz"))
 
     def __str__(self) -> str:
-        return f"{self.url} ({self.name}{f', {mega(self.size)} MB' if self.size else ''})"
+        return f"{self.url} ({self.name}{f', {megabytes(self.size)} MB' if self.size else ''})"
 
 
 def http(item: Item, folder: Path) -> None:
+    """Download over HTTP."""
     fetch(item.url, folder / item.name, item.sha256)
 
 
 def drive(item: Item, folder: Path) -> None:
-    """Google Drive, which asks for a confirmation that gdown gives."""
-    gdown, path = load("gdown"), folder / item.name
+    """Download from Google Drive with gdown, which answers Drive's confirmation page."""
+    gdown, path = import_optional("gdown"), folder / item.name
     if path.is_file():
         return
     print(f"{item.name} from {item.url}", file=sys.stderr)
-    with_errors("gdown", lambda: gdown.download(item.url, str(path), quiet=_quiet(), resume=True))
-    if not path.is_file():  # gdown before 5 returns None where it cannot
-        raise DownloadError(f"{item.url}: gdown could not get it")
+    call_library("gdown", lambda: gdown.download(item.url, str(path), quiet=_quiet(), resume=True))
+    if not path.is_file():  # gdown before version 5 returns None instead of raising
+        raise DownloadError(f"{item.url}: gdown could not download it")
 
 
 def hub(item: Item, folder: Path) -> None:
-    """The Parquet files of a data set on Hugging Face, or on the mirror that $HF_ENDPOINT names."""
-    library = load("huggingface_hub")
+    """Download the Parquet files of a dataset from Hugging Face, or from the mirror in $HF_ENDPOINT."""
+    library = import_optional("huggingface_hub")
     repository = item.url.split("/datasets/")[1]
     options = {"repo_type": "dataset", "local_dir": str(folder), "allow_patterns": ["*.parquet"]}
-    with_errors("huggingface_hub", lambda: library.snapshot_download(repository, **options))
+    call_library("huggingface_hub", lambda: library.snapshot_download(repository, **options))
     if not any(folder.rglob("*.parquet")):
         raise DownloadError(f"{item.url}: no Parquet files there")
 
 
 @dataclass(frozen=True)
 class Source:
-    """All items of one publisher: together they make the data set."""
+    """A publisher of a dataset.
+
+    Args:
+        name: its name, for --source.
+        items: the files that together make up the dataset.
+        via: downloads an item into a folder: `http`, `drive` or `hub`.
+    """
 
     name: str
     items: tuple[Item, ...]
     via: Callable[[Item, Path], None] = http
 
     def download(self, folder: Path) -> None:
-        """All items into `folder`; what is there already stays. DownloadError: one cannot be had."""
+        """Download all items into `folder`; existing files are kept. DownloadError: an item cannot be downloaded."""
         folder.mkdir(parents=True, exist_ok=True)
-        here = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        check_space(folder, sum(item.size for item in self.items) - here, f"the files of {self.name}")
+        existing = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        check_space(folder, sum(item.size for item in self.items) - existing, f"the files of {self.name}")
         for item in self.items:
             self.via(item, folder)
             if item.archive:
@@ -77,18 +91,18 @@ class Source:
 
 
 def _check_archive(item: Item, path: Path) -> None:
-    """DownloadError where a web page came instead, such as Google Drive's over its quota."""
+    """DownloadError if the file is not an archive, such as Google Drive's web page about an exceeded quota."""
     if is_archive(path):
         return
     with open(path, "rb") as file:
-        begin = file.read(40)
+        first_bytes = file.read(40)
     size = path.stat().st_size
     path.unlink()
-    raise DownloadError(f"{item.url}: {size:,} bytes came that are no archive; they begin with {begin!r}")
+    raise DownloadError(f"{item.url}: received {size:,} bytes that are not an archive; they begin with {first_bytes!r}")
 
 
-def load(name: str) -> ModuleType:
-    """An optional package. UserError: it is not installed."""
+def import_optional(name: str) -> ModuleType:
+    """Import an optional package. UserError: it is not installed."""
     try:
         return import_module(name)
     except ImportError as error:
@@ -98,8 +112,8 @@ def load(name: str) -> ModuleType:
         ) from error
 
 
-def with_errors(library: str, action: Callable[[], object]) -> None:
-    """Run a library's download: whatever it raises is a DownloadError, but for a full disk."""
+def call_library(library: str, action: Callable[[], object]) -> None:
+    """Run a library's download. Every exception becomes a DownloadError, except the OSError of a full disk."""
     try:
         action()
     except Exception as error:
@@ -109,4 +123,5 @@ def with_errors(library: str, action: Callable[[], object]) -> None:
 
 
 def _quiet() -> bool:
-    return not sys.stderr.isatty()  # its bar would fill a log
+    """Whether gdown must not draw its progress bar, which would fill a log file."""
+    return not sys.stderr.isatty()

@@ -1,28 +1,31 @@
-"""The two passes over G [D, P] as Triton kernels: the CUDA twins of `grams.slot_grams` and `grams.combine`.
+"""The two passes over G [D, P] as Triton kernels: `torch_kernels.slot_grams` and `torch_kernels.combine` on CUDA.
 
-One launch a pass, one program a slot; a program walks its slot in tiles. Parts are sums of slots, by `Table.sums`: two
-stages, no atomics, no order left to chance, so the same G gives the same bits on the same GPU. No matrix product, hence
-no TF32. Nothing waits for the device, and D, the type and the tile are all that a kernel is compiled for: strides are
-arguments, and so is everything in the table.
+One launch per pass and one program per slot, which walks over its slot in tiles. `PartLayout.sums` then sums the slots
+of each part: two stages without atomics and in a fixed order, so that the same G gives the same bits on the same GPU.
+No matrix product is used, hence no TF32, and nothing waits for the device. A kernel is compiled per D, dtype and tile
+size only: strides and the layout of the parts are arguments.
 
-Roofline, on paper: NO GPU HAS MEASURED IT YET. s is the size of an element of G.
+Roofline, on paper: NO GPU HAS MEASURED IT YET. s is the size of an element of G in bytes.
 
     pass       reads             writes       fused multiply-adds
     Gram       D P s             S D^2 4      P D (D + 1) / 2
     combine    D P s (+ K D 8)   P 4          P D
 
-In float32 the floor is (2 D P + P) * 4 bytes over the memory's bandwidth. ResNet-50, D = 3: P = 25,557,032, so 0.716 GB
-and 0.214 ms on an H100 (3.35 TB/s); with G in bfloat16 0.409 GB and 0.122 ms. Its 230 million multiply-adds are 0.46
-GFLOP, 7 microseconds at 67 TFLOP/s: both passes are bound by memory. Launches a step: these two, the handful of
-`Table.sums`, and the rule's.
+In float32 the lower bound of the time is (2 D P + P) * 4 bytes divided by the memory bandwidth. ResNet-50, D = 3:
+P = 25,557,032, so 0.716 GB and 0.214 ms on an H100 (3.35 TB/s); with G in bfloat16 0.409 GB and 0.122 ms. The 230
+million multiply-adds are 0.46 GFLOP, 7 microseconds at 67 TFLOP/s: both passes are memory-bound. Kernel launches per
+step: these two, the few of `PartLayout.sums`, and those of the rule.
 
-Why slots have 2^14 elements there: in 10 chunks a tensor ResNet-50 is 2,911 slots, some 22 for each of an H100's 132
-processors, so that all are busy to near the end; a float32 slot of three domains is 196 kB, 32 tiles, which hides what
-a program does once; the Gram matrices of all slots are 105 kB; and a float32 sum adds 32 products before the partial
-sums of the lanes meet in a tree. A slot begins anywhere, so loads cannot be vectors of 16 bytes: 32 neighbouring lanes
-load 128 bytes of float32 at once, and every row of a tile is under way before the first product.
+Why slots have 2^14 elements on an accelerator:
+- With 10 chunks per tensor ResNet-50 has 2,911 slots, about 22 for each of the 132 multiprocessors of an H100, so that
+  all are busy until shortly before the end.
+- A float32 slot of three domains is 196 kB, 32 tiles, which amortises the constant work of a program.
+- The Gram matrices of all slots are 105 kB.
+- A float32 sum adds 32 products per lane before the partial sums of the lanes are added in a tree.
+A slot may begin at any element, so that loads cannot be vectors of 16 bytes: 32 adjacent lanes load 128 bytes of
+float32 at once, and the loads of all rows of a tile are issued before the first product.
 
-Triton 3.3 or later (torch 2.7): a loop carries a tuple of accumulators.
+Needs Triton 3.3 or later (torch 2.7): the loops carry a tuple of accumulators.
 """
 
 from __future__ import annotations
@@ -32,96 +35,100 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gsdg.errors import UserError
-from gsdg.surgery.table import Piece, Table
-from gsdg.surgery.table import build as build_table
+from gsdg.surgery.part_layout import PartLayout, Piece, build_layout
+from gsdg.utils.errors import UserError
 
 if not hasattr(tl, "tuple"):
     raise ImportError(f"triton {triton.__version__} has no tuples of tensors; 3.3 or later is needed (torch 2.7)")
 
-MAX_DOMAINS = 8  # 36 pairs: their accumulators still fit into registers
-MAX_PROGRAMS = 2**31 - 1  # along a CUDA grid's first axis
+MAX_DOMAINS = 8  # 36 pairs, whose accumulators still fit into registers
+MAX_PROGRAMS = 2**31 - 1  # along the first axis of a CUDA grid
 WARPS = 4
 
 
-def build(D: int, dtype: torch.dtype, device: torch.device) -> None:
-    """Compile both kernels, and Triton's launchers of them, for G [D, P] of this dtype; launches neither.
+def compile_kernels(D: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Compile both kernels and their launchers for G [D, P] of this dtype, without launching them.
 
-    Raises whatever Triton raises where it cannot.
+    Raises what Triton raises if it cannot.
     """
-    table = build_table([Piece(0, 0, 0, 1)], 1, 1, [0], device)
+    layout = build_layout([Piece(0, 0, 0, 1)], 1, 1, [0], device)
     G = torch.zeros(D, 1, dtype=dtype, device=device)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    places, finite = (table.slot_start, table.slot_length), G.new_ones((), dtype=torch.bool)
+    places, finite = (layout.slot_start, layout.slot_length), G.new_ones((), dtype=torch.bool)
     slots, update = G.new_empty(1, D, D, dtype=wide), G.new_empty(1, dtype=wide)
     weights = G.new_empty(1, D, dtype=torch.float64)
     calls = [
         (_gram_kernel, _gram_tile(D), (G, 1, *places, slots)),
-        (_combine_kernel, 512, (G, weights, 1, 1, 1, finite, *places, table.slot_part, update)),
+        (_combine_kernel, 512, (G, weights, 1, 1, 1, finite, *places, layout.slot_part, update)),
     ]
     with torch.cuda.device_of(G):
         for kernel, tile, args in calls:
             compiled = kernel.warmup(*args, grid=(1,), D=D, TILE=tile, num_warps=WARPS, enable_fp_fusion=False)
-            compiled.run  # noqa: B018 - the launcher, which a C compiler makes, is built when it is first asked for
+            compiled.run  # noqa: B018 - the first access builds the launcher, with a C compiler
 
 
-def slot_grams(G: Tensor, table: Table) -> Tensor:
-    """G [D, P] float32, bfloat16 or float64 -> [S, D, D], every slot's Gram matrix, float32 (float64 of float64).
+def slot_grams(G: Tensor, layout: PartLayout) -> Tensor:
+    """The Gram matrix of every slot of G [D, P]: [S, D, D] float32 (float64 for a float64 G).
 
-    The rows of G have unit stride; there may be padding between them.
+    G: float32, bfloat16 or float64. Its rows have unit stride; there may be padding between them.
     """
-    D = _checked(G, table)
-    slots = G.new_empty(table.n_slots, D, D, dtype=torch.float64 if G.dtype == torch.float64 else torch.float32)
-    places = table.slot_start, table.slot_length
-    _launch(_gram_kernel, table, G, G.stride(0), *places, slots, D=D, TILE=_gram_tile(D))
+    D = _checked(G, layout)
+    slots = G.new_empty(layout.n_slots, D, D, dtype=torch.float64 if G.dtype == torch.float64 else torch.float32)
+    places = layout.slot_start, layout.slot_length
+    _launch(_gram_kernel, layout, G, G.stride(0), *places, slots, D=D, TILE=_gram_tile(D))
     return slots
 
 
-def combine(G: Tensor, weights: Tensor, table: Table, out: Tensor, finite: Tensor | None = None) -> Tensor:
-    """out[p] = sum over d of weights[k, d] * G[d, p] for every element p of part k; weights [K, D], out [P].
+def combine(G: Tensor, weights: Tensor, layout: PartLayout, out: Tensor, finite: Tensor | None = None) -> Tensor:
+    """Write out[p] = sum over d of weights[k, d] * G[d, p] for every element p of part k, and return out.
 
-    Computed in the type of `out`: float32 (float64 of a float64 G). finite: 0-dim bool on the device; where it is False
-    all of `out` is 0, whatever G holds. Without it a NaN in G reaches `out` under any weight, zero included.
+    Args and dtypes as for `torch_kernels.combine`; the rows of G have unit stride.
     """
-    D = _checked(G, table)
-    places = table.slot_start, table.slot_length, table.slot_part
+    D = _checked(G, layout)
+    places = layout.slot_start, layout.slot_length, layout.slot_part
     strides = G.stride(0), *weights.stride()
-    _launch(_combine_kernel, table, G, weights, *strides, finite, *places, out, D=D, TILE=512)
+    _launch(_combine_kernel, layout, G, weights, *strides, finite, *places, out, D=D, TILE=512)
     return out
 
 
-def _checked(G: Tensor, table: Table) -> int:
-    """D, where there are kernels for so many domains and slots."""
+def _checked(G: Tensor, layout: PartLayout) -> int:
+    """D; UserError if there are too many domains or slots for the kernels."""
     if not 1 <= len(G) <= MAX_DOMAINS:
         raise UserError(
             f"gradients of {len(G)} domains; the Triton kernels take 1 to {MAX_DOMAINS}. "
             "Set GSDG_TRITON=0 for the torch path, which takes any number"
         )
-    if table.n_slots > MAX_PROGRAMS:
+    if layout.n_slots > MAX_PROGRAMS:
         raise UserError(
-            f"{table.n_slots} slots; a CUDA grid has at most {MAX_PROGRAMS} programs. Take a coarser partition"
+            f"{layout.n_slots} slots; a CUDA grid has at most {MAX_PROGRAMS} programs. Use a coarser partition"
         )
     return len(G)
 
 
-def _launch(kernel: triton.JITFunction, table: Table, G: Tensor, *args: Tensor | int | None, **sizes: int) -> None:
-    """One program a slot, on G's device: Triton itself takes the current one."""
-    if table.n_slots:
+def _launch(
+    kernel: triton.JITFunction, layout: PartLayout, G: Tensor, *args: Tensor | int | None, **sizes: int
+) -> None:
+    """Launch one program per slot on the device of G; by default Triton uses the current device."""
+    if layout.n_slots:
         with torch.cuda.device_of(G):
-            # every multiply-add is spelled out: the same arithmetic whatever this Triton would fuse of itself
-            kernel[(table.n_slots,)](G, *args, **sizes, num_warps=WARPS, enable_fp_fusion=False)
+            # The kernels write out every fused multiply-add. Without further fusion by the compiler the arithmetic is
+            # the same in every version of Triton.
+            kernel[(layout.n_slots,)](G, *args, **sizes, num_warps=WARPS, enable_fp_fusion=False)
 
 
 def _gram_tile(D: int) -> int:
-    """Elements: up to 4 a lane where D (D + 1) / 2 accumulators of each leave room for the loads, else 1.
+    """Elements per tile: 4 per lane if D (D + 1) / 2 accumulators per element leave registers for the loads, else 1.
 
-    ptxas for an H100: 47 registers at D = 3, 70 at D = 4, 63 at D = 8; nothing spills, nor in float64 (126 at D = 4).
+    ptxas for an H100: 47 registers at D = 3, 70 at D = 4, 63 at D = 8. No register spills, also in float64 (126 at
+    D = 4).
     """
     return 512 if D <= 4 else 128
 
 
-# In the kernels: whatever multiplies a stride is int64. Triton passes an int as 32 bits where it fits, and d * stride
-# may not fit. Strides are not specialised on: a stride of 1 would become a constant, without a type to widen.
+# In the kernels every stride is converted to int64 before it is multiplied: Triton passes an int in 32 bits if it fits,
+# and d * stride may not fit. Triton must not specialise on strides: a stride of 1 would become a constant, which has no
+# dtype to convert.
+# ty compares the generic types of tl.zeros and tl.sum, which are JITFunctions, with themselves, and finds them unequal.
 
 
 @triton.jit(do_not_specialize=["row_stride"])
@@ -131,9 +138,9 @@ def _gram_kernel(G, row_stride, slot_start, slot_length, slots, D: tl.constexpr,
     lanes = tl.load(slot_start + slot) + tl.arange(0, TILE)
     row_stride = row_stride.to(tl.int64)
     wide: tl.constexpr = slots.dtype.element_ty
-    sums = ()  # of x_i * x_j, i <= j, a partial sum a lane
+    sums = ()  # of x_i * x_j for i <= j: one partial sum per lane
     for _ in tl.static_range(D * (D + 1) // 2):
-        sums += (tl.zeros([TILE], wide),)
+        sums += (tl.zeros([TILE], wide),)  # ty: ignore[invalid-argument-type]
     for offset in range(0, length, TILE):
         inside = offset + tl.arange(0, TILE) < length
         x = ()
@@ -147,7 +154,7 @@ def _gram_kernel(G, row_stride, slot_start, slot_length, slots, D: tl.constexpr,
     done = ()
     for i in tl.static_range(D):
         for j in tl.static_range(i, D):
-            inner = tl.sum(sums[len(done)], 0)
+            inner = tl.sum(sums[len(done)], 0)  # ty: ignore[invalid-argument-type]
             done += (inner,)
             tl.store(slots + (slot * D + i) * D + j, inner)
             tl.store(slots + (slot * D + j) * D + i, inner)
@@ -181,7 +188,7 @@ def _combine_kernel(
         keep = tl.load(finite)
     for offset in range(0, length, TILE):
         inside = offset + tl.arange(0, TILE) < length
-        update = tl.zeros([TILE], wide)
+        update = tl.zeros([TILE], wide)  # ty: ignore[invalid-argument-type]
         for d in tl.static_range(D):
             x = tl.load(G + d * row_stride + lanes + offset, mask=inside, other=0.0)
             update = tl.fma(x.to(wide), w[d], update)

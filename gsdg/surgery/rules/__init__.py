@@ -1,4 +1,4 @@
-"""Rules: what to make of the Gram matrices of the parts, or of single elements. One rule a file."""
+"""The rules: how the domain gradients of each part, or of each element, are combined. One rule per file."""
 
 from gsdg.surgery.rules.agr_rand import AgrRand
 from gsdg.surgery.rules.agr_sum import AgrSum

@@ -2,58 +2,64 @@
 
 Per element: sum_i g_i where the signs of all domains agree, else noise from N(0, sigma^2),
 
-    sigma = scale * mean of |sum_i g_i| over the model's elements that agree        (scale = 1 in the authors' code)
+    sigma = scale * mean of |sum_i g_i| over the elements that agree        (scale = 1 in the authors' code)
 
-The mean is over the whole model, and takes a pass of its own.
+The mean is over the whole model, which takes a separate pass over the gradients.
 
 Deviations from the authors' code:
-- an element that all domains leave at exactly zero stays zero, so that one domain alone keeps its gradient; an exact
-  zero beside another domain's gradient counts as disagreement, as theirs does;
-- where no element agrees sigma is 0; theirs is the mean of nothing, NaN.
+- An element whose gradient is exactly zero in all domains stays zero, so that with one domain the update is its
+  gradient. An exact zero in only some of the domains counts as disagreement, as in the authors' code.
+- If no element agrees, sigma is 0. In the authors' code it is then the mean of an empty tensor, NaN.
 """
 
 from __future__ import annotations
 
 import math
-from numbers import Real
 
 import torch
 from torch import Tensor
 
-from gsdg.errors import UserError
+from gsdg.surgery.part_layout import wide_type
 from gsdg.surgery.rules.agr_sum import AgrSum, agreement
-from gsdg.surgery.rules.base import Reduction
-from gsdg.surgery.table import wide_type
+from gsdg.surgery.rules.base import Reduction, is_number
+from gsdg.utils.errors import UserError
 
 
 class AgrRand(AgrSum):
-    """scale: the noise in units of the mean size of what is kept, >= 0; 0 is Agr-Sum. reduction: "sum" or "mean".
+    """Agr-Rand: the sum where all signs agree, random noise elsewhere.
 
-    The noise comes from torch's default generator of the gradients' device.
+    The noise comes from torch's default generator of the device of the gradients.
+
+    Args:
+        scale: standard deviation of the noise, relative to the mean absolute update of the elements that agree; a
+            number >= 0. 0 is Agr-Sum; the authors use 1.
+        reduction: "sum" or "mean" over the domains.
     """
 
-    looks_first = True
+    needs_first_pass = True
 
     def __init__(self, *, scale: float = 1.0, reduction: Reduction = "sum") -> None:
         super().__init__(reduction=reduction)
-        if isinstance(scale, bool) or not isinstance(scale, Real) or not 0 <= scale < math.inf:
+        if not is_number(scale) or not 0 <= scale < math.inf:
             raise UserError(
-                f"scale is {scale!r}; it is the noise relative to the mean size of the elements that agree, "
-                "a number >= 0 (the authors: 1)"
+                f"scale is {scale!r}; it is the standard deviation of the noise, relative to the mean absolute update "
+                "of the elements that agree, a number >= 0 (the authors use 1)"
             )
         self.scale = scale
 
     def start_step(self, n_domains: int) -> None:
-        self._total, self._count = 0.0, 0
+        self._sums: tuple[Tensor, Tensor] | None = None  # the sum of |update|, and the number of elements that agree
 
-    def look(self, rows: Tensor) -> None:
+    def first_pass(self, rows: Tensor) -> None:
         agree = agreement(rows)
         kept = torch.where(agree, self._reduced(rows), 0.0)
-        self._total = self._total + kept.abs().sum(dtype=wide_type(rows.device))
-        self._count = self._count + agree.sum()
+        total, count = kept.abs().sum(dtype=wide_type(rows.device)), agree.sum()
+        self._sums = (total, count) if self._sums is None else (self._sums[0] + total, self._sums[1] + count)
 
     def combine(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
+        assert self._sums, "`first_pass` comes first"
+        total, count = self._sums
         reduced = self._reduced(rows)
-        sigma = (self.scale * self._total / self._count.clamp_min(1)).to(rows.dtype)
+        sigma = (self.scale * total / count.clamp_min(1)).to(rows.dtype)
         noise = torch.where(rows.any(0), sigma * torch.randn_like(reduced), 0.0)
         return torch.where(agreement(rows), reduced, noise), None

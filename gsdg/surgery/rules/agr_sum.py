@@ -2,8 +2,8 @@
 
 Per element: sum_i g_i where the signs of all domains agree, else 0.
 
-As in the authors' code, an exact zero agrees with nothing, not even with another zero; where all are zero the sum is
-zero too. No deviation: they flatten the whole model, but no element depends on another.
+As in the authors' code, an exact zero agrees with no value, not even with another zero; if all are zero, the sum is
+zero as well. No deviation: the authors flatten the whole model, but no element depends on another element.
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gsdg.errors import check_literal
 from gsdg.surgery.rules.base import ElementRule, Reduction
+from gsdg.utils.errors import check_literal
 
 
 class AgrSum(ElementRule):
-    """reduction: "sum" over the domains, or their "mean"."""
+    """Agr-Sum: the sum where the signs of all domains agree, 0 elsewhere.
+
+    Args:
+        reduction: "sum" or "mean" over the domains.
+    """
 
     def __init__(self, *, reduction: Reduction = "sum") -> None:
         check_literal("reduction", reduction, Reduction)
@@ -30,5 +34,5 @@ class AgrSum(ElementRule):
 
 
 def agreement(rows: Tensor) -> Tensor:
-    """rows [D, n] -> [n], whether all are positive or all are negative."""
+    """Whether the elements of rows [D, n] are all positive or all negative over the domains: [n] bool."""
     return (rows.amin(0) > 0) | (rows.amax(0) < 0)

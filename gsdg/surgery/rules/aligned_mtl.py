@@ -1,12 +1,13 @@
 """Aligned-MTL: independent component alignment for multi-task learning (Senushkin et al., CVPR 2023, arXiv 2305.19000).
 
-The matrix of a part's gradients is replaced by the closest one whose principal components are all of one length: the
-Gram matrix M = V L V^T becomes scale * V V^T. The domains' weights are w = B p, B = sqrt(scale) V L^-1/2 V^T over the
-eigenvalues that are not 0, p_i = 1 / D. scale is an eigenvalue: the smallest, or the "median" or the mean ("rmse").
+The matrix of the domain gradients of a part is replaced by the closest matrix whose principal components all have equal
+length: the Gram matrix M = V L V^T becomes scale * V V^T. The weights of the domains are w = B p with
+B = sqrt(scale) V L^-1/2 V^T, restricted to the eigenvalues that are not 0, and p_i = 1 / D. scale is the smallest
+eigenvalue ("min"), the median ("median") or the mean ("rmse").
 
-Deliberate deviation: an eigenvalue counts as 0 where it is no larger than its rounding error, which is relative to the
-lengths of the gradients that its eigenvector combines (see `precision.py`). The authors compare it with the largest
-eigenvalue times the machine's epsilon of M's type, and so drop the direction of a short gradient.
+Deliberate deviation: an eigenvalue counts as 0 if it is at most its rounding error, which is relative to the lengths of
+the gradients that its eigenvector combines (see `precision.py`). The authors compare it with the largest eigenvalue
+times the machine epsilon of M's dtype, and so discard the direction of a short gradient.
 """
 
 from __future__ import annotations
@@ -16,18 +17,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gsdg.errors import check_literal
-from gsdg.surgery.rules import small
+from gsdg.surgery.rules import _batched_linalg
 from gsdg.surgery.rules.base import Weighting
 from gsdg.surgery.rules.precision import rank_eps
+from gsdg.utils.errors import check_literal
 
 ScaleMode = Literal["min", "median", "rmse"]
 
 
 class AlignedMTL(Weighting):
-    """The mean of gradients whose principal components were all given one length.
+    """Aligned-MTL: the mean of the domain gradients after their principal components were given equal length.
 
-    scale_mode: that length squared is the "min", the lower "median" or the mean ("rmse") of the eigenvalues above 0.
+    Args:
+        scale_mode: the square of that length is the "min", the lower "median" or the mean ("rmse") of the eigenvalues
+            above 0.
     """
 
     def __init__(self, *, scale_mode: ScaleMode = "min") -> None:
@@ -35,18 +38,18 @@ class AlignedMTL(Weighting):
         self.scale_mode = scale_mode
 
     def weights(self, M: Tensor, gram_eps: float) -> Tensor:
-        M = small.normalised(M)
-        values, vectors = small.eigh(M)
-        kept = small.exceeds_rounding(values, vectors, M, rank_eps(gram_eps))
-        factors = torch.where(kept, (self._scale(values, kept) / values).sqrt(), 0.0)  # [D, K]
-        w = small.times(vectors, factors * vectors.mean(0))
-        return torch.where(kept.any(0), w, 1 / len(M))
+        M = _batched_linalg.normalised(M)
+        values, vectors = _batched_linalg.eigh(M)
+        nonzero = _batched_linalg.exceeds_rounding(values, vectors, M, rank_eps(gram_eps))
+        factors = torch.where(nonzero, (self._scale(values, nonzero) / values).sqrt(), 0.0)  # [D, K]
+        w = _batched_linalg.matvec(vectors, factors * vectors.mean(0))
+        return torch.where(nonzero.any(0), w, 1 / len(M))
 
-    def _scale(self, values: Tensor, kept: Tensor) -> Tensor:
-        """values [D, K] -> the eigenvalue [K] that all are given; anything where none is kept."""
-        rank = kept.sum(0)
+    def _scale(self, values: Tensor, nonzero: Tensor) -> Tensor:
+        """The common eigenvalue [K] from eigenvalues [D, K]; meaningless for parts without a nonzero eigenvalue."""
+        rank = nonzero.sum(0)
         if self.scale_mode == "rmse":
-            return torch.where(kept, values, 0.0).sum(0) / rank
-        ascending = torch.where(kept, values, torch.inf).sort(0).values
+            return torch.where(nonzero, values, 0.0).sum(0) / rank
+        ascending = torch.where(nonzero, values, torch.inf).sort(0).values
         middle = (rank - 1).clamp_min(0) // 2 if self.scale_mode == "median" else torch.zeros_like(rank)
         return ascending.gather(0, middle[None]).squeeze(0)

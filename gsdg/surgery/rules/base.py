@@ -1,85 +1,139 @@
-"""What a rule is: Gram matrices of the parts -> coefficients, or D rows of elements -> one.
+"""Base classes of rules. A rule combines the D domain gradients of each part into one update.
 
-K parts come last in every tensor here: sums over the few domains are then vectorised over the many parts. No rule
-may look at a value on the host (`.item()`, `if` on a tensor, boolean-mask indexing): torch.where in place of if.
+There are two kinds: a `GramRule` computes coefficients from the Gram matrices of the parts; an `ElementRule` combines
+the gradients element by element.
+
+The K parts are the last dimension of every tensor here, so that sums over the few domains are vectorised over the many
+parts. A rule must not read a value on the host (`.item()`, `if` on a tensor, indexing with a boolean mask), because
+that would wait for the device: use torch.where instead.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from numbers import Real
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+
+from gsdg.utils.errors import refuse_renamed
 
 Metrics = dict[str, Tensor]
 Reduction = Literal["sum", "mean"]
 
 
-class Rule:
-    """Base of both kinds. A subclass takes keyword-only hyper-parameters and checks them at once."""
+@runtime_checkable
+class Rule(Protocol):
+    """What a surgery asks of a rule of either kind. `RuleDefaults` has all of it.
 
-    reduction: Reduction = "mean"  # of the domains where no two disagree, and in layers that are not operated on
-    per_part_state = False  # whether it remembers something for every part: impossible for single elements
+    A rule that is no subclass of `ElementRule` is used as a Gram rule: it also needs `GramRule.coefficients`.
+    Constructors take keyword-only hyper-parameters and check them.
+
+    Attributes:
+        reduction: whether the update is the sum or the mean of the domain gradients where no two domains conflict, and
+            in tensors that the rule does not operate on.
+        per_part_state: whether the rule keeps state per part. Such a rule cannot work at the granularity `element`.
+    """
+
+    reduction: Reduction
+    per_part_state: bool
 
     def start_step(self, n_domains: int) -> None:
-        """Once a step, before anything else: the place for what is drawn once for all parts, and for refusals of D."""
+        """Called first in every step. Draw here what all parts share, and raise UserError for an invalid n_domains."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What must survive a restart; {} for a rule without memory."""
+        """The state that a checkpoint must hold; {} for a stateless rule."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Restore the state that `state_dict` returned."""
+
+
+class RuleDefaults:
+    """A rule without state, whose update is a mean. See `Rule` for the attributes and methods."""
+
+    reduction: Reduction = "mean"
+    per_part_state: bool = False
+
+    def start_step(self, n_domains: int) -> None:
+        pass
+
+    def state_dict(self) -> dict[str, Tensor]:
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         pass
 
 
-class GramRule(Rule, ABC):
-    """Gram matrices [D, D, K] -> coefficients [D, D, K]: row i is domain i's modified gradient in
-    terms of the originals.
+class GramRule(RuleDefaults, ABC):
+    """A rule that needs only the Gram matrices of the parts.
 
-    The update of part k is sum_i sum_j C[i, j, k] g_j.
+    It returns coefficients C: domain i's modified gradient of part k is sum_j C[i, j, k] g_j. The update of part k is
+    the sum of the modified gradients.
     """
 
     @abstractmethod
     def coefficients(self, M: Tensor, gram_eps: float) -> tuple[Tensor, Metrics]:
-        """M [D, D, K] float64, M[i, j, k] = <g_i, g_j> in part k -> C [D, D, K] float64 and 0-dim metrics to record.
+        """Compute the coefficients C [D, D, K] float64, and the 0-dim metrics to record.
 
-        gram_eps: how exact M is, |error of M[i, j, k]| <= gram_eps |g_i| |g_j|: 1e-6 for float32 gradients, 1e-12 for
-        float64. `precision.py` makes of it what counts as linearly dependent, and how large a weight may grow.
+        Args:
+            M: [D, D, K] float64, the Gram matrices: M[i, j, k] = <g_i, g_j> in part k.
+            gram_eps: the error bound of M, |error of M[i, j, k]| <= gram_eps |g_i| |g_j|: 1e-6 for float32 gradients,
+                1e-12 for float64. `precision.py` derives from it which gradients count as linearly dependent, and how
+                large a weight may become.
         """
 
 
 class Weighting(GramRule):
-    """A Gram rule that only weights the domains: domain i's modified gradient is w_i g_i."""
+    """A Gram rule that only assigns weights to domains: domain i's modified gradient is w_i g_i."""
 
     @abstractmethod
     def weights(self, M: Tensor, gram_eps: float) -> Tensor:
-        """M [D, D, K] float64 -> w [D, K] float64: the update of part k is sum_i w[i, k] g_i."""
+        """The weights w [D, K] float64 for M [D, D, K] float64: the update of part k is sum_i w[i, k] g_i."""
 
     def coefficients(self, M: Tensor, gram_eps: float) -> tuple[Tensor, Metrics]:
         return torch.diag_embed(self.weights(M, gram_eps).t(), dim1=0, dim2=1), conflicts(M, gram_eps)
 
 
-class ElementRule(Rule, ABC):
-    """A rule on single elements, for the partition `element` only."""
+class ElementRule(RuleDefaults, ABC):
+    """A rule that combines the domain gradients element by element; for the partition `element` only.
 
-    looks_first = False  # whether `look` must see every piece of the step before `combine` sees the first
+    Attributes:
+        needs_first_pass: whether `first_pass` must see all gradients of a step before `combine` is called.
+    """
 
-    def look(self, rows: Tensor) -> None:
-        """rows [D, n]: a piece of the gradients, for what the update needs to know of all of them."""
+    needs_first_pass = False
+
+    def __init_subclass__(cls, **options: object) -> None:
+        super().__init_subclass__(**options)
+        refuse_renamed(cls, vars(cls), {"looks_first": "needs_first_pass", "look": "first_pass"})
+
+    def first_pass(self, rows: Tensor) -> None:
+        """Read one piece of the domain gradients, rows [D, n], for statistics over the whole model."""
 
     @abstractmethod
     def combine(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """rows [D, n], n neighbouring elements of one parameter tensor -> (their update [n], mask [n] or None).
+        """Combine n adjacent elements of one parameter tensor.
 
-        Where masks in [0, 1] are given, the tensor's update is divided by the mean of its mask (plus 1e-10), as
-        DomainBed does to keep its size.
+        Args:
+            rows: [D, n], the domain gradients.
+        Returns: the update [n], and a mask [n] in [0, 1] or None. If there is a mask, the caller divides the update of
+            the tensor by the mean of its mask (plus 1e-10), as DomainBed does to preserve its scale.
         """
 
 
+def is_number(value: object) -> bool:
+    """Whether a hyper-parameter is a real number; a bool is not."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def conflicts(M: Tensor, gram_eps: float) -> Metrics:
-    """M [D, D, K] -> conflict_rate, the share of pairs with a cosine below -gram_eps, and removed_norm_ratio, the mean
-    of ||what one projection would remove|| / ||g_i||, that is |cosine|, over those pairs."""
+    """The conflict metrics of Gram matrices M [D, D, K], before any projection.
+
+    conflict_rate: the share of pairs of domains with a cosine below -gram_eps. removed_norm_ratio: the mean of |cosine|
+    over those pairs, which is the share of ||g_i|| that one projection would remove.
+    """
     D, _, K = M.shape
     lengths = M.diagonal().clamp_min(0).sqrt().t()  # [D, K]
     scale = lengths[:, None] * lengths  # [D, D, K]

@@ -1,12 +1,13 @@
 """CorGrad, the rule of GradSurgery ("Rethinking Domain Generalization from Perspective of Gradient Granularity",
-ECAI 2024), from the Gram matrices of the parts. Its other half, the blend of norm outliers, is `outliers.py`.
+ECAI 2024), from the Gram matrices of the parts. The second half of the method, the norm-outlier correction, is in
+`norm_outliers.py`.
 
-Per part, in domain order: g_i -= <g_i, g_p> / ||g_p||^2 g_p wherever <g_i, g_p> < 0, each g_p as it then is; the update
-is the sum over the domains.
+Per part, for each i and each p != i in domain order: g_i -= <g_i, g_p> / ||g_p||^2 g_p if <g_i, g_p> < 0, where g_p
+includes its earlier projections. The update is the sum over the domains.
 
 Deviations from the released code: the guards of `projection.py`. The release counts about half of the pairs that it has
-just made orthogonal as conflicts of size zero: its conflict rate is higher and its mean removed ratio lower than here;
-their product is the same.
+just made orthogonal as conflicts of size zero: its conflict rate is higher and its mean removed ratio is lower than
+here; their product is the same.
 """
 
 from __future__ import annotations
@@ -16,19 +17,23 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from gsdg.errors import check_literal
 from gsdg.surgery.rules.base import GramRule, Metrics, Reduction
 from gsdg.surgery.rules.projection import project
+from gsdg.utils.errors import check_literal
 
 Order = Literal["fixed", "random"]
 ProjectOn = Literal["modified", "original"]
 
 
 class CorGrad(GramRule):
-    """order: "fixed", the domains' order; "random", one permutation a step for all parts (torch's CPU generator).
+    """The projections of GradSurgery.
 
-    project_on: "modified", g_p as the projections before left it; "original", as PCGrad does.
-    reduction: "sum" over the domains, or their "mean".
+    Args:
+        order: "fixed": the order of the domains; "random": one permutation per step for all parts (from torch's CPU
+            generator).
+        project_on: "modified": project on g_p after its own earlier projections; "original": on the original g_p, as
+            PCGrad does.
+        reduction: "sum" or "mean" over the domains.
     """
 
     def __init__(

@@ -1,17 +1,18 @@
-"""DualProj: the mean gradient, projected on what conflicts with no domain. GEM's projection (Lopez-Paz and Ranzato,
-NeurIPS 2017, arXiv 1706.08840), in the form and under the name of Quinton and Rey (arXiv 2406.16232).
+"""DualProj: the mean gradient, projected onto the vectors that conflict with no domain. The projection of GEM
+(Lopez-Paz and Ranzato, NeurIPS 2017, arXiv 1706.08840), in the form and under the name of Quinton and Rey
+(arXiv 2406.16232).
 
-The update of a part is the point closest to the mean gradient among the d with <d, g_i> >= 0 for all i. It is J^T v
-with v = argmin v^T M v subject to v >= u, u_i = 1 / D, where the rows of J are the gradients and M = J J^T.
+The update of a part is the vector closest to the mean gradient among all d with <d, g_i> >= 0 for all i. It is J^T v
+with v = argmin v^T M v subject to v >= u, u_i = 1 / D, where the rows of J are the domain gradients and M = J J^T.
 
-Exact, by trying every subset F of the domains: v = u outside F, M_FF v_F = -M_FA u_A inside (A is what lies outside).
-Every candidate is clamped to v >= u, the one of the smallest v^T M v is kept. Some F with an invertible M_FF holds the
-answer. v need not be unique, J^T v is.
+The minimum is exact, by trying every subset F of the domains: v = u outside of F, and M_FF v_F = -M_FA u_A inside,
+where A is the complement of F. Every candidate is clamped to v >= u, and the candidate with the smallest v^T M v is
+kept. Some F with an invertible M_FF gives the minimum. v need not be unique; J^T v is.
 
 Deliberate deviations:
-- TorchJD adds 1e-4 to the diagonal of M / trace, and takes M for 0 where its trace is below 1e-4; neither here;
-- what a gradient does not share with others of F counts as 0 below sqrt(rank_eps) of its length: weights stay below
-  some max_weight where gradients are opposite but for rounding.
+- TorchJD adds 1e-4 to the diagonal of M / trace, and treats M as 0 if its trace is below 1e-4. Neither is done here.
+- The component of a gradient that is independent of the others in F counts as 0 below sqrt(rank_eps) of its length.
+  This bounds the weights by about max_weight for gradients that are opposite up to rounding.
 """
 
 from __future__ import annotations
@@ -19,27 +20,34 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gsdg.surgery.rules import small
+from gsdg.surgery.rules import _batched_linalg
 from gsdg.surgery.rules.base import Weighting
 from gsdg.surgery.rules.precision import rank_eps
 
 
 class DualProj(Weighting):
-    """The mean gradient, projected on the cone that conflicts with no domain. Up to 8 domains."""
+    """DualProj: the mean gradient, projected onto the cone of vectors that conflict with no domain. Up to 8 domains."""
 
     def start_step(self, n_domains: int) -> None:
-        small.refuse_many("DualProj", n_domains)
+        _batched_linalg.check_n_domains("DualProj", n_domains)
 
     def weights(self, M: Tensor, gram_eps: float) -> Tensor:
         u = torch.full((len(M), 1), 1 / len(M), dtype=M.dtype, device=M.device)
-        return small.in_pieces(lambda M: project(M, u, rank_eps(gram_eps)).squeeze(1), small.normalised(M))
+        return _batched_linalg.map_parts(
+            lambda M: project_on_dual_cone(M, u, rank_eps(gram_eps)).squeeze(1), _batched_linalg.normalised(M)
+        )
 
 
-def project(M: Tensor, u: Tensor, rank: float) -> Tensor:
-    """M [D, D, K] of trace 1, m columns u [D, m] >= 0 -> [D, m, K]: for each, argmin v^T M v subject to v >= u."""
-    free = small.subsets(len(M), M.device)[:, :, None]  # [D, S, 1, 1]
+def project_on_dual_cone(M: Tensor, u: Tensor, rank: float) -> Tensor:
+    """argmin v^T M v subject to v >= u, for every column of u: [D, m, K].
+
+    Args:
+        M: [D, D, K], Gram matrices of trace 1. u: [D, m], >= 0.
+        rank: rank_eps.
+    """
+    free = _batched_linalg.subsets(len(M), M.device)[:, :, None]  # [D, S, 1, 1]
     u, M = u[:, None, :, None], M[:, :, None, None]  # [D, 1, m, 1] and [D, D, 1, 1, K]
-    pull = small.times(M, torch.where(free, 0.0, u))  # [D, S, m, K]
-    v = small.solve(small.within(free, M), torch.where(free, -pull, 0.0), rank)
+    pull = _batched_linalg.matvec(M, torch.where(free, 0.0, u))  # [D, S, m, K]
+    v = _batched_linalg.solve(_batched_linalg.submatrix(free, M), torch.where(free, -pull, 0.0), rank)
     v = torch.where(free, v, u).maximum(u)
-    return small.best(v, small.quadratic(M, v))
+    return _batched_linalg.lowest(v, _batched_linalg.quadratic(M, v))

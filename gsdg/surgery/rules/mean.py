@@ -1,8 +1,7 @@
-"""The two rules that change nothing: the domains' mean, which is ERM's gradient, and their sum.
+"""The two rules without surgery: the mean of the domain gradients (w = 1 / D), which is the gradient of ERM, and their
+sum (w = 1).
 
-    w = 1 / D        w = 1
-
-They take the same passes as the others, so that their conflicts are recorded too and their cost is comparable.
+They take the same passes over the gradients as other rules, so that conflicts are recorded and the cost is comparable.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from gsdg.surgery.rules.base import Weighting
 
 
 class Mean(Weighting):
-    """No hyper-parameters."""
+    """The mean of the domain gradients: the gradient of ERM. No hyper-parameters."""
 
     reduction = "mean"
 
@@ -23,7 +22,7 @@ class Mean(Weighting):
 
 
 class Sum(Weighting):
-    """No hyper-parameters."""
+    """The sum of the domain gradients. No hyper-parameters."""
 
     reduction = "sum"
 

@@ -1,12 +1,12 @@
-"""Any weighting of TorchJD (Quinton and Rey, arXiv 2406.16232) as a rule: for comparisons, and for what is not here.
+"""Any weighting of TorchJD (Quinton and Rey, arXiv 2406.16232) as a rule: for comparisons, and for missing rules.
 
-Each part's Gram matrix is divided by its trace, because UPGrad, DualProj and CAGrad compare an absolute 1e-4 with it,
-and given to TorchJD on the CPU, one part after the other. The step waits for the device, and for TorchJD's loops and
-solvers: at most 50 parts. A part whose gradients are all 0 has the weights 1 / D, one domain has the weight 1; TorchJD
-is asked about neither. TorchJD changes its interface often: its version is pinned in setup.cfg.
+The Gram matrix of each part is divided by its trace, because UPGrad, DualProj and CAGrad compare an absolute 1e-4 with
+it, and passed to TorchJD on the CPU, one part after the other. The step waits for the device and for TorchJD's loops
+and solvers; therefore at most 50 parts are allowed. TorchJD is not called for a part whose gradients are all 0 (weights
+1 / D), nor for a single domain (weight 1). TorchJD changes its interface often: its version is pinned in setup.cfg.
 
-TorchJD's weightings with a memory (its `Stateful`) are left out: one memory would serve all parts, and no checkpoint
-holds it. Native rules (this folder) are exact, batched and do not wait: prefer them.
+TorchJD's stateful weightings (its `Stateful`) are excluded: all parts would share one state, and no checkpoint would
+hold it. The native rules (this folder) are exact and batched and do not wait for the device: prefer them.
 """
 
 from __future__ import annotations
@@ -17,20 +17,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gsdg.errors import UserError, listing
-from gsdg.surgery.rules import small
-from gsdg.surgery.rules.base import Weighting
+from gsdg.surgery.rules import _batched_linalg
+from gsdg.surgery.rules.base import Reduction, Weighting
+from gsdg.utils.errors import UserError, listing
 
 MOST_PARTS = 50
-SUMS = ("FairGradWeighting", "PCGradWeighting", "SumWeighting")  # equal gradients: weights of 1 each, not 1 / D
+SUMS = ("FairGradWeighting", "PCGradWeighting", "SumWeighting")  # these give equal gradients weights of 1, not 1 / D
 
 
 class TorchJD(Weighting):
-    """One of TorchJD's weightings, part by part.
+    """A weighting of TorchJD, applied part by part. Up to 50 parts.
 
-    weighting: the name of a class of torchjd.aggregation, "UPGradWeighting" for one.
-    options: its arguments by name. A list becomes a tensor (pref_vector); norm_eps and reg_eps of UPGradWeighting and
-    DualProjWeighting go to their projector, whose arguments they are.
+    Args:
+        weighting: the name of a class in torchjd.aggregation, such as "UPGradWeighting".
+        options: its constructor arguments by name. A list becomes a tensor (pref_vector). norm_eps and reg_eps of
+            UPGradWeighting and DualProjWeighting are passed to their projector.
     """
 
     def __init__(self, *, weighting: str = "UPGradWeighting", options: dict[str, Any] | None = None) -> None:
@@ -42,30 +43,30 @@ class TorchJD(Weighting):
         except ImportError as error:
             raise UserError(str(error)) from error
         except (TypeError, ValueError) as error:
-            raise UserError(f"TorchJD's {weighting} refuses the options {options!r}: {error}") from error
-        self.reduction = "sum" if weighting in SUMS else "mean"
+            raise UserError(f"TorchJD's {weighting} does not accept the options {options!r}: {error}") from error
+        self.reduction: Reduction = "sum" if weighting in SUMS else "mean"
 
     def weights(self, M: Tensor, gram_eps: float) -> Tensor:
         D, _, K = M.shape
         if K > MOST_PARTS:
             raise UserError(
-                f"the rule torchjd works part by part and waits for the device, and there are {K} parts; "
+                f"the rule torchjd computes part by part and waits for the device, and there are {K} parts; "
                 f"valid: up to {MOST_PARTS}. Use partition=model, module or groups, or one of the native rules"
             )
         if D == 1:
             return torch.ones_like(M[0])
-        parts = [self._of_part(part) for part in small.normalised(M).cpu().unbind(-1)]
+        parts = [self._part_weights(part) for part in _batched_linalg.normalised(M).cpu().unbind(-1)]
         return torch.stack(parts, dim=-1).to(M) if parts else torch.ones_like(M[0])
 
-    def _of_part(self, part: Tensor) -> Tensor:
-        """part [D, D], of trace 1 or 0 -> weights [D]."""
+    def _part_weights(self, part: Tensor) -> Tensor:
+        """The weights [D] for one Gram matrix [D, D] of trace 1 or 0."""
         if part.trace() == 0:
             return torch.full_like(part[0], 1 / len(part))
         return self._weighting(part)
 
 
 def _available() -> dict[str, type[nn.Module]]:
-    """TorchJD's weightings by their class names."""
+    """The stateless weightings of TorchJD, by class name."""
     try:
         import torchjd
         from torchjd import aggregation
@@ -73,18 +74,19 @@ def _available() -> dict[str, type[nn.Module]]:
         raise UserError(
             "the rule torchjd needs TorchJD, which is not installed: pip install 'gsdg[torchjd]'"
         ) from error
-    named = {name: getattr(aggregation, name) for name in aggregation.__all__ if name.endswith("Weighting")}
-    del named["Weighting"]  # their abstract base
-    return {name: kind for name, kind in named.items() if not issubclass(kind, torchjd.Stateful)}
+    weightings = {name: getattr(aggregation, name) for name in aggregation.__all__ if name.endswith("Weighting")}
+    del weightings["Weighting"]  # the abstract base class
+    return {name: kind for name, kind in weightings.items() if not issubclass(kind, torchjd.Stateful)}
 
 
 def _arguments(kind: type[nn.Module], options: dict[str, Any]) -> dict[str, Any]:
+    """The constructor arguments of a weighting, from the options of the rule."""
     from torchjd.linalg import QuadprogProjector
 
-    arguments = {
+    arguments: dict[str, Any] = {
         k: torch.tensor(v, dtype=torch.float64) if isinstance(v, list | tuple) else v for k, v in options.items()
     }
     if "projector" in signature(kind).parameters and "projector" not in arguments:
-        sizes = {name: arguments.pop(name) for name in ("norm_eps", "reg_eps") if name in arguments}
-        arguments["projector"] = QuadprogProjector(**sizes)
+        tolerances = {name: arguments.pop(name) for name in ("norm_eps", "reg_eps") if name in arguments}
+        arguments["projector"] = QuadprogProjector(**tolerances)
     return arguments

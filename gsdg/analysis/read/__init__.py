@@ -1,0 +1,1 @@
+"""Readers: run folders on disk -> one tidy frame."""

@@ -1,0 +1,1 @@
+"""The two passes over the domain gradients: torch (the definition) and Triton (for CUDA)."""

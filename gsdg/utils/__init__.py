@@ -1,0 +1,1 @@
+"""Base utilities for every other package: JSON files, progress bars, terminal, text. Standard library only."""
