@@ -9,6 +9,8 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import hydra
@@ -24,6 +26,7 @@ from gsdg.utils.terminal import closed_pipe_is_no_error, erase
 from gsdg.utils.text import let_streams_print_any_text
 
 log = logging.getLogger(__name__)
+FULL_ERROR = "HYDRA_FULL_ERROR"  # Hydra's own variable: "1" for whole tracebacks
 FAILED: list[str] = []  # the runs of this sweep that have failed, as `[3/12]`
 
 
@@ -65,6 +68,19 @@ def number_of(sweep) -> str:
     return f"[{sweep.job.num + 1}/{SweepCallback.size}]" if SweepCallback.size else f"[{sweep.job.num + 1}]"
 
 
+@contextmanager
+def hydra_raises_errors() -> Iterator[None]:
+    """Hydra raises errors instead of printing them; the environment is afterwards as it was."""
+    before = os.environ.get(FULL_ERROR)
+    os.environ[FULL_ERROR] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[FULL_ERROR]
+        if before is not None:
+            os.environ[FULL_ERROR] = before
+
+
 def main() -> None:
     """The program `python launch.py`, and the command `gsdg`."""
     let_streams_print_any_text()
@@ -73,8 +89,7 @@ def main() -> None:
 
 
 def _main() -> None:
-    show_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises errors instead of printing them
+    show_traceback = os.environ.get(FULL_ERROR) == "1"
     failure = None
     FAILED.clear()
 
@@ -82,7 +97,8 @@ def _main() -> None:
     try:
         sys.argv[1:] = check_arguments(sys.argv[1:])
         try:
-            job()
+            with hydra_raises_errors():
+                job()
         finally:
             erase()
     except KeyboardInterrupt:

@@ -10,6 +10,7 @@ import sys
 from functools import lru_cache
 from pathlib import Path
 
+os.environ.pop("HYDRA_FULL_ERROR", None)  # the tests expect messages, not tracebacks
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: with more threads small networks are slower
 
 import pytest
@@ -111,7 +112,6 @@ def launch_here(tmp_path, monkeypatch, capfd):
 
     def launch_here(*words: str) -> subprocess.CompletedProcess:
         monkeypatch.setattr(sys, "argv", ["launch.py", *words])
-        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
         capfd.readouterr()
         code = None
         try:

@@ -41,7 +41,6 @@ class Launcher:
     def __init__(self, runs_dir: Path) -> None:
         self.runs_dir = runs_dir
         self.environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.environment.pop("HYDRA_FULL_ERROR", None)
 
     def start(self, *overrides: str) -> subprocess.Popen:
         """Start the command and do not wait for it."""

@@ -24,12 +24,13 @@ def test_a_mistake_is_a_message_with_what_is_valid_and_a_traceback_only_on_reque
     assert "Traceback" in launch("split.target=17").stderr
 
 
-def test_a_sweep_ends_with_its_table(launch_here):
+def test_a_sweep_ends_with_its_table_and_does_not_make_later_errors_tracebacks(launch_here):
     answer = launch_here(*SWEEP, *SMALL)
     assert answer.returncode == 0, answer.stderr
     table = answer.stdout[answer.stdout.index("rotated_digits, training_domain") :]
     assert "grad_surgery" in table
     assert "no such run" in table
+    assert "HYDRA_FULL_ERROR" not in os.environ
 
 
 @pytest.mark.slow
