@@ -58,6 +58,7 @@ def _choices_in(folder: Path, *, recursive: bool) -> set[str]:
     return {path.relative_to(folder).with_suffix("").as_posix() for path in files}
 
 
+@cache
 def groups() -> list[str]:
     """Every group, outer groups first: `algorithm`, ..., `algorithm/rule`, ..."""
     folders = {path.parent.relative_to(CONF).as_posix() for path in CONF.rglob("*.yaml")} if CONF else set()

@@ -51,6 +51,7 @@ def readings(name: str) -> tuple[object, ...]:
     return tuple(value for reader in (_on_command_line, _in_yaml) for value in reader(name))
 
 
+@cache
 def _on_command_line(name: str) -> list[object]:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException

@@ -149,9 +149,20 @@ def test_a_gsdg_class_is_compared_without_its_module(compose):
         checks.check_labels(config)
 
 
-def test_without_yaml_files_names_are_not_checked(compose, monkeypatch):
+@pytest.fixture
+def without_yaml_files(monkeypatch):
     """As in the code copy of a sweep, whose configs were checked when it was submitted."""
+    cached = (choices.groups, choices.generated)
     monkeypatch.setattr(choices, "CONF", None)
+    for function in cached:
+        function.cache_clear()
+    yield
+    for function in cached:
+        function.cache_clear()
+
+
+@pytest.mark.usefixtures("without_yaml_files")
+def test_without_yaml_files_names_are_not_checked(compose):
     config = resolve_config(compose("algorithm=erm"))
     config["algorithm"]["name"] = "irm"
     checks.check_labels(config)
