@@ -9,7 +9,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -69,7 +69,7 @@ def number_of(sweep) -> str:
 
 
 @contextmanager
-def hydra_raises_errors() -> Iterator[None]:
+def hydra_raises_errors() -> Generator[None]:
     """Hydra raises errors instead of printing them; the environment is afterwards as it was."""
     before = os.environ.get(FULL_ERROR)
     os.environ[FULL_ERROR] = "1"

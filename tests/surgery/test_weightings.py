@@ -183,7 +183,7 @@ def cagrad_objective(M: Tensor, w: Tensor, c: float) -> Tensor:
     return (w * inner).sum(0) + c * (inner.mean(0).clamp_min(0) * quadratic(M, w).clamp_min(0)).sqrt()
 
 
-@pytest.mark.parametrize("c", [0.1, 0.5, 1, 3])
+@pytest.mark.parametrize("c", [0.1, 0.5, 0.9, 1, 3, 10])
 def test_cagrad_has_no_duality_gap(c):
     """min_i <g_i, d> <= F(w) for any d in the ball and any w of the simplex: where they are equal both are optimal."""
     for D in range(2, 7):
@@ -194,14 +194,13 @@ def test_cagrad_has_no_duality_gap(c):
         length = quadratic(M, extra).clamp_min(0).sqrt()  # of d - g_0
         w = extra / extra.sum(0).clamp_min(1e-300)
         gap = cagrad_objective(M, w, c) - product(M, weights).min(0).values
-        optimal = ((length - radius).abs() <= 1e-7) & (gap.abs() <= 1e-8)
+        rounding = radius * D**2 * 2**-51 / quadratic(M, w).clamp_min(1e-300)  # of ||g_w||, where it nearly vanishes
+        optimal = ((length - radius).abs() <= 1e-7) & (gap.abs() <= 1e-8 + rounding)
         # at g_0 instead if the hull contains zero or nearly does: g_w vanishes
         still = (extra.abs() <= 1e-12).all(0) & (quadratic(M, MGDA().weights(M, EPS)) <= 2 * EPS)
         with in_case(D=D):
             assert_in_all(extra >= -1e-12)
-            # A nearly opposite pair of D 6 with c 1 has a gap of 5e-6: a known fault of our solver, not mended yet.
-            known = gap.abs() <= (1e-5 if (D, c) == (6, 1) else 0)
-            assert_in_all(optimal | still | (radius <= 1e-7) | known)
+            assert_in_all(optimal | still | (radius <= 1e-7))
             assert_in_all(optimal[:K], ("random",))
 
 

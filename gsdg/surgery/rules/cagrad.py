@@ -5,12 +5,13 @@ Let g_0 be the mean gradient of a part. Its update is the d that maximises min_i
 F(w) = <g_w, g_0> + c ||g_0|| ||g_w|| over the simplex. The weights of the domains are b + (c ||g_0|| / ||g_w||) w,
 b = 1 / D.
 
-The minimum is exact, by trying every subset S of the domains. Let k = c ||g_0||, A = M_SS^-1 1, B = M_SS^-1 (M b)_S,
-a = 1^T A, b1 = 1^T B and b2 = B^T (M b)_S. F is stationary on the affine hull of S where
-(M b)_S + (k / ||g_w||) M_SS w = mu 1, so that w is mu A - B up to a factor. Inserting w into ||g_w|| gives
-k^2 = a mu^2 - 2 b1 mu + b2. The sum of w is positive for the larger root, mu = (b1 + sqrt(b1^2 - a (b2 - k^2))) / a.
+The minimum is exact, by trying every subset S of the domains. Let k = c ||g_0||. A vector of the affine hull of S is
+p - x, where p is the shortest one and x is in the span of the differences of S, to which p is orthogonal. Let q be the
+projection of g_0 on that span. Then F = <p, g_0> - <x, q> + k sqrt(||p||^2 + ||x||^2) is stationary at
+x = q ||p|| / sqrt(k^2 - ||q||^2), if ||q|| < k; otherwise it has no minimum there. p and q are as precise as the
+differences of the gradients, also where two gradients are nearly opposite and p is nearly 0.
 Every candidate is clamped to the simplex, and the candidate with the lowest F is kept. F is not differentiable at
-g_w = 0; therefore the w of MGDA, which has the shortest g_w, is one more candidate.
+g_w = 0; therefore the shortest vectors p, one of which is MGDA's, are candidates too.
 
 Deliberate deviations:
 - If g_w vanishes (||g_w||^2 <= rank_eps (sum_i w_i ||g_i||)^2), d is g_0. In TorchJD d is then 0, so that one domain
@@ -28,7 +29,7 @@ from torch import Tensor
 
 from gsdg.surgery.rules import _batched_linalg
 from gsdg.surgery.rules.base import Weighting, is_number
-from gsdg.surgery.rules.mgda import shortest
+from gsdg.surgery.rules.mgda import affine_hulls, on_simplex
 from gsdg.surgery.rules.precision import rank_eps
 from gsdg.utils.errors import UserError
 
@@ -57,7 +58,7 @@ class CAGrad(Weighting):
     def _weights(self, M: Tensor, rank: float) -> Tensor:
         inner = M.mean(1)  # <g_i, g_0> [D, K]
         radius = self.c * inner.mean(0).clamp_min(0).sqrt()  # c ||g_0|| [K]
-        w = torch.cat((_stationary(M, inner, radius, rank), shortest(M, rank)[:, None]), dim=1)  # [D, S, K]
+        w = _candidates(M, inner, radius, rank)  # [D, S, K]
         values = (w * inner[:, None]).sum(0) + radius * _length(M, w)
         w = _batched_linalg.lowest(w, values)
         length = _length(M, w[:, None])  # [1, K]
@@ -70,14 +71,11 @@ def _length(M: Tensor, w: Tensor) -> Tensor:
     return _batched_linalg.quadratic(M[:, :, None], w).clamp_min(0).sqrt()
 
 
-def _stationary(M: Tensor, inner: Tensor, radius: Tensor, rank: float) -> Tensor:
-    """The stationary point of F on the affine hull of every subset, clamped to the simplex: [D, S, K]."""
-    mask = _batched_linalg.subsets(len(M), M.device)[:, 1:]  # [D, S, 1]
-    inner = torch.where(mask, inner[:, None], 0.0)  # [D, S, K]
-    right = torch.stack((mask.to(M.dtype).expand_as(inner), inner), dim=2)  # [D, S, 2, K]
-    A, B = _batched_linalg.solve(_batched_linalg.submatrix(mask, M[:, :, None])[:, :, :, None], right, rank).unbind(2)
-    a, b1, b2 = A.sum(0), B.sum(0), (B * inner).sum(0)  # [S, K]
-    root = (b1.square() - a * (b2 - radius.square())).clamp_min(0).sqrt()
-    w = torch.where(a > 0, (b1 + root) / a * A - B, 0.0).clamp_min(0)
-    total = w.sum(0)
-    return torch.where(total > 0, w / total, mask / mask.sum(0))
+def _candidates(M: Tensor, inner: Tensor, radius: Tensor, rank: float) -> Tensor:
+    """The stationary point of F and the shortest vector on the affine hull of every subset, clamped to the simplex."""
+    p, q = affine_hulls(M, inner[:, None], rank)
+    q = q[:, :, 0]
+    slack = radius.square() - (q * inner[:, None]).sum(0)  # k^2 - ||q||^2 [S, K]
+    ratio = _batched_linalg.quadratic(M[:, :, None], p).clamp_min(0) / slack
+    stationary = p - torch.where(slack > 0, ratio.sqrt(), 0.0) * q
+    return on_simplex(torch.cat((stationary, p), dim=1))

@@ -36,18 +36,40 @@ class MGDA(Weighting):
 
 def shortest(M: Tensor, rank: float) -> Tensor:
     """The w [D, K] on the simplex with the smallest w^T M w, for M [D, D, K] of trace 1; rank: rank_eps."""
+    w = on_simplex(affine_hulls(M, M[:, :0], rank)[0])
+    return _batched_linalg.lowest(w, _batched_linalg.quadratic(M[:, :, None], w))
+
+
+def on_simplex(w: Tensor) -> Tensor:
+    """w [D, ...], whose entries add up to 1, clamped to the simplex."""
+    w = w.clamp_min(0)
+    return w / w.sum(0)  # the sum is at least 1: it was 1 before the clamp
+
+
+def affine_hulls(M: Tensor, h: Tensor, rank: float) -> tuple[Tensor, Tensor]:
+    """For every subset of the domains: the shortest vector in its affine hull, and projections on its differences.
+
+    Args:
+        M: [D, D, K], of trace 1.
+        h: [D, R, K], the inner products of the gradients with R vectors to project.
+        rank: rank_eps.
+
+    Returns:
+        The weights [D, 2^D - 1, K] of the shortest vector, which add up to 1; and the weights [D, 2^D - 1, R, K] of the
+        projection of each vector on the span of the differences g_j - g_r, which add up to 0.
+    """
     D, _, K = M.shape
     mask = _batched_linalg.subsets(D, M.device)[:, 1:]  # [D, S, 1]
     squares = M.diagonal().t()[:, None]  # [D, 1, K]
     root = torch.where(mask, squares, torch.inf).argmin(0, keepdim=True)  # [1, S, K]
-    index = torch.arange(D, device=M.device)[:, None, None]
-    others = mask & (index != root)
+    is_root = torch.arange(D, device=M.device)[:, None, None] == root
+    others = mask & ~is_root
     square = squares.expand(D, mask.shape[1], K).gather(0, root)  # ||g_r||^2 [1, S, K]
     inner = M.gather(1, root.expand(D, -1, K))  # <g_j, g_r> [D, S, K]
     differences = M[:, :, None] - inner[:, None] - inner + square  # <g_i - g_r, g_j - g_r>
-    rest = _batched_linalg.solve(
-        _batched_linalg.submatrix(others, differences), torch.where(others, square - inner, 0.0), rank
-    )
-    w = torch.where(index == root, 1 - rest.sum(0), rest).clamp_min(0)
-    w = w / w.sum(0)  # the sum is at least 1: it was 1 before the clamp
-    return _batched_linalg.lowest(w, _batched_linalg.quadratic(M[:, :, None], w))
+    vectors = torch.cat((inner[:, :, None], h[:, None].expand(-1, mask.shape[1], -1, -1)), dim=2)  # g_r and h
+    at_root = vectors.gather(0, root[:, :, None].expand(-1, -1, vectors.shape[2], -1))
+    right = torch.where(others[:, :, None], vectors - at_root, 0.0)  # the inner products of g_j - g_r
+    t = _batched_linalg.solve(_batched_linalg.submatrix(others, differences)[:, :, :, None], right, rank)
+    t = torch.where(is_root[:, :, None], -t.sum(0), t)
+    return is_root.to(M.dtype) - t[:, :, 0], t[:, :, 1:]
