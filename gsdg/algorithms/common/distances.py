@@ -24,10 +24,10 @@ def gaussian_mmd(groups: Sequence[Tensor]) -> Tensor:
     """
     rows = centred(groups)
     products = rows @ rows.T
-    # The squared norms are taken from the same products, so that every |x - x|^2 is exactly 0, which matters for large
-    # g.
     squares = products.diagonal()
     distances = (squares[:, None] + squares - 2 * products).clamp_min(0)  # [N, N]
+    # |x - x|^2 is constant. Otherwise its gradients of size g would have to cancel, and float32 would lose 3 digits.
+    distances = distances.masked_fill(torch.eye(len(rows), dtype=torch.bool, device=rows.device), 0)
     bandwidths = torch.logspace(-3, 3, 7, dtype=rows.dtype, device=rows.device)
     # Powers of a single exp would be cheaper, but less accurate by 4 digits.
     kernel = (distances[..., None] * -bandwidths).exp().sum(-1)
