@@ -7,10 +7,10 @@ PYTHON ?= python3
 VENV ?= .venv
 LOWEST ?= .venv-lowest
 RUN = $(VENV)/bin/python
-# Three at a time, on two cores too: much of it waits for other processes and for SLURM (each worker starts its own).
-PYTEST = $(RUN) -m pytest -n 3 --dist worksteal
+# Four at a time, on two cores too: much of it waits for other processes and for SLURM (each worker starts its own).
+PYTEST = $(RUN) -m pytest -n 4 --dist worksteal
 
-.PHONY: demo test check lowest
+.PHONY: demo test check lowest lowest-versions
 
 $(VENV)/core: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -40,6 +40,8 @@ check: $(VENV)/everything
 	$(RUN) -m ty check gsdg
 	$(PYTEST) -m "not slow"
 
+lowest-versions: $(LOWEST)/constraints.txt
+
 lowest: VENV = $(LOWEST)
-lowest: $(LOWEST)/constraints.txt
+lowest: lowest-versions
 	$(PYTEST) -m "not slow"

@@ -24,6 +24,11 @@ def pytest_configure(config) -> None:
     config.addinivalue_line("markers", "slow: takes more than a few seconds; left out of `make check`")
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """Slow tests first: otherwise the last worker is alone with a test of minutes."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session")
 def pacs_root() -> Path:
     """The folder that contains PACS/: the parent of $GSDG_TEST_PACS, or ../shared/data beside the checkout."""
