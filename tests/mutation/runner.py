@@ -21,7 +21,8 @@ from xml.etree import ElementTree
 from tests.mutation.mutator import Mutant
 
 ROOT = Path(__file__).parents[2]
-LEFT_OUT = {".git", ".venv", ".venv-lowest", "runs", "data", "core", "report", "build", "dist"}  # at the top of the repository
+# At the top of the repository:
+LEFT_OUT = {".git", ".venv", ".venv-lowest", "runs", "data", "core", "report", "build", "dist"}
 UNTIL_PARENT_ENDS = ["setpriv", "--pdeathsig", "KILL"]
 SEPARATE = ["unshare", "--mount", "--pid", "--fork", "--mount-proc", "--kill-child", "sh", "-c"]
 # setsid: otherwise the process group belongs to the outer namespace, and os.getpgrp() is 0 in the tests.
