@@ -24,7 +24,7 @@ $(VENV)/everything: $(VENV)/core
 $(LOWEST)/constraints.txt: setup.cfg pyproject.toml .ci/lowest.py
 	$(PYTHON) -m venv $(LOWEST)
 	$(PYTHON) .ci/lowest.py > $@.new
-	$(LOWEST)/bin/python -m pip install --quiet -e . pytest pytest-xdist matplotlib -c $@.new
+	$(LOWEST)/bin/python -m pip install --quiet -e '.[test]' -c $@.new
 	mv $@.new $@
 
 demo: $(VENV)/core

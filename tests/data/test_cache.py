@@ -118,7 +118,7 @@ def test_images_of_every_size_and_mode_are_stored_as_pillow_converts_and_resizes
         root = tmp_path / f"modes{size[0]}"
         for i, (mode, suffix) in enumerate(MODES.items()):
             with Image.open(write_image(root / f"photo/cat/{i}.{suffix}", i, size, mode)) as image:
-                assert image.mode == mode
+                assert image.mode.partition(";")[0] == mode.partition(";")[0]  # before Pillow 11: I
         for suffix in ("jpg", "tiff"):
             write_image(root / f"photo/dog/turned.{suffix}", 9, size, exif=turned)
         check(opened(root), root)
@@ -465,7 +465,8 @@ def test_a_disk_that_fills_up_at_any_moment_leaves_nothing_or_everything(disk, t
     empty = shutil.disk_usage(disk)
     monkeypatch.setattr(builder.shutil, "disk_usage", lambda _: empty)
     outcomes = []
-    for pages in range(28):  # free pages: 16 for the pixels, and one for each other file
+    pages = 0  # free pages: 16 for the pixels, at least one for each other file; the kernel may take more
+    while outcomes.count("built") < 6 and pages < 100:
         (disk / "filler").write_bytes(bytes(empty.free - 4096 * pages))
         try:
             check(opened(root, where, 60), root, 60)
@@ -475,9 +476,10 @@ def test_a_disk_that_fills_up_at_any_moment_leaves_nothing_or_everything(disk, t
         assert len(finished(where)) == (outcomes[-1] == "built")
         assert unfinished(where) == []
         shutil.rmtree(where)
+        pages += 1
     assert outcomes == sorted(outcomes, reverse=True)
     assert outcomes.count("refused") > 17
-    assert outcomes.count("built") > 5
+    assert outcomes.count("built") == 6
 
 
 # ---- bad images -----------------------------------------------------------------------------------------------------

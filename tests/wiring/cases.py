@@ -8,9 +8,11 @@ step), predicted, records, files. A key for which "something differs" says too l
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
 from keys import every_key
 
 from gsdg.config.choices import choices
@@ -220,14 +222,11 @@ ADAM = {
     "amsgrad": weights(False, True, "+optimizer.betas=[0.0,0.1]", "trainer.steps=8"),
     "maximize": weights(False, True),
 }
+DECOUPLED = {"decoupled_weight_decay": weights(False, True, "optimizer.weight_decay=0.5")}
+if not DECOUPLED.keys() & inspect.signature(torch.optim.Adam).parameters.keys():
+    DECOUPLED = {}  # before torch 2.7
 OPTIMIZERS = {
-    **node(
-        "optimizer",
-        "Adam",
-        "optimizer=adam",
-        **ADAM,
-        decoupled_weight_decay=weights(False, True, "optimizer.weight_decay=0.5"),
-    ),
+    **node("optimizer", "Adam", "optimizer=adam", **ADAM, **DECOUPLED),
     **node("optimizer", "AdamW", "optimizer=adamw", **ADAM),
     **node(
         "optimizer",
