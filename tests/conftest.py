@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 
 os.environ.pop("HYDRA_FULL_ERROR", None)  # the tests expect messages, not tracebacks
+os.environ.pop("PYTHONUNBUFFERED", None)  # or a missing flush would not be seen
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported: with more threads small networks are slower
 
 import pytest

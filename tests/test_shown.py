@@ -15,7 +15,7 @@ import pytest
 from helpers import REPOSITORY, SMALL, only_run
 
 from gsdg.trainer import format_accuracy
-from gsdg.utils.progress import tracked
+from gsdg.utils.progress import Progress, tracked
 from gsdg.utils.terminal import ERASE
 
 DOMAINS = ["clipart", "infograph", "painting", "quickdraw", "real", "sketch"]
@@ -59,6 +59,16 @@ def test_short_work_has_no_bar(monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     assert list(tracked(range(3), "reading", 3, "runs")) == [0, 1, 2]
     assert sys.stderr.getvalue() == ""
+
+
+def test_a_log_has_each_line_at_once(monkeypatch, tmp_path):
+    """As when decoding in a job, whose log somebody reads while it runs."""
+    now = [0.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    with (tmp_path / "log").open("w") as stream, Progress("decoding", 4, "images", stream=stream) as progress:
+        now[0] += 11
+        progress.add(2)
+        assert (tmp_path / "log").read_text() == "decoding: 2 / 4 images (50%)\n"
 
 
 def on_terminal(command: list[str], cwd) -> str:

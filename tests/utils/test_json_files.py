@@ -128,6 +128,13 @@ def test_on_a_full_disk_a_file_is_replaced_or_unchanged_and_no_temporary_file_is
     assert sorted(os.listdir(disk)) == ["filler", "status.json"]
 
 
+def test_the_content_is_in_the_file_before_it_is_flushed_to_the_disk(tmp_path, monkeypatch):
+    sizes, fsync = [], os.fsync
+    monkeypatch.setattr(os, "fsync", lambda file: (sizes.append(os.fstat(file).st_size), fsync(file)))
+    write_json(tmp_path / "status.json", {"state": "done"}, flush=True)
+    assert sizes[0] == (tmp_path / "status.json").stat().st_size > 0
+
+
 def test_a_file_that_cannot_be_read_is_not_treated_as_missing(tmp_path):
     (tmp_path / "lock").symlink_to("/proc/self/mem")  # Linux opens it, and reading its first bytes fails with EIO
     with pytest.raises(OSError, match="Input/output error"):
