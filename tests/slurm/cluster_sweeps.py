@@ -9,8 +9,7 @@ import sys
 from datetime import datetime
 from pathlib import Path
 
-import torch
-from helpers import REPOSITORY, records_without_time, status
+from helpers import REPOSITORY, status
 from lab import HALF_A_NODE, Lab
 
 # A run of about ten seconds on one core that uses all random number generators; an interrupted one repeats at most 25
@@ -83,12 +82,3 @@ class Sweeps:
 
     def wait_until_over(self, seconds: float = 300) -> None:
         self.lab.wait(lambda: not self.lab.states(), seconds)
-
-
-def same_result(one: Path, other: Path) -> None:
-    """Two runs have equal records, but for times, and equal weights."""
-    assert status(one)["state"] == status(other)["state"] == "done"
-    assert records_without_time(one) == records_without_time(other)
-    weights, again = (torch.load(run / "model.pt", weights_only=True) for run in (one, other))
-    assert weights.keys() == again.keys()
-    assert all(torch.equal(weights[name], again[name]) for name in weights)

@@ -10,8 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from cluster_sweeps import HOLD, RUN, Sweeps, same_result
-from helpers import REPOSITORY, Launcher, copy_checkout, only_run, status
+from cluster_sweeps import HOLD, RUN, Sweeps
+from helpers import REPOSITORY, Launcher, assert_same, copy_checkout, only_run, status
 from lab import HALF_A_NODE
 
 from gsdg.sweep.folder import all_sweeps, find_sweep
@@ -77,7 +77,7 @@ def test_a_job_runs_the_config_and_the_code_it_was_submitted_with(cluster, tmp_p
 
     desk = Launcher(tmp_path / "desk")
     assert desk(*SHORT).returncode == 0
-    same_result(only_run(desk.runs_dir), *sweeps.runs)
+    assert_same(only_run(desk.runs_dir), *sweeps.runs)
     (start,) = environments(*sweeps.runs)
     assert start["code"] == find_sweep(sweeps.runs_dir).read()["code"]["code"]
     assert start["job"] == job
@@ -105,7 +105,7 @@ def test_packed_runs_have_the_results_of_this_machine_whatever_the_shell_and_its
     for run in sweeps.runs:
         assert environments(run)[0]["device"] == "cpu, 1 threads", "the task has one core"
         if status(run)["state"] == "done":
-            same_result(desk.runs_dir / run.name, run)
+            assert_same(desk.runs_dir / run.name, run)
 
 
 def test_jobs_are_known_by_their_number_and_by_their_script_whatever_they_are_called(sweeps):

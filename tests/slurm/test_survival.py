@@ -11,8 +11,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from cluster_sweeps import HOLD, RUN, Sweeps, same_result
-from helpers import Launcher, only_run, status
+from cluster_sweeps import HOLD, RUN, Sweeps
+from helpers import Launcher, assert_same, only_run, status
 from lab import Lab, is_alive, process_state
 
 pytestmark = pytest.mark.slow
@@ -83,7 +83,7 @@ def resumed_once(sweeps: Sweeps) -> bool:
 def test_undisturbed(sweeps, undisturbed):
     sweeps.launch(*RUN)
     sweeps.wait_until_over()
-    same_result(undisturbed, *sweeps.runs)
+    assert_same(undisturbed, *sweeps.runs)
 
 
 def test_requeued_by_hand(sweeps, undisturbed):
@@ -91,7 +91,7 @@ def test_requeued_by_hand(sweeps, undisturbed):
         sweeps.lab.run("scontrol", "requeue", job)
     sweeps.wait_until_over()
     assert resumed_once(sweeps)
-    same_result(undisturbed, *sweeps.runs)
+    assert_same(undisturbed, *sweeps.runs)
 
 
 @pytest.mark.parametrize("user_signal", [True, False], ids=["with USR2", "TERM then KILL"])
@@ -106,7 +106,7 @@ def test_preempted(sweeps, undisturbed, user_signal):
     sweeps.wait_until_over()
     assert asked_to_stop(sweeps) == user_signal
     assert resumed_once(sweeps)
-    same_result(undisturbed, *sweeps.runs)
+    assert_same(undisturbed, *sweeps.runs)
 
 
 def test_its_node_loses_power(sweeps, undisturbed):
@@ -114,7 +114,7 @@ def test_its_node_loses_power(sweeps, undisturbed):
         sweeps.lab.kill_node(sweeps.lab.node_of(job), announced=True)
     sweeps.wait_until_over()
     assert resumed_once(sweeps)
-    same_result(undisturbed, *sweeps.runs)
+    assert_same(undisturbed, *sweeps.runs)
 
 
 def test_the_orphan_of_a_lost_node_stops_and_the_new_copy_goes_on(sweeps, undisturbed):
@@ -127,7 +127,7 @@ def test_the_orphan_of_a_lost_node_stops_and_the_new_copy_goes_on(sweeps, undist
     sweeps.lab.wait(lambda: not is_alive(orphan))
     assert "was taken over" in sweeps.task_logs()
     sweeps.wait_until_over()
-    same_result(undisturbed, run)
+    assert_same(undisturbed, run)
 
 
 def test_out_of_time_it_saves_and_comes_back(sweeps, undisturbed):
@@ -138,7 +138,7 @@ def test_out_of_time_it_saves_and_comes_back(sweeps, undisturbed):
     sweeps.wait_until_over()
     assert "this job is timed-out" in sweeps.task_logs()
     assert "resuming at step" in sweeps.log()  # on a busy machine more than once
-    same_result(undisturbed, *sweeps.runs)
+    assert_same(undisturbed, *sweeps.runs)
 
 
 def test_cancelled_by_scancel_its_status_says_so_and_the_same_command_finishes_it(sweeps, undisturbed):
@@ -151,7 +151,7 @@ def test_cancelled_by_scancel_its_status_says_so_and_the_same_command_finishes_i
     assert "ancelled" in answer.stdout
     sweeps.launch(*RUN)
     sweeps.wait_until_over()
-    same_result(undisturbed, *sweeps.runs)
+    assert_same(undisturbed, *sweeps.runs)
 
 
 def test_killed_by_the_kernel_as_when_memory_runs_out(sweeps, undisturbed):
@@ -163,7 +163,7 @@ def test_killed_by_the_kernel_as_when_memory_runs_out(sweeps, undisturbed):
     assert "SIGKILL" in status(run)["reason"]
     sweeps.launch(*RUN)
     sweeps.wait_until_over()
-    same_result(undisturbed, run)
+    assert_same(undisturbed, run)
 
 
 def test_over_its_memory_limit_slurm_ends_all_of_it_and_status_says_why(sweeps):
@@ -191,4 +191,4 @@ def test_the_controller_dies_and_comes_back(sweeps, undisturbed):
         sweeps.lab.kill_controller()
         sweeps.lab.start_controller()
     sweeps.wait_until_over()
-    same_result(undisturbed, *sweeps.runs)
+    assert_same(undisturbed, *sweeps.runs)
