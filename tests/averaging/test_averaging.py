@@ -207,10 +207,11 @@ def test_each_segment_enters_once_and_as_released_as_often_as_there():
 
 
 @pytest.mark.parametrize("as_released", [False, True])
-def test_swad_is_the_mean_of_the_weights_of_every_step_of_its_segments(as_released):
+def test_swad_is_the_mean_of_the_weights_of_every_step_of_its_segments(as_released, caplog):
     """Segment 0 has one step, the others three: in the release each segment has the same weight, here each step."""
     for losses, counts, ours in RELEASED.values():
         averaging = SWAD(**DEFAULTS, as_released=as_released)
+        caplog.clear()
         history, means = trained(averaging, losses, every=3)
         assert means[:-1] == [None] * (len(losses) - 1)
         steps = {i: [0] if i == 0 else list(range(3 * i - 2, 3 * i + 1)) for i in range(len(losses))}
@@ -226,6 +227,7 @@ def test_swad_is_the_mean_of_the_weights_of_every_step_of_its_segments(as_releas
         span = {"start": min(shares), "end": max(shares), "n": sum(counts) if as_released else len(shares)}
         converged = {"averaging": "swad", "converged": losses[0] != 4.0}
         assert averaging.metadata(means[-1]) == span | converged
+        assert ("the loss has not converged" in caplog.text) != converged["converged"]
 
 
 def test_only_segments_that_may_still_enter_are_kept():
