@@ -25,9 +25,20 @@ def pytest_configure(config) -> None:
     config.addinivalue_line("markers", "slow: takes more than a few seconds; left out of `make check`")
 
 
-def pytest_collection_modifyitems(items) -> None:
-    """Slow tests first: otherwise the last worker is alone with a test of minutes."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+def pytest_collection_modifyitems(config, items) -> None:
+    """Each process begins with its share of the slow tests: else the last one is alone with tests of minutes.
+
+    pytest-xdist gives every process an equal slice of the list, and those that are done take from the end of others'.
+    """
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    fast = [item for item in items if not item.get_closest_marker("slow")]
+    items[:] = [item for i in range(workers) for some in (slow, fast) for item in _slice(some, i, workers)]
+
+
+def _slice(items: list, i: int, n: int) -> list:
+    """The i-th of n slices of equal length."""
+    return items[len(items) * i // n : len(items) * (i + 1) // n]
 
 
 @pytest.fixture(scope="session")

@@ -400,7 +400,7 @@ def watch(event, arguments):  # every removal of a file or folder, whoever asks 
         calls += 1
 sys.addaudithook(watch)
 with RunFolder(Path(sys.argv[1])).acquire(from_scratch=True):
-    print("everything was removed")
+    print("everything was removed", flush=True)
 """
 
 
