@@ -145,7 +145,8 @@ def launch_here(tmp_path, monkeypatch, capfd):
         return subprocess.CompletedProcess(words, code or 0, output, errors)
 
     yield launch_here
-    root.handlers[:], root.level = handlers, level
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 @pytest.fixture

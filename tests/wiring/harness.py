@@ -208,7 +208,8 @@ def watched(observed: Observed, at_start: Callable[[Any], None]) -> Iterator[Non
         observed.events.append((what, digest(list(weights.values()))))
 
     with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(logging.getLogger("gsdg"), "level", logging.INFO))
+        stack.callback(logging.getLogger("gsdg").setLevel, logging.getLogger("gsdg").level)
+        logging.getLogger("gsdg").setLevel(logging.INFO)  # and not `level`: loggers remember what is enabled
         stack.enter_context(mock.patch.object(Trainer, "fit", watched_fit))
         stack.enter_context(mock.patch.object(experiment, "environment", return_value={"code": CODE}))  # git is slow
         stack.enter_context(mock.patch("os.fsync"))
