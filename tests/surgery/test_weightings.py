@@ -217,6 +217,18 @@ def test_cagrad_is_the_mean_where_the_shortest_vector_vanishes():
         assert torch.allclose(w, torch.full_like(w, 1 / 3)), kind
 
 
+def test_cagrad_is_finite_where_the_step_to_the_stationary_point_overflows():
+    """Two opposite gradients beside two that are 1e18 times shorter."""
+    short = [[4.312382799043707e-37, -4.572964674145481e-37], [-4.572964674145481e-37, 7.986386033940023e-37]]
+    M = torch.zeros(4, 4, 1)
+    M[:2, :2, 0] = 7.323652267456055 * torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+    M[2:, 2:, 0] = torch.tensor(short)
+    for i, value in ((2, 7.688419420939237e-19), (3, -1.3539426683117497e-19)):
+        M[0, i] = M[i, 0] = value
+        M[1, i] = M[i, 1] = -value
+    assert torch.isfinite(CAGrad(c=0.5).weights(M, 1e-6)).all()
+
+
 # ---- IMTL-G
 
 

@@ -76,6 +76,7 @@ def _candidates(M: Tensor, inner: Tensor, radius: Tensor, rank: float) -> Tensor
     p, q = affine_hulls(M, inner[:, None], rank)
     q = q[:, :, 0]
     slack = radius.square() - (q * inner[:, None]).sum(0)  # k^2 - ||q||^2 [S, K]
-    ratio = _batched_linalg.quadratic(M[:, :, None], p).clamp_min(0) / slack
-    stationary = p - torch.where(slack > 0, ratio.sqrt(), 0.0) * q
+    positive = slack > torch.finfo(M.dtype).tiny ** 0.5  # below it the inverse would overflow, as in `solve`
+    ratio = torch.where(positive, _length(M, p) / slack.clamp_min(0).sqrt(), 0.0)
+    stationary = p - ratio * q
     return on_simplex(torch.cat((stationary, p), dim=1))
