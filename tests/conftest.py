@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(config, items) -> None:
     workers = getattr(config, "workerinput", {}).get("workercount", 1)
     slow = [item for item in items if item.get_closest_marker("slow")]
     fast = [item for item in items if not item.get_closest_marker("slow")]
-    items[:] = [item for i in range(workers) for some in (slow, fast) for item in _slice(some, i, workers)]
+    items[:] = [item for i in range(workers) for group in (slow, fast) for item in _slice(group, i, workers)]
 
 
 def _slice(items: list, i: int, n: int) -> list:
