@@ -71,6 +71,7 @@ class Copy:
     def __init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="gsdg-mutants-", ignore_cleanup_errors=True)
         self.path = Path(self._folder.name)
+        self.path.chmod(0o755)  # some tests run commands as another user
         shutil.copytree(ROOT, self.path / "copy", ignore=_ignored, symlinks=True)
         imported = self._python(["-c", "import gsdg; print(gsdg.__file__)"], None)
         if imported.stdout.strip() != str(self.path / "copy/gsdg/__init__.py"):
