@@ -102,6 +102,7 @@ def test_a_curve_is_the_mean_over_runs_in_percent_with_a_band_of_the_population_
     assert points(lines(ax)["a (out split)"]) == [(0, pytest.approx(30)), (5, pytest.approx(70))]
     assert points(lines(ax)["b (target, in split)"]) == [(0, pytest.approx(70))]
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("training step", "accuracy, %")
+    assert all(line.get_visible() for line in [*ax.get_xgridlines(), *ax.get_ygridlines()])
     assert [vertices(band) for band in ax.collections] == [
         {(0, 20), (0, 40), (5, 50), (5, 90)},
         {(0, 60), (0, 80)},

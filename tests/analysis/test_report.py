@@ -268,6 +268,7 @@ def test_the_best_methods_are_drawn_the_first_unfolded_and_the_page_says_what_wa
     text = page(runs, "--exclude", "split.trial_seed=1")
     part = text[text.index('id="curves"') : text.index('id="ablations-and-pairs"')]
     assert re.findall(r"<summary>(m\d+):", part) == [f"m{number}" for number in range(13, 7, -1)]
+    assert "<summary>m13: average 65.0 by training_domain</summary>" in part
     assert re.findall(r"<details( open)?>", part) == [" open", *[""] * 5]
     left_out = ", ".join(f"m{number}" for number in range(7, -1, -1))
     drawing = f"Drawn: 6 of 14 methods, the best by average (training_domain). Not drawn: {left_out}."
@@ -276,6 +277,14 @@ def test_the_best_methods_are_drawn_the_first_unfolded_and_the_page_says_what_wa
     names = {}
     exec(code.replace("curves(runs", "made = curves(runs"), names)
     assert titles(names["made"]) == ["target photo: 1 run", "target art: 1 run"]
+
+
+def test_secondary_tables_are_folded_away_if_they_have_more_than_eight_methods(runs, drawn):
+    for number in range(8):
+        both_targets(runs, f"m{number}")
+    assert "<summary>Against" not in page(runs, "--baseline", "m0")
+    both_targets(runs, "m8")
+    assert "<summary>Against m0" in page(runs, "--baseline", "m0")
 
 
 # ---- pages of all kinds of runs -------------------------------------------------------------------------------------
