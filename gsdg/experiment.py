@@ -21,6 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_original_cwd
 from omegaconf import DictConfig
 
+from gsdg import __version__
 from gsdg.algorithms import Algorithm
 from gsdg.algorithms.base import RENAMED
 from gsdg.config.checks import check_frozen_statistics, check_groups, check_keys, check_labels, check_preset
@@ -39,12 +40,15 @@ from gsdg.data.transforms_exact import Exact
 from gsdg.data.workers import fitting_workers
 from gsdg.evaluate import Evaluator
 from gsdg.models.weights import check_weights_file, weights_source
+from gsdg.models.weights_files import load_head
 from gsdg.runs import reuse
 from gsdg.runs.folder import RunFolder
-from gsdg.runs.provenance import environment
+from gsdg.runs.provenance import environment, package_versions
 from gsdg.runs.run_log import logged_to, outcome_recorded
+from gsdg.runs.weights_index import classes_of, find_weights, is_run, lacks_weights
 from gsdg.runtime import choose_device, device_metadata, named_device
 from gsdg.trainer import Trainer
+from gsdg.types import ImageSpec
 from gsdg.utils.errors import UserError, listing, refuse_renamed
 from gsdg.utils.machine import usable_cores
 from gsdg.utils.seeding import seed_everything, seed_hash
@@ -139,6 +143,8 @@ def _run(plan: Plan, signals: Signals, submission: str | None, patience: float) 
 def done_already(plan: Plan, folder: RunFolder, from_scratch: bool = False, *, locked: bool = False) -> bool:
     """Whether the run is done. UserError if it was made with other data or weights than there are now.
 
+    A warning if the run has not kept the weights that `trainer.keep` asks for.
+
     locked: this process has the lock of the run.
     """
     done = folder.status.get("state") == "done" and not from_scratch
@@ -146,6 +152,10 @@ def done_already(plan: Plan, folder: RunFolder, from_scratch: bool = False, *, l
         reuse.check_inputs(folder, inputs_here(plan.config))
         reuse.note_search(folder, plan.config, locked=locked)
         log.info("done already: %s (force=true to run it again)", folder.path)
+        if lacks_weights(folder, plan.trainer.keep):
+            log.warning(
+                "trainer.keep=%s: the run has not kept these weights; force=true makes it again", plan.trainer.keep
+            )
     return done
 
 
@@ -188,6 +198,7 @@ def prepare(raw: DictConfig | dict, build: Callable[..., Any] = build) -> Plan:
     for group, supplied in SUPPLIED.items():
         config[group] = check(config[group], group, supplied)
     coerce(config["on_code_change"], reuse.OnCodeChange, "on_code_change")
+    config["model"] = with_file_of_run(config["model"])
     check_weights_file(config["model"])
     check_labels(config)
     check_frozen_statistics(config["model"])
@@ -208,6 +219,13 @@ def prepare(raw: DictConfig | dict, build: Callable[..., Any] = build) -> Plan:
     check_sources(config["algorithm"]["name"], algorithm, split.sources(source.domains))
     check_held_out(trainer, split)
     return Plan(config, source, split, algorithm, trainer)
+
+
+def with_file_of_run(model: dict) -> dict:
+    """The model's node, with one file of weights where `weights` is a run's folder. UserError: the run has none."""
+    weights = model.get("weights")
+    folder = Path(weights).expanduser() if isinstance(weights, str) else Path()
+    return {**model, "weights": str(folder / find_weights(folder)["file"])} if weights and is_run(folder) else model
 
 
 def check_channels(model: dict, source: DataSource) -> None:
@@ -243,7 +261,12 @@ def check_sources(name: str, algorithm: Algorithm, sources: list[str]) -> None:
 
 
 def check_held_out(trainer: Trainer, split: Split) -> None:
-    """UserError if the averaging needs the sources' held-out loss, but nothing is held out."""
+    """UserError if the averaging or `trainer.keep` needs held-out images of the sources, but nothing is held out."""
+    if trainer.keep == "selected" and not split.holdout_fraction:
+        raise UserError(
+            "trainer.keep=selected keeps the weights with the best held-out accuracy of the sources, but "
+            "split.holdout_fraction=0.0 holds nothing out.\nSet trainer.keep=last, or hold images out (DomainBed: 0.2)."
+        )
     if trainer.averaging and trainer.averaging.needs_losses and not split.holdout_fraction:
         raise UserError(
             f"trainer/averaging={trainer.averaging.name} needs the sources' held-out loss, but "
@@ -275,6 +298,8 @@ def resolve_config(raw: DictConfig | dict) -> dict:
     # algorithm.n_parts is interpolated into the partition already, algorithm.ranges is merged into the search.
     for key in ("n_parts", "ranges"):
         config["algorithm"].pop(key, None)
+    if (kept := config["trainer"].pop("keep_weights", None)) is not None:  # its name until 2026-11
+        config["trainer"]["keep"] = "last" if kept else "none"
     if config["algorithm"].get("surgery", "none") is None:
         del config["algorithm"]["surgery"]
     config["algorithm"].get("surgery", {}).pop("ranges", None)
@@ -314,6 +339,8 @@ def train(plan: Plan, folder: RunFolder, device: torch.device, signals: Signals)
     # Model and data first: an earlier start of this run must have used the same weights and images.
     dataset = plan.source.read()
     model = build(plan.config["model"], classes=len(dataset.classes), precision=trainer.precision)
+    weights = plan.config["model"].get("weights")
+    load_head(model.head, weights, classes_of(Path(weights or "").expanduser()), dataset.classes)
     inputs = {"data": reuse.data_digests(dataset), "weights": weights_here(plan.config["model"])}
     reuse.check_inputs(folder, inputs)
     reuse.note_inputs(folder, plan.identity, inputs)
@@ -323,24 +350,52 @@ def train(plan: Plan, folder: RunFolder, device: torch.device, signals: Signals)
     algorithm.setup(model.to(device=device, memory_format=trainer.memory_format), sources)
     optimizer = build(plan.config["optimizer"], params=algorithm.parameter_groups())
 
-    # Batches: only training images are always augmented; `sources` augments the sources' evaluation too.
+    # Batches.
     parts = plan.split.indices(dataset)  # {domain: {"in": indices, "out": indices}}
-    transform = TRANSFORMS[trainer.transform]
-    augmented, plain = transform(model.spec, plan.source.augment), transform(model.spec, "none")
-    if transform is Batched:
+    if trainer.transform == "batched":
         dataset = as_arrays(dataset, plan.source.cache)
     workers = choose_workers(trainer, dataset)
     batches = TrainBatches(
         dataset,
         {domain: parts[domain]["in"] for domain in sources},
-        transform=augmented,
+        transform=TRANSFORMS[trainer.transform](model.spec, plan.source.augment),
         batch_size=trainer.batch_size,
         seed=plan.seed,
         steps=trainer.steps,
         class_balanced=trainer.class_balanced,
     )
     workers = limit_workers(workers, trainer, batches)
-    evaluator = Evaluator(
+    evaluator = evaluator_of(plan, dataset, model.spec, workers=workers, device=device)
+    about = {
+        "classes": list(dataset.classes),
+        "image": model.spec._asdict(),
+        "transform": trainer.transform,
+        "versions": {"gsdg": __version__, **package_versions()},
+    }
+    try:
+        trainer.fit(algorithm, optimizer, batches, evaluator, folder, workers, signals, about)
+    finally:
+        evaluator.close()
+
+
+def read_images(plan: Plan) -> DomainDataset:
+    """The data set of a run; with trainer.transform=batched decoded, if need be now."""
+    dataset = plan.source.read()
+    return as_arrays(dataset, plan.source.cache) if plan.trainer.transform == "batched" else dataset
+
+
+def evaluator_of(
+    plan: Plan, dataset: DomainDataset, spec: ImageSpec, *, workers: int, device: torch.device
+) -> Evaluator:
+    """The evaluator of a run: of the parts, and with the transforms, that the trainer's settings name.
+
+    Training images are always augmented; `trainer.augment=sources` augments the evaluation of the sources too.
+    """
+    trainer, sources = plan.trainer, plan.split.sources(plan.source.domains)
+    parts = plan.split.indices(dataset)  # {domain: {"in": indices, "out": indices}}
+    transform = TRANSFORMS[trainer.transform]
+    augmented, plain = transform(spec, plan.source.augment), transform(spec, "none")
+    return Evaluator(
         dataset,
         {domain: evaluated_parts(trainer, parts[domain], domain in sources) for domain in parts},
         {domain: augmented if trainer.augment == "sources" and domain in sources else plain for domain in parts},
@@ -350,10 +405,6 @@ def train(plan: Plan, folder: RunFolder, device: torch.device, signals: Signals)
         device=device,
         memory_format=trainer.memory_format,
     )
-    try:
-        trainer.fit(algorithm, optimizer, batches, evaluator, folder, workers, signals)
-    finally:
-        evaluator.close()
 
 
 def choose_workers(trainer: Trainer, dataset: DomainDataset) -> int:

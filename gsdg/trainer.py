@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from types import MappingProxyType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from gsdg.data.loader import TrainBatches, train_loader
 from gsdg.evaluate import DomainMeans, Evaluator, correct, cross_entropy
 from gsdg.runs.checkpoint import random_states, restore_random_states
 from gsdg.runs.folder import RunFolder
+from gsdg.runs.kept_weights import Keep, KeptWeights, held_out_accuracy
 from gsdg.runs.saver import Saver
 from gsdg.types import Batch
 from gsdg.utils.errors import UserError, listing
@@ -116,6 +118,7 @@ class _Session:
     evaluator: Evaluator
     folder: RunFolder
     saver: Saver
+    kept: KeptWeights
     means: MetricMeans
     throughput: Throughput
 
@@ -143,7 +146,8 @@ class Trainer:
         log_every: write a log line for every so many updates. Changes no result.
         workers: processes that load images; 0: none; None: one per core, at most 8, or none where the images are
             decoded already. Changes no result.
-        keep_weights: save `model.pt` (and `model_averaged.pt`) at the end. Changes no result.
+        keep: which weights are kept (gsdg/runs/kept_weights.py): `selected`, `last`, `every` evaluation's, or `none`.
+            None: the selected ones, or the last ones where no image is held out. Changes no result.
         averaging: an average of the weights, evaluated in addition to the weights. Does not change the training.
     """
 
@@ -161,7 +165,7 @@ class Trainer:
     checkpoint_every: int
     log_every: int
     workers: int | None
-    keep_weights: bool
+    keep: Keep | None = None
     averaging: Averaging | None = None
 
     def __post_init__(self) -> None:
@@ -191,14 +195,16 @@ class Trainer:
         folder: RunFolder,
         workers: int,
         signals: Signals | None = None,
+        about: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
-        """Train from the last checkpoint, or from step 0, to `steps`; write records and `model.pt` to `folder`.
+        """Train from the last checkpoint, or from step 0, to `steps`; write records and weights to `folder`.
 
         Args:
             algorithm: set up, on the training device.
             optimizer: built on `algorithm.parameter_groups()`.
             workers: processes that load images.
             signals: asks to save or to stop; None: nothing does.
+            about: what weights.json says about all weights of the run: classes, images, versions.
 
         Raises:
             Stopped: after a checkpoint, when a signal asked to stop during a step or an evaluation.
@@ -211,10 +217,12 @@ class Trainer:
             self.averaging.setup(algorithm, self.evaluations)
             parts["averaging"] = self.averaging
         saver = Saver(parts, folder, signals or Signals(), self.steps)
-        session = _Session(algorithm, evaluator, folder, saver, means, throughput)
+        kept = KeptWeights(self.keep, folder, saver.checkpoints.write, algorithm.domains, about)
+        session = _Session(algorithm, evaluator, folder, saver, kept, means, throughput)
 
         # Resume. If the checkpoint was saved in the middle of an evaluation, that evaluation is made again first.
         start, unrecorded = saver.resume()
+        kept.resume()
         parameters = [p for p in algorithm.parameters() if p.requires_grad]
         algorithm.train()
         throughput.start(start)
@@ -240,7 +248,8 @@ class Trainer:
                 self._log(step, session)
             if self._evaluates(step):
                 self._record(step, session)
-            saver.after_step(step + 1, self._saves(step), partial(check_finite, metrics, step, algorithm))
+            if saver.after_step(step + 1, self._saves(step), partial(check_finite, metrics, step, algorithm)):
+                kept.after_checkpoint()
         self._finish(session)
 
     def _train_step(
@@ -297,7 +306,9 @@ class Trainer:
         evaluation = time.perf_counter() - began
         session.throughput.exclude(evaluation)
         seconds = {"step": seconds_per_step, "evaluation": evaluation}
-        session.folder.append_record({"step": step, "accuracy": accuracy, "metrics": metrics, "seconds": seconds})
+        record = {"step": step, "accuracy": accuracy, "metrics": metrics, "seconds": seconds}
+        session.folder.append_record(record)
+        session.kept.after_evaluation(record, session.algorithm.model.state_dict)
         sources = session.algorithm.domains
         log.info(self._accuracy_lines(step, accuracy, sources))
         if self.averaging:
@@ -311,12 +322,14 @@ class Trainer:
         if mean is None:
             return
         began, random, facts = time.perf_counter(), random_states(), averaging.metadata(mean)
-        accuracy = session.evaluator(averaging.averaged(mean), step, hook)
+        averaged = averaging.averaged(mean)
+        accuracy = session.evaluator(averaged, step, hook)
         restore_random_states(random)
         evaluation = time.perf_counter() - began
         session.throughput.exclude(evaluation)
-        row = {"step": step, "accuracy": accuracy, **facts, "seconds": {"evaluation": evaluation}}
-        session.folder.append_averaged(row)
+        record = {"step": step, "accuracy": accuracy, **facts, "seconds": {"evaluation": evaluation}}
+        session.folder.append_averaged(record)
+        session.kept.after_evaluation(record, averaged.model.state_dict)
         title = f"averaged ({averaging.name})"
         log.info(self._accuracy_lines(step, accuracy, session.algorithm.domains, title))
 
@@ -324,18 +337,13 @@ class Trainer:
         return format_accuracy(accuracy, sources, [f"step {step + 1}/{self.steps}", *title])
 
     def _finish(self, session: _Session) -> None:
-        """Save the weights and mark the run as done; only then remove the checkpoints, from which it could resume."""
-        if self.keep_weights:
-            self._save_weights(session)
+        """Keep the last weights and mark the run as done; only then remove the checkpoints, from which it resumes."""
+        states = {"": session.algorithm.model.state_dict}
+        if self.averaging and (mean := self.averaging.mean(self.evaluations[-1])):
+            states["averaged"] = self.averaging.averaged(mean).model.state_dict
+        session.kept.finish(self.steps - 1, states)
         session.folder.set_status(state="done", step=self.steps)
         session.saver.checkpoints.remove()
-
-    def _save_weights(self, session: _Session) -> None:
-        algorithms = {"model.pt": session.algorithm}
-        if self.averaging and (mean := self.averaging.mean(self.evaluations[-1])):
-            algorithms["model_averaged.pt"] = self.averaging.averaged(mean)
-        for name, algorithm in algorithms.items():
-            session.saver.checkpoints.write(session.folder.path / name, algorithm.model.state_dict())
 
 
 def gradient_norm(parameters: Sequence[Tensor]) -> Tensor:
@@ -377,8 +385,9 @@ def format_accuracy(accuracy: DomainMeans, sources: Sequence[str], first: Sequen
         sources: the source domains; every other domain is marked with `*`.
         first: the words at the start of the line.
     """
-    held_out = [accuracy[domain]["out"] for domain in sources if "out" in accuracy.get(domain, {})]
-    mean = [f"mean {100 * sum(held_out) / len(held_out):.1f}"] if held_out and len(held_out) == len(sources) else []
+    complete = all("out" in accuracy.get(domain, {}) for domain in sources)
+    held_out = held_out_accuracy(accuracy, sources) if complete else None
+    mean = [] if held_out is None else [f"mean {100 * held_out:.1f}"]
     words = [f"{name}{'' if name in sources else '*'} {_parts(parts)}" for name, parts in accuracy.items()]
     lines = [""]
     for word in (*first, *mean, *words):

@@ -93,7 +93,7 @@ def assert_same(first: Path, second: Path) -> None:
     """Two runs are done, with the same id, records, diagnoses and weights: bit for bit, without the measured times."""
     import torch
 
-    from gsdg.utils.json_files import read_lines
+    from gsdg.utils.json_files import read_json, read_lines
 
     assert first.name == second.name
     assert status(first)["state"] == status(second)["state"] == "done"
@@ -102,8 +102,11 @@ def assert_same(first: Path, second: Path) -> None:
     assert read_lines(first / "diagnostics.jsonl") == read_lines(second / "diagnostics.jsonl")
     averaged = [[row | {"seconds": 0} for row in read_lines(run / "averaged.jsonl")] for run in (first, second)]
     assert averaged[0] == averaged[1]
-    for path in first.glob("model*.pt"):
-        weights, again = (torch.load(run / path.name, weights_only=True) for run in (first, second))
+    assert read_json(first / "weights.json") == read_json(second / "weights.json")
+    files, others = ({str(path.relative_to(run)) for path in run.rglob("*.pt")} for run in (first, second))
+    assert files == others
+    for file in files:
+        weights, again = (torch.load(run / file, weights_only=True) for run in (first, second))
         assert weights.keys() == again.keys()
         assert all(torch.equal(weights[name], again[name]) for name in weights)
     assert not (second / "checkpoints").exists()

@@ -71,7 +71,7 @@ def test_a_target_is_the_same_run_as_a_list_of_it_or_as_a_number(compose):
 @pytest.mark.parametrize("algorithm", ["erm", "grad_surgery"])
 def test_a_run_leaves_config_environment_records_status_and_weights(train, algorithm):
     folder = train(f"algorithm={algorithm}", "trainer.steps=10")
-    files = "config.json environment.jsonl identity.json log.txt model.pt records.jsonl status.json"
+    files = "config.json environment.jsonl identity.json log.txt records.jsonl status.json weights weights.json"
     assert {path.name for path in folder.iterdir()} - {".guard"} == set(files.split())
     assert status(folder)["state"] == "done"
     assert status(folder)["step"] == status(folder)["steps"] == 10
@@ -106,7 +106,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(compose, tmp_pat
     assert status(folder)["state"] == "failed"
     assert "NonFinite" in status(folder)["reason"]
     assert "at step" in status(folder)["reason"]
-    assert not (folder / "model.pt").exists()
+    assert not list(folder.glob("weights/*"))
 
 
 def test_a_gradient_that_is_not_finite_names_domain_and_tensor(compose, tmp_path):

@@ -19,7 +19,8 @@ LAYERS = [  # from the base upward: a module imports only from its own layer and
     {"gsdg.averaging"},
     {"gsdg.evaluate", "gsdg.runtime", "gsdg.trainer"},
     {"gsdg.experiment"},
-    {"gsdg.sweep", "gsdg.analysis"},
+    {"gsdg.predict", "gsdg.sweep", "gsdg.analysis"},
+    {"gsdg.export", "gsdg.soup"},
     {"gsdg.cli"},
 ]
 SEPARATE = [LAYERS[3], LAYERS[8]]  # packages of one layer that never import one another

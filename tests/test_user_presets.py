@@ -200,7 +200,7 @@ def test_a_sweep_is_launched_as_its_preset_says(tmp_path, mine, launch_here):
     (mine / "hydra" / "sweeper" / "mine.yaml").write_text("defaults: [grid, _self_]\nmax_batch_size: 3\n")
     answer = launch_here("--config-dir", str(mine), "experiment=mine", *SMALL)
     assert answer.returncode == 0, answer.stderr
-    assert len(list((tmp_path / "mine_runs").glob("*/model.pt"))) == 2
+    assert len(list((tmp_path / "mine_runs").glob("*/weights.json"))) == 2
     (saved,) = (tmp_path / "mine_runs" / ".sweeps").glob("*/multirun.yaml")
     assert "max_batch_size: 3" in saved.read_text()
     assert list(saved.parent.glob("jobs/*")), "the launcher is `local`, whose tasks have logs"

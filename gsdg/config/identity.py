@@ -38,7 +38,7 @@ NOT_SCIENTIFIC = (
     "trainer.checkpoint_every",
     "trainer.log_every",
     "trainer.workers",
-    "trainer.keep_weights",
+    "trainer.keep",
     "algorithm.diagnostics",
     "algorithm.surgery.diagnostics",
 )

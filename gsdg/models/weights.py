@@ -1,13 +1,12 @@
 """Initial weights of a backbone: from torch.hub, from a local file, or random. Errors name the tensors that do not fit.
 
-A file holds `torch.save(net.state_dict(), path)` and must fit the network exactly; only its ImageNet classifier is
-ignored. No code in the file is executed. With GSDG_OFFLINE set (in jobs on compute nodes) nothing is downloaded.
+A file must fit the network exactly; only its ImageNet classifier is ignored (see weights_files.py). With GSDG_OFFLINE
+set (in jobs on compute nodes) nothing is downloaded.
 """
 
 from __future__ import annotations
 
 import os
-import pickle
 import re
 import shlex
 from collections.abc import Callable
@@ -19,12 +18,11 @@ from urllib.parse import urlparse
 
 import torch
 from hydra.utils import get_object
-from torch import Tensor, nn
+from torch import nn
 
+from gsdg.models.weights_files import State, fitted, no_such_file, read_state
 from gsdg.utils.digest import file_digest
 from gsdg.utils.errors import UserError
-
-State = dict[str, Tensor]
 
 
 class Pretrained(NamedTuple):
@@ -63,7 +61,7 @@ def check_weights_file(model: dict) -> None:
     weights, backbone = model.get("weights"), model.get("backbone")
     ours = isinstance(backbone, dict) and backbone["_target_"].startswith("gsdg.")
     if ours and weights not in (None, "imagenet") and not Path(weights).expanduser().is_file():
-        raise UserError(_no_such_file(Path(weights).expanduser()))
+        raise UserError(no_such_file(Path(weights).expanduser()))
 
 
 def load_weights(net: nn.Module, weights: str | None, *, imagenet: Callable[[], State] | None, ignore: str) -> None:
@@ -83,44 +81,11 @@ def load_weights(net: nn.Module, weights: str | None, *, imagenet: Callable[[], 
         state = read_state(Path(weights).expanduser())
     elif imagenet is None:
         raise UserError(
-            "this model has no ImageNet weights: model.weights must be null or the path of a state dict file"
+            "this model has no ImageNet weights: model.weights must be null, a finished run or a state dict file"
         )
     else:
         state = imagenet()
-    state = {key: tensor for key, tensor in state.items() if not (ignore and key.startswith(ignore))}
-    if problems := _mismatches(net.state_dict(), state):
-        raise UserError(f"model.weights={weights} does not fit the model:\n  " + "\n  ".join(problems))
-    net.load_state_dict(state)  # strict; files from before torch 0.4.1 lack num_batches_tracked, which torch adds
-
-
-def read_state(path: Path) -> State:
-    """The state dict in a file written by `torch.save(net.state_dict(), path)`; no code in it is executed."""
-    if not path.is_file():
-        raise UserError(_no_such_file(path))
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        raise UserError(
-            f"the weights file {path} ({path.stat().st_size} bytes) can't be read as a state dict: it is truncated, "
-            f"corrupt or of another type ({type(error).__name__}). Delete it and copy, download or save it again "
-            "(torch.save(net.state_dict(), path))"
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        content = (
-            f"a dict of {', '.join(map(str, list(state)[:4]))}" if isinstance(state, dict) else type(state).__name__
-        )
-        raise UserError(
-            f"the weights file {path} should hold a state dict (names to tensors), found {content}: "
-            "save it with torch.save(net.state_dict(), path)"
-        )
-    return state
-
-
-def _no_such_file(path: Path) -> str:
-    return (
-        f"model.weights={path}: no such file. Valid: imagenet (where the model has such weights), null, or the "
-        "path of a state dict saved with torch.save(net.state_dict(), path)"
-    )
+    net.load_state_dict(fitted(net, state, f"model.weights={weights}", ignore=ignore))  # strict
 
 
 def hub(url: str) -> Pretrained:
@@ -184,16 +149,3 @@ def _offline(url: str, cached: Path, command: str) -> str:
         "to a folder that both can read, or give the file with model.weights=<file>; model.weights=null "
         "model.freeze_bn=false starts from random weights"
     )
-
-
-def _mismatches(expected: State, state: State) -> list[str]:
-    """One line per kind of mismatch, each with at most three names; empty if the keys and shapes agree."""
-    missing = [key for key in expected if key not in state and not key.endswith("num_batches_tracked")]
-    unexpected = [key for key in state if key not in expected]
-    reshaped = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(tensor.shape)}"
-        for key, tensor in expected.items()
-        if key in state and state[key].shape != tensor.shape
-    ]
-    kinds = (("missing", missing), ("unexpected", unexpected), ("of another shape", reshaped))
-    return [f"{len(names)} {kind}: {', '.join(names[:3])}{', ..' * (len(names) > 3)}" for kind, names in kinds if names]

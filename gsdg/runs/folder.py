@@ -13,7 +13,9 @@
     log.txt             everything logged, tracebacks included
     lock, .guard        which process may write here (see lock.py)
     checkpoints/        the last two, and those found damaged; removed when the run is done
-    model.pt            the final weights; model_averaged.pt the averaged weights
+    weights.json        which weights are kept, and of which step (see kept_weights.py)
+    weights/            those of the selected step, or of every evaluation
+    model.pt            those of the last step; model_averaged.pt their average
 """
 
 from __future__ import annotations

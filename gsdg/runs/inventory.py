@@ -13,11 +13,11 @@ from pathlib import Path
 
 from gsdg.runs.filters import matching
 from gsdg.runs.folder import RunFolder
+from gsdg.runs.weights_index import WEIGHTS
 from gsdg.utils.errors import UserError, listing
 from gsdg.utils.json_files import read_json
 
 RUN_ID = re.compile(r"[0-9a-f]{12}")
-WEIGHTS = ("model.pt", "model_averaged.pt")
 KINDS = ("checkpoints", "weights", "records and the rest")
 SECONDS_PER_UNIT = {"s": 1, "m": 60, "h": 3600, "d": 86400, "w": 7 * 86400}
 SHOWN = 8  # run ids that a message lists

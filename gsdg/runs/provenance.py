@@ -44,7 +44,7 @@ def environment(config: dict | None = None) -> dict:
         "gsdg": __version__,
         **code_state(config or {}),
         "python": platform.python_version(),
-        "packages": {name: version for name in PACKAGES if (version := _version(name))},
+        "packages": package_versions(),
         "host": socket.gethostname(),
         "processor": processor(),
         "job": slurm_job(),
@@ -152,6 +152,11 @@ def processor() -> str:
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):
         return platform.processor() or platform.machine()
+
+
+def package_versions() -> dict[str, str]:
+    """{package: version} of the installed packages that a result can depend on."""
+    return {name: version for name in PACKAGES if (version := _version(name))}
 
 
 def _version(package: str) -> str | None:

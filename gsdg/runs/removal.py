@@ -16,9 +16,10 @@ from pathlib import Path
 
 from gsdg.runs.folder import RunFolder
 from gsdg.runs.in_use import Submissions
-from gsdg.runs.inventory import WEIGHTS, FoundRun
+from gsdg.runs.inventory import FoundRun
 from gsdg.runs.lock import Busy, LockLost
 from gsdg.runs.process_identity import describe_process
+from gsdg.runs.weights_index import FOLDER, WEIGHTS
 from gsdg.utils.errors import UserError
 from gsdg.utils.file_locks import file_lock
 from gsdg.utils.json_files import read_json
@@ -95,9 +96,10 @@ def _remove_run(run: FoundRun) -> None:
 
 def _remove_weights(run: FoundRun) -> None:
     with _locked(run):
-        if (checkpoints := run.path / "checkpoints").is_dir():
-            shutil.rmtree(checkpoints)
-        for name in WEIGHTS:
+        for folder in (run.path / "checkpoints", run.path / FOLDER):
+            if folder.is_dir():
+                shutil.rmtree(folder)
+        for name in set(WEIGHTS) - {FOLDER}:
             (run.path / name).unlink(missing_ok=True)
 
 

@@ -75,8 +75,8 @@ class Saver:
         if self.signals.stop:
             raise Stopped(self.signals.stop)
 
-    def after_step(self, done: int, due: bool, check_state: Callable[[], None]) -> None:
-        """Save if a checkpoint is due or a signal asks for it.
+    def after_step(self, done: int, due: bool, check_state: Callable[[], None]) -> bool:
+        """Save if a checkpoint is due or a signal asks for it. Returns whether a checkpoint was saved.
 
         Args:
             done: steps made so far.
@@ -93,6 +93,7 @@ class Saver:
             self._save(done, random_states(), unrecorded=False)
         if stop and done < self.steps:
             self._stop(stop, done)
+        return bool(due or asked or stop)
 
     def evaluation_hook(self, done: int) -> Callable[[], None]:
         """What an evaluation after `done` steps calls after every batch: it saves and stops if a signal asks for it.

@@ -381,7 +381,9 @@ def plan(compose, tmp_path, monkeypatch):
     root = photos(tmp_path / "photos", each=3, size=32)  # one of each domain's six is held out
 
     def plan(place: str, *more: str):
-        return prepare(compose(*RUN, f"dataset.root={root}", *more, f"runs_dir={tmp_path / place}"))
+        return prepare(
+            compose(*RUN, f"dataset.root={root}", "trainer.keep=last", *more, f"runs_dir={tmp_path / place}")
+        )
 
     plan("runs")  # the first of a process tries a step of the optimizer, which `At` would count
     return plan

@@ -245,7 +245,7 @@ DOMAINS = ("clipart", "photo", "sketch")
 RUN = (
     *("dataset=image_folder", "split.target=sketch", "dataset.short_side=48", "device=cpu"),
     *("model=resnet18", "model.weights=null", "model.freeze_bn=false", "model.image_size=32"),
-    *("trainer.steps=3", "trainer.eval_every=2", "trainer.batch_size=4"),
+    *("trainer.steps=3", "trainer.eval_every=2", "trainer.batch_size=4", "trainer.keep=last"),
 )
 BATCHED = "trainer.transform=batched"
 

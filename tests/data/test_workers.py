@@ -38,7 +38,7 @@ HERE = {"device": torch.device("cpu"), "memory_format": torch.contiguous_format}
 METHODS = ["fork", pytest.param("spawn", marks=pytest.mark.slow), pytest.param("forkserver", marks=pytest.mark.slow)]
 RUN = (
     *(*PHOTOS_RUN, "model.dropout=0.3", "trainer.augment=sources", "trainer.batch_size=2"),
-    *("trainer.eval_batch_size=2", "trainer.eval_every=100", "trainer.log_every=1"),
+    *("trainer.eval_batch_size=2", "trainer.eval_every=100", "trainer.log_every=1", "trainer.keep=last"),
 )
 
 

@@ -99,14 +99,14 @@ def test_without_internet_the_message_names_the_file_and_the_ways_out(offline_ca
 
 
 def test_a_file_that_is_missing_unreadable_or_no_state_dict_is_named_with_what_it_is(pretend, tmp_path):
-    check_refused(tmp_path / "nowhere.pth", r"nowhere.pth: no such file. Valid: imagenet .* null")
+    check_refused(tmp_path / "nowhere.pth", r"nowhere.pth: no such file. Valid: pretrained or imagenet .* null")
     content = write(tmp_path / "net.pth", pretend.state_dict()).read_bytes()
     for size in (0, 100, 200_000):
         (tmp_path / "net.pth").write_bytes(content[:size])
         check_refused(tmp_path / "net.pth", rf"net.pth \({size} bytes\) can't be read")
-    check_refused(write(tmp_path / "code.pth", models.resnet18), "code.pth .* can't be read")  # it would run code
-    path = write(tmp_path / "checkpoint.pth", {"epoch": 3, "state_dict": pretend.state_dict()})
-    check_refused(path, "checkpoint.pth should hold a state dict .* found a dict of epoch, state_dict")
+    check_refused(write(tmp_path / "code.pth", models.resnet18), "code.pth holds Python objects")  # it would run code
+    path = write(tmp_path / "checkpoint.pth", {"epoch": 3, "optimizer": {"lr": 0.1}})
+    check_refused(path, "checkpoint.pth should hold a state dict .* found a dict of epoch, optimizer")
 
 
 def test_the_weights_of_another_network_are_refused_with_the_first_differences(pretend, tmp_path):

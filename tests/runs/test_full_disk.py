@@ -14,13 +14,13 @@ from helpers import SMALL, Launcher, assert_same, fill, in_case, only_run, statu
 
 import gsdg.runs.folder
 import gsdg.runs.run_log
-import gsdg.trainer
 from gsdg.experiment import Plan, prepare, run
 from gsdg.runs.disk import NotWritten
+from gsdg.runs.kept_weights import KeptWeights
 
 STEPS = 8
 RUN = (*SMALL, "algorithm=erm", "trainer.evaluate=fast", "trainer.log_every=1", f"trainer.steps={STEPS}")
-RUN = (*RUN, "trainer.eval_every=3", "trainer.checkpoint_every=4")
+RUN = (*RUN, "trainer.eval_every=3", "trainer.checkpoint_every=4", "trainer.keep=last")
 
 
 @pytest.fixture
@@ -75,7 +75,7 @@ def test_a_disk_that_fills_at_any_step_is_a_message_and_the_resumed_run_ends_lik
     ("owner", "function", "number", "file", "left"),
     [
         (torch, "save", 1, "checkpoints/step_00000008.pt", ["step_00000004.pt"]),
-        (gsdg.trainer.Trainer, "_save_weights", 0, "model.pt", ["step_00000004.pt", "step_00000008.pt"]),
+        (KeptWeights, "finish", 0, "model.pt", ["step_00000004.pt", "step_00000008.pt"]),
     ],
     ids=["checkpoint", "final weights"],
 )
@@ -91,6 +91,21 @@ def test_a_disk_without_space_for_a_file_of_weights_names_the_last_checkpoint(
     (disk / "filler").unlink()
     run(plan(disk))
     assert_same(whole, folder)
+
+
+def test_a_disk_without_space_for_the_selected_weights_says_so_and_the_run_can_go_on(
+    monkeypatch, compose, plan, tmp_path, disk
+):
+    selected = (*RUN, "trainer.keep=selected")
+    run(prepare(compose(*selected, f"runs_dir={tmp_path / 'selected'}")))
+    config = compose(*selected, f"runs_dir={disk}")
+    before_call(monkeypatch, torch, "save", 0, lambda: fill(disk))
+    message = refused(prepare(config))
+    assert f"could not write {only_run(disk)}/weights/step_0.pt: No space left on device (0." in message
+    assert "No checkpoint was saved before it." in message
+    (disk / "filler").unlink()
+    run(prepare(config))
+    assert_same(only_run(tmp_path / "selected"), only_run(disk))
 
 
 def test_a_status_that_cannot_be_written_is_a_warning(monkeypatch, plan, disk, caplog):

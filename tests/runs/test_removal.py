@@ -25,7 +25,7 @@ from gsdg.utils.json_files import write_json
 
 DAY = 86400.0
 IDS = {"erm": "aaaa00000001", "erm2": "aaaa00000002", "mgda": "bbbb00000003"}
-WEIGHTS = {"model.pt": 4000, "model_averaged.pt": 3000, "checkpoints/step_00000010.pt": 5000}
+WEIGHTS = {"model.pt": 4000, "weights/step_5.pt": 3000, "checkpoints/step_00000010.pt": 5000}
 
 
 @pytest.fixture
@@ -56,6 +56,7 @@ def whole_run(desk: Desk, run_id: str, state: str = "done", *, algorithm: str = 
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content) + "\n")
     (folder / "checkpoints").mkdir(exist_ok=True)
+    (folder / "weights").mkdir(exist_ok=True)
     for name, size in WEIGHTS.items():
         (folder / name).write_bytes(bytes(size))
     return folder
@@ -193,7 +194,7 @@ def test_with_keep_records_only_checkpoints_and_weights_are_removed_and_the_stat
     (erm / "status.json").unlink()
     assert remove(desk, f"{IDS['erm']} --keep-records --yes") == 0
     assert not (erm / "status.json").exists()
-    assert not (erm / "model.pt").exists()
+    assert not [name for name in WEIGHTS if (erm / name).exists()]
 
 
 # ---- live runs ----------------------------------------------------------------------------------------------------
@@ -208,7 +209,7 @@ def test_a_run_that_a_process_writes_is_kept_until_the_process_is_dead(desk, run
     process.kill()
     process.wait()
     assert remove(desk, "--older 0s --keep-records --yes") == 0
-    assert not (runs["mgda"] / "model.pt").exists()
+    assert not [name for name in WEIGHTS if (runs["mgda"] / name).exists()]
     assert remove(desk, "--older 0s --yes") == 0
     assert there(desk) == set()
 

@@ -73,7 +73,7 @@ def test_a_zero_gradient_has_no_cosine():
 
 
 def test_they_change_no_update_and_are_written_at_logged_steps(compose, tmp_path):
-    options = [*SMALL, "trainer.steps=9", "trainer.log_every=4", "trainer.keep_weights=true"]
+    options = [*SMALL, "trainer.steps=9", "trainer.log_every=4", "trainer.keep=last"]
     finals = []
     for diagnostics in ("true", "false"):
         runs = tmp_path / diagnostics

@@ -174,12 +174,12 @@ def watched(observed: Observed, at_start: Callable[[Any], None]) -> Iterator[Non
     kind = type(observed.plan.algorithm)
     fit, backward, step, predict = Trainer.fit, kind.backward, kind.step, kind.predict
 
-    def watched_fit(self, algorithm, optimizer, batches, evaluator, folder, workers, signals=None):
+    def watched_fit(self, algorithm, optimizer, batches, evaluator, folder, workers, *more):
         observed.algorithm, observed.optimizer = algorithm, optimizer
         observed.train_batches, observed.evaluator, observed.workers = batches, evaluator, workers
         note_weights("initial", algorithm)
         at_start(algorithm)
-        return fit(self, algorithm, optimizer, batches, evaluator, folder, workers, signals)
+        return fit(self, algorithm, optimizer, batches, evaluator, folder, workers, *more)
 
     def watched_backward(self, batches):
         observed.batches.append([batch._replace(images=batch.images.clone()) for batch in batches])

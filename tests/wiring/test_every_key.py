@@ -273,10 +273,10 @@ def test_precision_and_channels_last_hold_in_training_and_evaluation(precision, 
         assert tensor.is_contiguous() != channels_last
 
 
-@shows("trainer.keep_weights (Trainer)")
-def test_keep_weights_leaves_the_final_weights(tmp_path):
-    kept, dropped = observe(), observe(**{"trainer.keep_weights": False})
-    assert kept.files - dropped.files == {"model.pt"}
+@shows("trainer.keep (Trainer)")
+def test_keep_leaves_the_final_weights(tmp_path):
+    kept, dropped = (observe(**{"trainer.keep": keep}) for keep in ("last", "none"))
+    assert kept.files - dropped.files == {"model.pt", "weights.json"}
     left = torch.load(kept.folder / "model.pt", weights_only=True)
     assert left.keys() == kept.algorithm.model.state_dict().keys()
     assert all(torch.equal(left[name], kept.weights[-1][f"model.{name}"]) for name in left)
@@ -289,7 +289,7 @@ def test_keys_that_are_not_scientific_change_no_result():
         "trainer.checkpoint_every": 1,
         "trainer.log_every": 1,
         "trainer.workers": 2,
-        "trainer.keep_weights": False,
+        "trainer.keep": "none",
         "algorithm.diagnostics": True,
     }
     assert {*changed} <= {*NOT_SCIENTIFIC}
@@ -302,7 +302,8 @@ def test_keys_that_are_not_scientific_change_no_result():
 
 @shows("trainer.averaging (Trainer)")
 def test_averaging_is_evaluated_and_saved_in_addition_and_does_not_change_the_training():
-    plain, averaged = (observe(*more, "trainer.eval_every=1") for more in ((), ("trainer/averaging=ema",)))
+    last = ("trainer.eval_every=1", "trainer.keep=last")
+    plain, averaged = (observe(*more, *last) for more in ((), ("trainer/averaging=ema",)))
     assert averaged.files - plain.files == {"averaged.jsonl", "model_averaged.pt"}
     assert [line["averaging"] for line in averaged.lines("averaged.jsonl")] == ["ema"] * 3
     assert plain.lines() == averaged.lines()
@@ -410,7 +411,7 @@ def test_data_dir_is_where_the_data_sets_folder_lies(tmp_path):
 def test_runs_dir_is_where_the_runs_folder_lies(tmp_path):
     run = observe(runs_dir=str(tmp_path / "elsewhere"))
     assert run.folder.parent == tmp_path / "elsewhere"
-    assert "model.pt" in run.files
+    assert "records.jsonl" in run.files
 
 
 @shows("force", "on_code_change")

@@ -25,7 +25,7 @@ from gsdg.runs.folder import STALE_AFTER
 from gsdg.utils.json_files import read_json
 
 # Keys in which the runs of one method may differ.
-NOT_IN_METHOD = {*NOT_SCIENTIFIC, "split.target", "split.trial_seed", "seed", "search.hparams_seed"}
+NOT_IN_METHOD = {*NOT_SCIENTIFIC, "split.target", "split.trial_seed", "seed", "search.hparams_seed", "soup.ingredients"}
 AVERAGING = "trainer.averaging."  # keys that affect the averaged weights only, not the trained ones
 RUN_ID = re.compile(r"[0-9a-f]{12}")
 

@@ -1,0 +1,176 @@
+"""Weights as a start: a run, a file under any prefix, safetensors; which head stays; what a file must not be."""
+
+import logging
+import pickle
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from gsdg.experiment import prepare
+from gsdg.models import convnet
+from gsdg.models.weights_files import fitted, read_state
+from gsdg.utils.errors import UserError
+from gsdg.utils.json_files import read_json, write_json
+
+FEW = ("algorithm=erm", "trainer.steps=9")
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(3)
+    return convnet(None)[0]
+
+
+@pytest.fixture
+def start(compose):
+    """A function: overrides -> the plan of a run that starts from weights."""
+    return lambda *overrides: prepare(compose("split.target=15", "device=cpu", *overrides))
+
+
+def equal(first, second):
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prefix", ["", "featurizer.", "module.", "module.encoder.", "featurizer.network."])
+def test_a_network_is_found_under_any_prefix_and_the_rest_is_named(net, prefix, tmp_path, caplog):
+    state = net.state_dict()
+    others = {"head.weight": torch.ones(2), "queue": torch.ones(1)} if prefix else {}
+    torch.save({prefix + name: tensor for name, tensor in state.items()} | others, tmp_path / "w.pt")
+    with caplog.at_level(logging.INFO):
+        loaded = convnet(str(tmp_path / "w.pt"))[0]
+    assert equal(loaded.state_dict(), state)
+    assert ("left out 2 others (head.weight, queue)" in caplog.text) == bool(prefix)
+
+
+def test_of_two_copies_the_one_with_the_shorter_name_is_taken(net):
+    """DomainBed's ERM saves its network twice: featurizer.* and network.0.*."""
+    state = net.state_dict()
+    twice = {f"network.0.{name}": tensor + 1 for name, tensor in state.items()}
+    twice |= {f"net.{name}": tensor for name, tensor in state.items()}
+    assert equal(fitted(net, twice, "file", ignore=""), state)
+
+
+def test_a_training_checkpoint_with_one_state_dict_in_it_is_read(net, tmp_path):
+    content = {"args": {"lr": 0.1}, "model_input_shape": (1, 28, 28), "model_dict": net.state_dict()}
+    torch.save(content, tmp_path / "model.pkl")
+    assert equal(read_state(tmp_path / "model.pkl"), net.state_dict())
+    torch.save(content | {"ema": net.state_dict()}, tmp_path / "two.pkl")
+    with pytest.raises(UserError, match="found a dict of args, model_input_shape, model_dict, ema"):
+        read_state(tmp_path / "two.pkl")
+
+
+def test_safetensors_are_read_and_a_damaged_file_is_named(net, tmp_path):
+    save_file = pytest.importorskip("safetensors.torch", reason="needs safetensors").save_file
+    file = tmp_path / "w.safetensors"
+    save_file(net.state_dict(), file)
+    assert equal(convnet(str(file))[0].state_dict(), net.state_dict())
+    file.write_bytes(file.read_bytes()[:200])
+    with pytest.raises(UserError, match=r"w.safetensors \(200 bytes\) can't be read as a state dict: it is truncated"):
+        read_state(file)
+
+
+class Malicious:
+    def __reduce__(self):
+        return print, ("code of the file was run",)
+
+
+def test_code_in_a_file_is_refused_and_not_run(tmp_path, capsys, net):
+    torch.save({"model_dict": net.state_dict(), "args": Malicious()}, tmp_path / "m.pkl")
+    with pytest.raises(UserError, match="holds Python objects, not only tensors.*could run any code") as error:
+        read_state(tmp_path / "m.pkl")
+    assert capsys.readouterr().out == ""
+    command = str(error.value).split('python -c "')[1].split('"')[0]
+    exec(command.replace("'weights.pt'", f"'{tmp_path / 'weights.pt'}'"))  # for a user who trusts the file
+    assert equal(read_state(tmp_path / "weights.pt"), net.state_dict())
+    (tmp_path / "p.pt").write_bytes(pickle.dumps(Malicious()))
+    with pytest.raises(UserError, match=r"p\.pt"):
+        read_state(tmp_path / "p.pt")
+
+
+def test_a_file_of_another_network_is_refused_under_its_prefix_too(net):
+    state = {f"featurizer.{name}": tensor for name, tensor in net.state_dict().items()}
+    state["featurizer.0.weight"] = state["featurizer.0.weight"][:, :, :2]
+    with pytest.raises(UserError, match=r"1 of another shape: 0.weight \(32, 1, 2, 3\) instead of \(32, 1, 3, 3\)"):
+        fitted(net, state, "file", ignore="")
+    with pytest.raises(UserError, match="1 unexpected: extra.weight"):
+        fitted(net, {**net.state_dict(), "extra.weight": torch.ones(1)}, "file", ignore="")
+
+
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_a_start_with_its_selected_weights_and_its_head(train, start, caplog):
+    first = train(*FEW, "trainer.keep=every")
+    (row,) = [row for row in read_json(first / "weights.json")["weights"] if row["selected"]]
+    plan = start(f"model.weights={first}")
+    assert plan.config["model"]["weights"] == str(first / row["file"])
+    with caplog.at_level(logging.INFO):
+        second = train("trainer.steps=1", "optimizer.lr=0.0", "algorithm=erm", f"model.weights={first}")
+    assert "its head is kept, because the classes are the same" in caplog.text
+    (file,) = second.glob("weights/*")
+    assert equal(torch.load(file), torch.load(first / row["file"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda index: index | {"classes": ["other", *index["classes"][1:]]}, r"other classes \(other, 1, 2, ..\)"),
+        (lambda index: {}, "nothing says which classes its head has"),
+        (None, "has no head"),
+    ],
+)
+def test_the_head_is_new_where_the_classes_differ_or_are_not_known(train, change, said, caplog, tmp_path):
+    first = train(*FEW, "trainer.keep=last")
+    file = first / "model.pt"
+    if change:
+        write_json(first / "weights.json", change(read_json(first / "weights.json")))
+    else:
+        state = {name: tensor for name, tensor in torch.load(file).items() if "head" not in name}
+        file = tmp_path / "backbone.pt"
+        torch.save(state, file)
+    with caplog.at_level(logging.INFO):
+        second = train("trainer.steps=1", "optimizer.lr=0.0", "algorithm=erm", f"model.weights={file}")
+    assert re.search(said, caplog.text)
+    assert "the model gets a new" in caplog.text
+    before, after = torch.load(first / "model.pt"), torch.load(next(second.glob("weights/*")))
+    assert torch.equal(before["featurizer.0.weight"], after["featurizer.0.weight"])
+    assert not torch.equal(before["head.weight"], after["head.weight"])
+
+
+def test_the_run_id_has_the_content_of_the_weights_not_their_place(train, start, tmp_path):
+    first = train(*FEW, "trainer.keep=last")
+    copy = tmp_path / "elsewhere.pt"
+    copy.write_bytes((first / "model.pt").read_bytes())
+    ids = [start(f"model.weights={place}").run_id for place in (first, first / "model.pt", copy)]
+    assert len(set(ids)) == 1
+    state = torch.load(copy)
+    torch.save(state | {"head.bias": state["head.bias"] + 1}, copy)
+    assert start(f"model.weights={copy}").run_id != ids[0]
+
+
+def test_a_run_that_is_not_done_or_has_no_weights_is_no_start(train, start, tmp_path):
+    folder = train("trainer.steps=1", "trainer.keep=none")
+    with pytest.raises(UserError, match=r"kept no weights; it has: \(none\)"):
+        start(f"model.weights={folder}")
+    write_json(folder / "status.json", {"state": "stopped"})
+    with pytest.raises(UserError, match="the run is not done, its state is stopped"):
+        start(f"model.weights={folder}")
+    with pytest.raises(UserError, match="no such file. Valid: .*a finished run"):
+        start(f"model.weights={tmp_path / 'nothing'}")
+
+
+def test_a_run_of_an_older_version_starts_from_its_last_weights(train, start):
+    folder = train("trainer.steps=1", "trainer.keep=last")
+    (folder / "weights.json").unlink()
+    assert start(f"model.weights={folder}").config["model"]["weights"] == str(folder / "model.pt")
+
+
+def test_data_parallel_weights_of_a_whole_classifier(net, tmp_path):
+    wrapped = nn.DataParallel(nn.ModuleDict({"featurizer": net, "head": nn.Linear(64, 10)}))
+    torch.save(wrapped.state_dict(), tmp_path / "dp.pt")
+    assert equal(convnet(str(tmp_path / "dp.pt"))[0].state_dict(), net.state_dict())

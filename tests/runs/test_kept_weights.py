@@ -1,0 +1,243 @@
+"""`trainer.keep`: which weights a run keeps, in which files, and that a kill at any moment changes nothing of it."""
+
+import itertools
+import json
+import os
+import random
+import signal
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from helpers import in_case
+
+from gsdg.analysis.read.frames import read_runs
+from gsdg.analysis.selection import _means, every_draw
+from gsdg.runs.folder import EVALUATION_FILES, RunFolder
+from gsdg.runs.kept_weights import KeptWeights, held_out_accuracy
+from gsdg.runs.weights_index import find_weights
+from gsdg.utils.errors import UserError
+from gsdg.utils.json_files import read_json, read_lines
+
+# Eight evaluations, of which neither the first nor the last is the best (asserted below).
+OPTIONS = ("algorithm=erm", "trainer.steps=64", "trainer.batch_size=8", "optimizer.lr=0.02", "trainer.eval_every=8")
+OPTIONS = (*OPTIONS, "dataset.domains=[0,15,30]", "trainer.evaluate=fast")
+
+
+@pytest.fixture
+def weights_of(train):
+    """A function that makes a run of OPTIONS and more, and returns its folder, weights.json and {file: state dict}."""
+
+    def weights_of(*overrides):
+        folder = train(*OPTIONS, *overrides)
+        files = [*folder.glob("weights/*"), *folder.glob("model*")]
+        return folder, read_json(folder / "weights.json"), {str(f.relative_to(folder)): torch.load(f) for f in files}
+
+    return weights_of
+
+
+def same_tensors(first, second):
+    assert first.keys() == second.keys()
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def without_kept(folder):
+    """Remove the run, so that the next one with other `trainer.keep`, which has the same id, is made again."""
+    (folder / "status.json").unlink()
+
+
+def test_the_selected_weights_are_those_of_the_step_that_tables_report(weights_of):
+    folder, _, every = weights_of("trainer.keep=every")
+    rows = every_draw(read_runs([folder.parent]).finished(), "training_domain")
+    step = int(rows["step"].iloc[0])
+    steps = [record["step"] for record in read_lines(folder / "records.jsonl")]
+    assert step not in (steps[0], steps[-1]), "choose OPTIONS with a best step in the middle"
+    assert sorted(every) == sorted(f"weights/step_{step}.pt" for step in steps)
+    without_kept(folder)
+
+    _, index, kept = weights_of()  # trainer.keep=null
+    assert list(kept) == [f"weights/step_{step}.pt"]
+    assert same_tensors(kept[f"weights/step_{step}.pt"], every[f"weights/step_{step}.pt"])
+    (row,) = index["weights"]
+    assert (row["step"], row["selected"], row["last"], row["averaging"]) == (step, True, False, None)
+    assert row["held_out_accuracy"] == rows["validation"].iloc[0]
+    assert row["accuracy"] == next(r["accuracy"] for r in read_lines(folder / "records.jsonl") if r["step"] == step)
+    assert index["classes"] == [str(digit) for digit in range(10)]
+    assert index["image"] == {"size": 28, "channels": 1, "mean": [0.0], "std": [1.0]}
+    assert (index["transform"], index["versions"]["torch"]) == ("exact", torch.__version__.partition("+")[0])
+
+
+def test_last_every_and_none(weights_of):
+    folder, index, last = weights_of("trainer.keep=last")
+    assert list(last) == ["model.pt"]
+    assert [(row["file"], row["step"], row["last"]) for row in index["weights"]] == [("model.pt", 63, True)]
+    without_kept(folder)
+    _, index, every = weights_of("trainer.keep=every")
+    assert same_tensors(last["model.pt"], every["weights/step_63.pt"])
+    assert sum(row["selected"] for row in index["weights"]) == 1
+    without_kept(folder)
+    _, index, none = weights_of("trainer.keep=none")
+    assert (index, none) == ({}, {})
+
+
+def test_averaged_weights_are_selected_by_their_own_accuracy(weights_of):
+    folder, index, kept = weights_of("trainer/averaging=ema", "trainer.averaging.decay=0.5", "trainer.keep=every")
+    rows = every_draw(read_runs([folder.parent]).finished(), "training_domain").set_index("algorithm")["step"]
+    selected = {row["averaging"]: row["step"] for row in index["weights"] if row["selected"]}
+    assert selected == {None: rows["erm"], "ema": rows["erm+ema"]}
+    without_kept(folder)
+    _, _, only = weights_of("trainer/averaging=ema", "trainer.averaging.decay=0.5")
+    names = {f"weights/step_{selected[None]}.pt", f"weights/averaged_step_{selected['ema']}.pt"}
+    assert only.keys() == names
+    assert all(same_tensors(only[name], kept[name]) for name in names)
+    assert find_weights(folder, "averaged")["step"] == selected["ema"]
+
+
+def test_where_no_image_is_held_out_the_last_weights_are_kept(weights_of, train):
+    _, index, kept = weights_of("split.holdout_fraction=0")
+    assert list(kept) == ["model.pt"]
+    assert [(row["selected"], row["held_out_accuracy"]) for row in index["weights"]] == [(False, None)]
+    with pytest.raises(UserError, match="holds nothing out.\nSet trainer.keep=last"):
+        train("split.holdout_fraction=0", "trainer.keep=selected")
+
+
+def test_a_finished_run_that_lacks_the_weights_says_so(train, caplog):
+    folder = train("trainer.steps=2", "trainer.keep=none")
+    caplog.clear()
+    train("trainer.steps=2", "trainer.keep=every")
+    assert "trainer.keep=every: the run has not kept these weights; force=true makes it again" in caplog.text
+    caplog.clear()
+    train("trainer.steps=2")
+    assert "has not kept" not in caplog.text
+    train("trainer.steps=2", "trainer.keep=every", "force=true")
+    assert len(list(folder.glob("weights/*"))) == 2
+
+
+def test_the_settings_name_until_2026_11_still_works_in_a_config(compose):
+    from gsdg.experiment import prepare
+
+    for old, new in ((True, "last"), (False, "none")):
+        config = {**prepare(compose("split.target=15")).config}
+        del config["trainer"]["keep"]
+        config["trainer"]["keep_weights"] = old
+        assert prepare(config).trainer.keep == new
+
+
+def test_the_mean_is_rounded_as_in_the_tables():
+    """In numpy's order of additions: steps that are equal there must be equal here, or another step is selected."""
+    for domains in (2, 3, 5, 9, 17):
+        accuracies = np.random.RandomState(domains).rand(200, domains)
+        rows = [("r", step, value) for step, values in enumerate(accuracies) for value in values]
+        means = _means(pd.DataFrame(rows, columns=["run_id", "step", "accuracy"])).set_index("step")["validation"]
+        names = [str(d) for d in range(domains)]
+        ours = [
+            held_out_accuracy({n: {"out": v} for n, v in zip(names, row, strict=True)}, names) for row in accuracies
+        ]
+        assert ours == [means[step] for step in range(200)]
+
+
+# ---- interruptions ---------------------------------------------------------------------------------------------------
+
+
+class Killed(BaseException):
+    pass
+
+
+class Run:
+    """A run of `steps` evaluations with given accuracies, whose k-th change of a file does not happen any more."""
+
+    def __init__(self, path, accuracies, checkpoint_every, keep):
+        self.folder, self.accuracies, self.every, self.keep = RunFolder(path), accuracies, checkpoint_every, keep
+        self.checkpoint = 0  # steps done
+
+    def start(self, changes_until_kill=None):
+        """Resume from the last checkpoint and go on to the end, or until a kill."""
+        self.left = changes_until_kill
+        with self.folder.acquire():
+            kept = KeptWeights(self.keep, self.folder, self.write, ["a", "b"], {"classes": ["x"]})
+            self.folder.keep_lines_before(self.checkpoint)
+            kept.resume()
+            for step in range(self.checkpoint, len(self.accuracies)):
+                for kind in ("", "averaged"):
+                    self.evaluate(kept, kind, step)
+                if (step + 1) % self.every == 0:
+                    self.change(lambda step=step: setattr(self, "checkpoint", step + 1))
+                    kept.after_checkpoint()
+            kept.finish(len(self.accuracies) - 1, {"": lambda: "last", "averaged": lambda: "last average"})
+
+    def evaluate(self, kept, kind, step):
+        values = self.accuracies[step][bool(kind)]
+        record = {"step": step, "accuracy": {"a": {"out": values}, "b": {"out": values}}}
+        record |= {"averaging": "ema"} if kind else {}
+        self.change(lambda: self.folder.append(EVALUATION_FILES[bool(kind)], record))
+        kept.after_evaluation(record, lambda: f"{kind} {step}")
+
+    def write(self, path, state):
+        self.change(lambda: path.write_text(state))
+
+    def change(self, make):
+        if self.left == 0:
+            raise Killed
+        self.left = None if self.left is None else self.left - 1
+        make()
+
+    def selected_at_checkpoint(self):
+        """{kind: step} of what selection picks from the records before the checkpoint."""
+        steps = self.accuracies[: self.checkpoint]
+        return {k: max(range(len(steps)), key=lambda s: steps[s][k]) for k in (0, 1)} if steps else {}
+
+    def files(self):
+        files = [*self.folder.path.glob("weights/*"), *self.folder.path.glob("model*")]
+        texts = {file.name: file.read_text() for file in files}
+        return texts, read_json(self.folder.path / "weights.json")
+
+
+@pytest.mark.parametrize("keep", ["selected", "every", "last", None])
+def test_a_run_that_is_killed_at_any_change_of_a_file_keeps_the_same_weights(tmp_path, keep):
+    """And what selection picks at the checkpoint is always there: a resume may diverge from what the kill undid."""
+    draw = random.Random(str(keep))
+    for case in range(2):
+        accuracies = [(draw.choice([0.1, 0.2, 0.3]), draw.random()) for _ in range(5)]
+        every = draw.choice([1, 2, 3])
+        undisturbed = Run(tmp_path / f"{case}", accuracies, every, keep)
+        undisturbed.start()
+        for kill_after in itertools.count():
+            run = Run(tmp_path / f"{case}-{kill_after}", accuracies, every, keep)
+            try:
+                run.start(kill_after)
+                break
+            except Killed:
+                pass
+            with in_case(keep, case=case, kill_after=kill_after, accuracies=accuracies, every=every):
+                if keep != "last":
+                    for kind, step in run.selected_at_checkpoint().items():
+                        name = f"{'averaged_' if kind else ''}step_{step}.pt"
+                        assert (run.folder.path / "weights" / name).exists()
+                run.start()
+                assert run.files() == undisturbed.files()
+        assert kill_after > 10
+
+
+@pytest.mark.slow
+def test_kill_minus_nine(launch, tmp_path):
+    words = ("split.target=15", *OPTIONS, "trainer.checkpoint_every=20", "trainer.steps=160", "device=cpu")
+    words = (*words, "trainer.workers=0", "trainer/averaging=ema", "trainer.averaging.decay=0.9")
+    assert launch(*words).returncode == 0
+    (undisturbed,) = launch.runs_dir.glob("*/weights.json")
+    launch.runs_dir = tmp_path / "killed"
+    for evaluations in (3, 9, 14):
+        process = launch.start(*words)
+        records = launch.runs_dir / undisturbed.parent.name / "records.jsonl"
+        while len(read_lines(records)) < evaluations and process.poll() is None:
+            time.sleep(0.01)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+    assert launch(*words).returncode == 0
+    folder = records.parent
+    assert json.loads((folder / "weights.json").read_text()) == json.loads(undisturbed.read_text())
+    files = sorted(file.name for file in folder.glob("weights/*"))
+    assert files == sorted(file.name for file in undisturbed.parent.glob("weights/*"))
+    for name in files:
+        assert same_tensors(*(torch.load(run / "weights" / name) for run in (folder, undisturbed.parent)))
