@@ -1,0 +1,137 @@
+"""`python -m gsdg.soup`: against the mean of the weights by hand, as a run in tables, and which runs are refused."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import in_case, only_run
+
+import gsdg
+from gsdg.analysis.read.frames import read_runs
+from gsdg.analysis.selection import every_draw
+from gsdg.soup import Ingredient, greedy, main, mean_state
+from gsdg.utils.json_files import read_json, read_lines, write_json
+
+FEW = ("trainer.steps=17", "trainer.batch_size=8", "optimizer.lr=0.003", "seed=1", "dataset.domains=[0,15,30]")
+
+
+@pytest.fixture
+def three(train):
+    """The folders of three runs of ERM on digits that differ in weight decay and dropout."""
+    changes = ("optimizer.weight_decay=0.0", "optimizer.weight_decay=0.01", "model.dropout=0.3")
+    return [train("algorithm=erm", *FEW, change) for change in changes]
+
+
+def soup_of(folders, *words):
+    """The folder of the soup; the soups of a test lie in a folder beside the runs."""
+    place = folders[0].parent.parent / "-".join(["soup", *words])
+    assert main([*map(str, folders), *words, "--runs-dir", str(place), "--device", "cpu"]) == 0
+    return only_run(place)
+
+
+def weights_of(folder, which=""):
+    predictor = gsdg.load(folder, which)
+    return predictor.algorithm.model.state_dict()
+
+
+def test_the_uniform_soup_is_the_mean_of_the_weights_by_hand(three):
+    soup = weights_of(soup_of(three))
+    for name, tensor in soup.items():
+        by_hand = torch.stack([weights_of(folder)[name].double() for folder in three]).mean(0).float()
+        assert torch.equal(tensor, by_hand), name
+
+
+def test_integers_of_a_state_are_those_of_the_first():
+    states = [{"x": torch.tensor([v]), "n": torch.tensor(v, dtype=torch.int64)} for v in (1, 2, 4)]
+    mean = mean_state([{**state, "x": state["x"].float()} for state in states])
+    assert (mean["x"].item(), mean["n"].item(), mean["n"].dtype) == (pytest.approx(7 / 3), 1, torch.int64)
+
+
+def test_a_soup_predicts_what_it_recorded_and_is_a_method_in_tables(three):
+    folder = soup_of(three)
+    (record,) = read_lines(folder / "records.jsonl")
+    predictor = gsdg.load(folder)
+    assert predictor.about["accuracy"] == record["accuracy"]
+    rows = every_draw(read_runs([folder.parent, three[0].parent]).finished(), "training_domain")
+    reported = rows.set_index("algorithm")["accuracy"]
+    assert reported["erm+uniform_soup"] == record["accuracy"]["15"]["in"]
+    assert len(rows) == 4
+    rows = read_json(folder / "soup.json")["ingredients"]
+    assert [row["run"] for row in rows] == list(map(str, three))
+    assert all(row["chosen"] for row in rows)
+
+
+def test_the_same_soup_is_one_run_and_other_ingredients_are_another(three, caplog):
+    folder = soup_of(three)
+    before = (folder / "records.jsonl").stat().st_mtime_ns
+    caplog.set_level("INFO")
+    assert soup_of(three[::-1]) == folder
+    assert "done already" in caplog.text
+    assert (folder / "records.jsonl").stat().st_mtime_ns == before
+    assert main([*map(str, three[:2]), "--runs-dir", str(folder.parent)]) == 0
+    assert len(list(folder.parent.glob("*/config.json"))) == 2
+
+
+def test_the_soups_of_two_targets_are_one_method(train):
+    both = []
+    for target in (0, 15):
+        runs = [train("algorithm=erm", *FEW, f"split.target={target}", f"optimizer.lr={lr}") for lr in (0.001, 0.003)]
+        for order in (runs, runs[::-1]):
+            assert main([*map(str, order)]) == 0
+        both += runs
+    rows = every_draw(read_runs([both[0].parent]).finished(), "training_domain")
+    soups = rows[rows["algorithm"].str.contains("soup")]
+    assert list(soups["algorithm"]) == ["erm+uniform_soup"] * 2
+    assert sorted(soups["target"]) == ["0", "15"]
+
+
+def test_a_soup_is_a_start_for_another_run(three, train):
+    folder = soup_of(three)
+    start = train("algorithm=erm", "trainer.steps=1", "optimizer.lr=0.0", f"model.weights={folder}")
+    for name, tensor in weights_of(folder).items():
+        assert torch.equal(weights_of(start)[name], tensor)
+
+
+def test_greedy_keeps_a_run_only_where_the_mean_is_not_worse():
+    """Tried are 4; 4 and 1, which is worse; 4 and 2, which is equal."""
+    values = {(1.0,): 0.5, (2.0,): 0.4, (4.0,): 0.7, (4.0, 1.0): 0.6, (4.0, 2.0): 0.7}
+    by_mean = {sum(key) / len(key): value for key, value in values.items()}
+    ingredients = [
+        Ingredient(Path(f"run{n}"), {}, {"held_out_accuracy": values[n,]}, {"x": torch.tensor([n])})
+        for n in (1.0, 2.0, 4.0)
+    ]
+    tried = []
+    chosen = greedy(ingredients, lambda state: tried.append(state["x"].item()) or by_mean[state["x"].item()])
+    assert tried == [4.0, 2.5, 3.0]
+    assert [one.state["x"].item() for one in chosen] == [4.0, 2.0]
+
+
+def test_greedy_of_real_runs_is_not_worse_than_its_best_run_on_held_out_images(three):
+    folder = soup_of(three, "--how", "greedy")
+    (row,) = read_json(folder / "weights.json")["weights"]
+    ingredients = read_json(folder / "soup.json")["ingredients"]
+    assert row["held_out_accuracy"] >= max(one["held_out_accuracy"] for one in ingredients)
+    chosen = [weights_of(three[i]) for i, one in enumerate(ingredients) if one["chosen"]]
+    assert chosen
+    for name, tensor in weights_of(folder).items():
+        mean = torch.stack([state[name].double() for state in chosen]).mean(0).float()
+        assert torch.allclose(tensor, mean, rtol=1e-6, atol=1e-9)
+
+
+def test_runs_that_do_not_belong_in_one_soup_are_refused(three, train, capsys):
+    other = train("algorithm=erm", *FEW, "split.target=30")
+    split = train("algorithm=erm", *FEW, "split.trial_seed=1")
+    nothing = train("algorithm=erm", *FEW, "trainer.keep=none")
+    for words, message in {
+        (three[0],): "a soup needs 2 runs or more, found 1",
+        (three[0], other): "differ in split, so the mean of their weights is no model",
+        (three[0], split, "--how", "greedy"): "selects by held-out images, but the runs have several split.trial_seed",
+        (three[0], nothing.parent): "there is no run in this folder",
+    }.items():
+        with in_case(words):
+            assert main(list(map(str, words))) == 2
+            assert message in capsys.readouterr().err
+    assert main([str(three[0]), str(split), "--device", "cpu"]) == 0
+    write_json(three[1] / "status.json", {"state": "running"})
+    assert main([str(three[0]), str(three[1])]) == 2
+    assert "the run is not done, its state is running" in capsys.readouterr().err
