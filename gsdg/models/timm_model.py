@@ -78,7 +78,7 @@ def _built(arch: str, options: dict, file: Path | None) -> nn.Module:
     """timm's network with these options. UserError if timm refuses them, or cannot load the weights file."""
     from safetensors import SafetensorError
 
-    errors = (AssertionError, RuntimeError, ValueError, KeyError, OSError, EOFError)
+    errors = (AssertionError, ArithmeticError, RuntimeError, ValueError, KeyError, OSError, EOFError)
     try:
         return import_timm().create_model(arch, pretrained=file is not None, **options)
     except (*errors, pickle.UnpicklingError, SafetensorError) as error:
