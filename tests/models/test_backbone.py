@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from algorithm_cases import refusal
+from harness import observe
 from torch import Tensor, nn
 
 from gsdg.config.schema import build, check
@@ -24,6 +25,16 @@ class Net(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.layer(images.flatten(1))
+
+
+class Flat(Net):
+    """[B, 3, 8, 8] -> [B, 5]; a file is loaded by its own code, as a class that is called with weights has to."""
+
+    def __init__(self, weights: str | None = None) -> None:
+        super().__init__()
+        self.layer = nn.Linear(192, 5)
+        if weights:
+            self.load_state_dict(torch.load(weights))
 
 
 def model(backbone, weights: str | None = None) -> Classifier:
@@ -63,6 +74,20 @@ def test_a_config_names_a_function_a_class_or_a_module(monkeypatch):
     message = r"model.backbone.weights is missing: gsdg.models.resnet18 needs it. Or, .*: _partial_: true"
     with pytest.raises(UserError, match=message):
         check(node("gsdg.models.resnet18"), "model", {"classes": "", "precision": ""})
+
+
+@pytest.mark.parametrize("partial", [{"_partial_": True}, {}])
+def test_a_run_trains_a_module_of_the_users_own_from_random_weights_and_from_a_file(tmp_path, partial):
+    backbone = {"model.backbone": {"_target_": f"{__name__}.Flat", **partial}, "trainer.steps": 1}
+    first = observe(**backbone)
+    torch.manual_seed(1)
+    torch.save(Flat().state_dict(), tmp_path / "net.pth")
+    second = observe(**backbone, **{"model.weights": str(tmp_path / "net.pth")})
+    assert first.plan.run_id != second.plan.run_id
+    assert second.plan.identity["model"]["weights"].startswith("sha256 ")  # its content, not its path
+    assert torch.equal(
+        second.weights[0]["model.featurizer.layer.weight"], torch.load(tmp_path / "net.pth")["layer.weight"]
+    )
 
 
 def test_whatever_else_a_backbone_is_or_returns_is_refused():

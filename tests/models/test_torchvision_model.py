@@ -63,6 +63,7 @@ def test_pretrained_loads_the_file_in_torchs_cache_and_torchvision_renames_its_t
         torchvision_model("pretrained", arch="densenet121", image_size=64)
 
 
+@pytest.mark.filterwarnings("ignore:The default weight initialization of GoogleNet")
 def test_networks_without_one_linear_classifier_and_unknown_ones_are_refused_by_name(compose):
     for arch, layers in {"squeezenet1_1": 0, "googlenet": 3}.items():
         with pytest.raises(UserError, match=rf"model.arch={arch}: .* has {layers} linear layers"):
