@@ -54,18 +54,41 @@ def timm_model(weights: str | None, *, arch: str, image_size: int, channels: int
         channels: of the images, the length of model.mean; timm adapts the weights of the first layer.
     """
     config = pretrained_cfg(arch)
-    file = _located(arch)[1]() if weights == "pretrained" else None
-    options: dict[str, Any] = {"num_classes": 0, "in_chans": channels}
-    if config.fixed_input_size:
-        options["img_size"] = image_size
-    if file:
-        options["pretrained_cfg_overlay"] = {"file": str(file), "custom_load": False}
-    net = _built(arch, options, file)
+
+    def built(size: int, file: Path | None = None) -> nn.Module:
+        options: dict[str, Any] = {"num_classes": 0, "in_chans": channels}
+        if config.fixed_input_size:
+            options["img_size"] = size
+        return _built(arch, options, file)
+
+    if weights == "pretrained":
+        net = built(image_size, _located(arch)[1]())
+    else:
+        net = _load_file(weights, config, image_size, built)
     _check_patches(net, arch, image_size)
-    if not file:
-        load_weights(net, weights, imagenet=None, ignore=_prefix(config.classifier))
     width: Any = getattr(net, "head_hidden_size", net.num_features)  # of MobileNetV3 1280, where num_features is 960
     return net, width
+
+
+def _load_file(weights: str | None, config: Any, image_size: int, built: Callable[[int], Any]) -> nn.Module:
+    """The network with the weights of a file, which may be for images of the size of the pretraining.
+
+    built: the network for an image size. timm then resamples position embeddings, as it does for its own files.
+    """
+    net, size, ignore = built(image_size), config.input_size[1], _prefix(config.classifier)
+    try:
+        load_weights(net, weights, imagenet=None, ignore=ignore)
+        return net
+    except UserError as error:
+        if not config.fixed_input_size or size == image_size or not hasattr(net, "set_input_size"):
+            raise
+        net = built(size)
+        try:
+            load_weights(net, weights, imagenet=None, ignore=ignore)
+        except UserError:
+            raise error from None
+        net.set_input_size((image_size, image_size))
+        return net
 
 
 def _prefix(classifier: str | Sequence[str] | None) -> str:
@@ -78,9 +101,10 @@ def _built(arch: str, options: dict, file: Path | None) -> nn.Module:
     """timm's network with these options. UserError if timm refuses them, or cannot load the weights file."""
     from safetensors import SafetensorError
 
+    source = {"pretrained_cfg_overlay": {"file": str(file), "custom_load": False}} if file else {}
     errors = (AssertionError, ArithmeticError, RuntimeError, ValueError, KeyError, OSError, EOFError)
     try:
-        return import_timm().create_model(arch, pretrained=file is not None, **options)
+        return import_timm().create_model(arch, pretrained=file is not None, **options, **source)
     except (*errors, pickle.UnpicklingError, SafetensorError) as error:
         reason = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
         if not file:

@@ -90,6 +90,21 @@ def test_timm_adapts_the_weights_to_the_image_size_and_the_channels(hub, state):
     assert torch.equal(net["blocks.0.attn.qkv.weight"], state["blocks.0.attn.qkv.weight"])
 
 
+def test_a_copy_of_the_hubs_file_gives_the_same_network_at_every_image_size(hub, tmp_path, state):
+    torch.save(state, tmp_path / "copy.pth")
+    for size in (160, 32):
+        expected = timm_model("pretrained", arch="test_vit", image_size=size)[0].state_dict()
+        net = timm_model(str(tmp_path / "copy.pth"), arch="test_vit", image_size=size)[0]
+        assert net(torch.randn(2, 3, size, size)).shape == (2, 64)
+        assert net.state_dict().keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in net.state_dict().items())
+    torch.save({**state, "cls_token": torch.zeros(1, 1, 3)}, tmp_path / "copy.pth")
+    with pytest.raises(
+        UserError, match=r"2 of another shape: cls_token .*, pos_embed \(1, 101, 64\) instead of \(1, 5"
+    ):
+        timm_model(str(tmp_path / "copy.pth"), arch="test_vit", image_size=32)
+
+
 def test_a_compute_node_without_the_file_says_which_cache_it_looked_in_and_what_to_run(hub, tmp_path, monkeypatch):
     monkeypatch.setenv("GSDG_OFFLINE", COMMAND)
     with pytest.raises(UserError) as error:
