@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_original_cwd
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from gsdg import __version__
 from gsdg.algorithms import Algorithm
@@ -39,6 +39,7 @@ from gsdg.data.transforms_batched import Batched
 from gsdg.data.transforms_exact import Exact
 from gsdg.data.workers import fitting_workers
 from gsdg.evaluate import Evaluator
+from gsdg.models.backbone import canonical_weights, with_declared_images
 from gsdg.models.weights import check_weights_file, weights_source
 from gsdg.models.weights_files import load_head
 from gsdg.runs import reuse
@@ -195,8 +196,10 @@ def prepare(raw: DictConfig | dict, build: Callable[..., Any] = build) -> Plan:
     # Values on their own: each group against the signature of its constructor, then what no signature says.
     refuse_surgery(config["algorithm"])
     noted_domains = pop_recorded_domains(config["dataset"])
+    config["model"] = with_declared_images(config["model"])
     for group, supplied in SUPPLIED.items():
         config[group] = check(config[group], group, supplied)
+    config["model"]["weights"] = canonical_weights(config["model"])
     coerce(config["on_code_change"], reuse.OnCodeChange, "on_code_change")
     config["model"] = with_file_of_run(config["model"])
     check_weights_file(config["model"])
@@ -234,7 +237,10 @@ def check_channels(model: dict, source: DataSource) -> None:
     if channels >= source.channels:
         return
     kinds = {1: "grey images", 2: "red and green digits", 3: "colour photos"}
-    fitting = {2: "convnet_2ch", 3: "resnet18, resnet50, efficientnet_lite0"}
+    fitting = {
+        2: "convnet_2ch",
+        3: "resnet18, resnet50, efficientnet_lite0, vit_s16 or another with 3 numbers in model.mean",
+    }
     raise UserError(
         f"model={model['name']} looks at {channels} of 3 colour channels, dataset={source.name} has "
         f"{kinds[source.channels]}.\nChoose a model that takes them: model={fitting[source.channels]}."
@@ -287,6 +293,7 @@ def check_stored_size(config: dict) -> None:
 def resolve_config(raw: DictConfig | dict) -> dict:
     """The config as plain values: interpolated, with the values of its search's draw, without composition-only keys."""
     if isinstance(raw, DictConfig):
+        require_arch(raw.get("model"))
         config = as_dict(apply_search(raw), resolve=True, throw_on_missing=True)
     else:
         config = copy.deepcopy(raw)
@@ -295,17 +302,29 @@ def resolve_config(raw: DictConfig | dict) -> dict:
     check_groups(config)
     if "n_parts" in config["algorithm"] and "n_parts" not in config["algorithm"].get("partition", {}):
         raise UserError("unknown key algorithm.n_parts: only algorithm/partition=chunk has parts to count.")
-    # algorithm.n_parts is interpolated into the partition already, algorithm.ranges is merged into the search.
+    if "arch" in config["model"] and "arch" not in (config["model"].get("backbone") or {}):
+        raise UserError("unknown key model.arch: only model=timm and model=torchvision have architectures to choose.")
+    # These are interpolated into the partition and the backbone already; algorithm.ranges is merged into the search.
     for key in ("n_parts", "ranges"):
         config["algorithm"].pop(key, None)
     if (kept := config["trainer"].pop("keep_weights", None)) is not None:  # its name until 2026-11
         config["trainer"]["keep"] = "last" if kept else "none"
+    config["model"].pop("arch", None)
     if config["algorithm"].get("surgery", "none") is None:
         del config["algorithm"]["surgery"]
     config["algorithm"].get("surgery", {}).pop("ranges", None)
     if "search" in config:
         apply(config["search"], config)  # changes no value any more; refuses ranges for the keys removed above
     return config
+
+
+def require_arch(model: object) -> None:
+    """UserError if a model of timm or torchvision is chosen without its architecture."""
+    if isinstance(model, DictConfig) and OmegaConf.is_missing(model, "arch"):
+        raise UserError(
+            "model.arch is missing: it names the architecture.\nWrite, for example, model=timm "
+            "model.arch=vit_small_patch16_224, or model=torchvision model.arch=resnet34."
+        )
 
 
 def apply_search(raw: DictConfig) -> DictConfig:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from helpers import REPOSITORY
 
 from gsdg.config.choices import choices, groups
@@ -14,8 +16,16 @@ CHOICES = [
     if group.split("/")[0] in SUPPLIED
     for name in sorted(choices(group) - {"base"})  # what others of its folder are made of
 ]
+# Choices that cannot be prepared, because timm, an extra, is not installed.
+UNAVAILABLE = {
+    f"model={path.stem}"
+    for path in (CONF / "model").glob("*.yaml")
+    if find_spec("timm") is None and "gsdg[backbones]" in path.read_text()
+}
 PRESETS = sorted(choices("experiment"))
 NEEDED = {
     "dataset=image_folder": ["dataset.root=x"],
     "algorithm/partition=groups": ["algorithm.partition.patterns=['*.bias']"],
+    "model=timm": ["model.arch=test_vit"],
+    "model=torchvision": ["model.arch=resnet18"],
 } | {choice: ["algorithm=irm"] for choice in CHOICES if choice.startswith("algorithm/surgery=")}

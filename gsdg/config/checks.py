@@ -77,8 +77,8 @@ def check_labels(config: dict) -> None:
             raise UserError(f"{where}.name: found {name!r}, expected str.")
         found = defining_values(node)
         expected = defining_values(shipped_node(group, name)) if name in choices(group) else {}
-        if group == "model" and not expected and found.get("_target_") == "Classifier" and name in networks():
-            expected = {"backbone": name}
+        if group == "model" and not expected and found.get("_target_") == "Classifier":
+            expected = named_network(name, found.get("arch", ""))
         if wrong := [key for key in expected if key in found and not matches(found[key], expected[key])]:
             other = f"; to run {name} itself: {group}={name}" if name in choices(group) else ""
             raise UserError(
@@ -108,6 +108,7 @@ def defining_values(node: dict) -> dict:
         if isinstance(inner, dict) and "_target_" in inner
     }
     values["conditional"] = node.get("conditional")
+    values["arch"] = node.get("arch") or (node["backbone"].get("arch") if "backbone" in values else None)
     if values.get("_target_") == "ImageFolders":  # other data sets generate their domains, of any angle or colour
         values["domains"] = node.get("domains")
     return {key: value for key, value in values.items() if value is not None}
@@ -121,6 +122,19 @@ def matches(value: Any, expected: Any) -> bool:
 def describe(values: dict, keys: list[str]) -> str:
     chosen = {key: values[key] for key in keys}
     return listing(f"{key} {listing(value) if isinstance(value, list) else value}" for key, value in chosen.items())
+
+
+def named_network(name: str, arch: str) -> dict:
+    """What a label stands for that names a network of timm or torchvision, such as `timm/resnet34`; {} for another.
+
+    arch: of the model, if it has one; its tag, which names weights, need not be in the label.
+    """
+    library, _, network = name.rpartition("/")
+    if library in ("timm", "torchvision"):
+        return {"backbone": f"{library}_model", "arch": network}
+    if name not in networks() or name == arch.partition(".")[0]:
+        return {}
+    return {"arch": name} if arch else {"backbone": name}
 
 
 @cache

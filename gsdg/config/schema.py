@@ -192,7 +192,8 @@ def check(
             checked[key] = coerce(value, hints.get(key, Any), f"{where}.{key}")
     for key, parameter in parameters.items():
         if parameter.default is parameter.empty and key not in {*node, *supplied} and not node.get("_partial_"):
-            raise UserError(f"{where}.{key} is missing: {node['_target_']} needs it.")
+            called = " Or, if the program is to call it: _partial_: true beside its _target_." if partial else ""
+            raise UserError(f"{where}.{key} is missing: {node['_target_']} needs it.{called}")
     return checked
 
 
@@ -210,7 +211,8 @@ def coerce(value: object, hint: object, where: str) -> object:
     """
     if isinstance(value, dict) and "_target_" in value:  # a node: the signature of its own constructor is its schema
         partial = hint is Any or "Callable" in str(hint)
-        return check(value, where, _positional_arguments(value, hint, where), partial=partial)
+        passed = _positional_arguments(value, hint, where) if value.get("_partial_") else {}
+        return check(value, where, passed, partial=partial)
     origin, options = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         return _first_valid(value, options, hint, where)
@@ -231,9 +233,13 @@ def coerce(value: object, hint: object, where: str) -> object:
 
 
 def _positional_arguments(node: dict, hint: object, where: str) -> dict[str, str]:
-    """The arguments of a function node that its caller passes: the first ones, as many as `Callable[[..], ..]` has."""
-    options = typing.get_args(hint)
-    if typing.get_origin(hint) is not Callable or not isinstance(options[0], list):
+    """The arguments of a `_partial_` node that its caller passes: the first ones, as many as `Callable[[..], ..]` has.
+
+    hint: a `Callable`, or a union with one.
+    """
+    kinds = [hint, *typing.get_args(hint)]
+    options = next((typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is Callable), ())
+    if not options or not isinstance(options[0], list):
         return {}
     return dict.fromkeys(list(parameters_of(node))[: len(options[0])], f"passed by {where.rpartition('.')[0]}")
 

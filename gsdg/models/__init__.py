@@ -1,4 +1,4 @@
-"""The model: a Classifier around a backbone. A backbone is a function: weights -> (featurizer, number of features)."""
+"""The model: a Classifier around a backbone, a function: weights -> (featurizer, number of features), or a module."""
 
 from __future__ import annotations
 
@@ -7,5 +7,17 @@ from gsdg.models.convnet import convnet
 from gsdg.models.mlp import mlp
 from gsdg.models.resnet import resnet18, resnet50
 from gsdg.models.timm_backbones import efficientnet_lite0, resnet50_augmix
+from gsdg.models.timm_model import timm_model
+from gsdg.models.torchvision_model import torchvision_model
 
-__all__ = ["Classifier", "convnet", "efficientnet_lite0", "mlp", "resnet18", "resnet50", "resnet50_augmix"]
+__all__ = [
+    "Classifier",
+    "convnet",
+    "efficientnet_lite0",
+    "mlp",
+    "resnet18",
+    "resnet50",
+    "resnet50_augmix",
+    "timm_model",
+    "torchvision_model",
+]

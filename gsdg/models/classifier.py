@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from gsdg.models.backbone import build_featurizer, check_features
 from gsdg.types import ImageSpec
 from gsdg.utils.errors import UserError, listing
 
@@ -27,8 +28,10 @@ class Classifier(nn.Module):
     """A backbone, dropout and a head.
 
     Args:
-        backbone: a function: weights -> (featurizer [B, C, H, W] -> [B, F], F).
-        weights: "imagenet" if the backbone has ImageNet weights, null (random), or the path of a state dict file.
+        backbone: a function: weights -> (featurizer [B, C, H, W] -> [B, F], F); or a module with `num_features` F, or a
+            class of such, see gsdg.models.backbone.
+        weights: "imagenet" or "pretrained" if the backbone has such weights, null (random), or the path of a state
+            dict file.
         classes: number of classes of the data set.
         head: "linear", or "none": the features are the logits.
         dropout: probability of dropout on the features, in [0, 1).
@@ -44,7 +47,7 @@ class Classifier(nn.Module):
     def __init__(
         self,
         *,
-        backbone: Callable[[str | None], tuple[nn.Module, int]],
+        backbone: Callable[[str | None], tuple[nn.Module, int] | nn.Module] | nn.Module,
         weights: str | None,
         classes: int,
         head: Head,
@@ -61,7 +64,7 @@ class Classifier(nn.Module):
         if not 0 <= dropout < 1:
             raise UserError(f"model.dropout is a probability in [0, 1), found {dropout}")
         self.spec = image_spec(size=image_size, mean=mean, std=std)
-        self.featurizer, features = backbone(weights)
+        self.featurizer, features = build_featurizer(backbone, weights)
         if head == "none" and classes > features:
             raise UserError(
                 f"model.head=none uses the {features} features as logits, but the data set has {classes} classes: "
@@ -76,9 +79,13 @@ class Classifier(nn.Module):
         self.train()  # torch starts in train mode without calling train(): freeze BatchNorm now
 
     def featurize(self, images: Tensor) -> Tensor:
-        """The features [B, F] of images [B, C, H, W], after dropout; float32, also with bf16."""
+        """The features [B, F] of images [B, C, H, W], after dropout; float32, also with bf16.
+
+        Raises:
+            UserError: if the featurizer's output has another shape.
+        """
         with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
-            features = self.featurizer(images)
+            features = check_features(self.featurizer(images), self.features)
         return self.dropout(features.float() if self.precision == "bf16" else features)
 
     def forward(self, images: Tensor) -> Tensor:

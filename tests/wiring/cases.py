@@ -271,6 +271,7 @@ DATA = {
     ),
 }
 
+BY_NAME = ("model.name=mine", "model.image_size=32", "model.weights=null", "model.freeze_bn=false")
 MODEL = {
     **node(
         "model",
@@ -284,6 +285,26 @@ MODEL = {
         image_size=batches(8, 10),
         mean=batches([0.0, 0.0, 0.0], [0.5, 0.5, 0.5]),
         std=batches([1.0, 1.0, 1.0], [1.0, 1.0, 0.5]),
+    ),
+    **node(
+        "model",
+        "Classifier",
+        "model=timm",
+        "model.image_size=32",
+        "model.weights=null",
+        "model.freeze_bn=false",
+        arch=initial("test_vit", "test_resnet"),
+    ),
+    **node(
+        "model.backbone", "timm_model", *BY_NAME, "model=timm", "model.arch=x", arch=initial("test_vit", "test_vit2")
+    ),
+    **node(
+        "model.backbone",
+        "torchvision_model",
+        *BY_NAME,
+        "model=torchvision",
+        "model.arch=x",
+        arch=initial("shufflenet_v2_x0_5", "mobilenet_v3_small"),
     ),
     **node(
         "model.backbone", "mlp", "model=mlp", "model.image_size=8", "model.backbone.inputs=192", width=initial(128, 8)

@@ -105,6 +105,8 @@ def first_run(*overrides: str, **changed: object) -> Observed:
 def test_a_key_changes_its_first_event_and_nothing_before_it(key):
     effect: Effect = CASES[key]
     path, (value, other) = key.split(" ")[0], effect.values
+    if "model=timm" in effect.base:
+        pytest.importorskip("timm", reason="pip install 'gsdg[backbones]'")
     first, second = first_run(*effect.base, **{path: value}), observe(*effect.base, **{path: other})
     assert first_difference(first, second) == effect.first
     changes_a_result = effect.first != "files"
@@ -607,6 +609,28 @@ def test_what_the_program_passes_itself_cannot_be_set_without_effect():
         assert f"{key} cannot be set: it is taken from " in refusal(prepare, compose_tiny(**{key: value}))
     message = refusal(prepare, compose_tiny(**{"model.backbone.weights": "imagenet"}))
     assert "model.backbone.weights cannot be set: it is passed by model. Leave it out" in message
+
+
+@shows(
+    *(f"model.backbone.{key} (timm_model)" for key in ("image_size", "channels")),
+    "model.backbone.image_size (torchvision_model)",
+)
+def test_a_named_network_is_built_for_the_images_of_the_model_and_for_no_others():
+    pytest.importorskip("timm", reason="pip install 'gsdg[backbones]'")
+    chosen = ("model=timm", "model.arch=test_vit", "model.weights=null")
+    for size, positions in ((32, 4), (48, 9)):
+        run = observe(*chosen, **{"model.image_size": size, "trainer.steps": 1})
+        assert run.weights[0]["model.featurizer.pos_embed"].shape[1] == positions + 1  # patches of 16 pixels, one token
+        assert run.batches[0][0].images.shape[-3:] == (3, size, size)
+    for model in (chosen, ("model=torchvision", "model.arch=resnet18")):
+        message = refusal(prepare, compose_tiny(*model, **{"model.backbone.image_size": 32}))
+        assert "model.backbone.image_size=32 is not model.image_size=" in message
+    grey = {"model.image_size": 28, "model.backbone.channels": 1, "model.mean": [0.5], "model.std": [0.5]}
+    digits = ("dataset=rotated_digits", "split.target='75'", "model=timm", "model.arch=test_resnet")
+    run = observe(*digits, "model.weights=null", "model.freeze_bn=false", **grey, **{"trainer.steps": 1})
+    assert run.weights[0]["model.featurizer.conv1.0.weight"].shape[1] == 1
+    message = refusal(prepare, compose_tiny(*chosen, **{"model.backbone.channels": 1}))
+    assert "model.backbone.channels=1, but model.mean has 3 numbers" in message
 
 
 @shows("algorithm.engine (GradSurgery)", "algorithm.surgery.engine (GradSurgery)")
