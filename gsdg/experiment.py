@@ -38,7 +38,9 @@ from gsdg.data.transforms_batched import Batched
 from gsdg.data.transforms_exact import Exact
 from gsdg.data.workers import fitting_workers
 from gsdg.evaluate import Evaluator
+from gsdg.head_only import check_phase
 from gsdg.models.weights import check_weights_file, weights_source
+from gsdg.optimizer_groups import NOTHING, build_optimizer, pop_refinements
 from gsdg.runs import reuse
 from gsdg.runs.folder import RunFolder
 from gsdg.runs.provenance import environment
@@ -185,6 +187,7 @@ def prepare(raw: DictConfig | dict, build: Callable[..., Any] = build) -> Plan:
     # Values on their own: each group against the signature of its constructor, then what no signature says.
     refuse_surgery(config["algorithm"])
     noted_domains = pop_recorded_domains(config["dataset"])
+    refinements = pop_refinements(config["optimizer"])
     for group, supplied in SUPPLIED.items():
         config[group] = check(config[group], group, supplied)
     coerce(config["on_code_change"], reuse.OnCodeChange, "on_code_change")
@@ -203,10 +206,14 @@ def prepare(raw: DictConfig | dict, build: Callable[..., Any] = build) -> Plan:
     check_channels(config["model"], source)
     check_stored_size(config)
     try_optimizer(json.dumps(config["optimizer"]))
+    config["optimizer"] |= refinements
     named_device(config["device"])
     algorithm, trainer = build(config["algorithm"]), build(config["trainer"])
     check_sources(config["algorithm"]["name"], algorithm, split.sources(source.domains))
     check_held_out(trainer, split)
+    if selects_parameters(config):
+        nodes = {key: config[key] for key in ("model", "algorithm", "optimizer")}
+        try_setup(json.dumps(nodes), tuple(split.sources(source.domains)), trainer.head_only_steps > 0)
     return Plan(config, source, split, algorithm, trainer)
 
 
@@ -269,6 +276,7 @@ def resolve_config(raw: DictConfig | dict) -> dict:
         config = copy.deepcopy(raw)
     for key in ("experiment", "resubmit"):
         config.pop(key, None)
+    remove_unused(config)
     check_groups(config)
     if "n_parts" in config["algorithm"] and "n_parts" not in config["algorithm"].get("partition", {}):
         raise UserError("unknown key algorithm.n_parts: only algorithm/partition=chunk has parts to count.")
@@ -281,6 +289,14 @@ def resolve_config(raw: DictConfig | dict) -> dict:
     if "search" in config:
         apply(config["search"], config)  # changes no value any more; refuses ranges for the keys removed above
     return config
+
+
+def remove_unused(config: dict) -> None:
+    """Remove the keys of conf/what_trains.yaml that keep their default: a user's model need not know them."""
+    for group, unused in {"model": {"train_only": "all", "freeze": []}, "optimizer": NOTHING}.items():
+        if isinstance(node := config.get(group), dict):
+            kept = {key: value for key, value in node.items() if key not in unused or value != unused[key]}
+            config[group] = kept or None  # None: no model or optimizer was chosen
 
 
 def apply_search(raw: DictConfig) -> DictConfig:
@@ -321,7 +337,7 @@ def train(plan: Plan, folder: RunFolder, device: torch.device, signals: Signals)
     # The optimizer after setup: an algorithm may add parameters of its own.
     sources = plan.split.sources(plan.source.domains)
     algorithm.setup(model.to(device=device, memory_format=trainer.memory_format), sources)
-    optimizer = build(plan.config["optimizer"], params=algorithm.parameter_groups())
+    optimizer = build_optimizer(plan.config["optimizer"], algorithm)
 
     # Batches: only training images are always augmented; `sources` augments the sources' evaluation too.
     parts = plan.split.indices(dataset)  # {domain: {"in": indices, "out": indices}}
@@ -403,3 +419,28 @@ def try_optimizer(text: str) -> None:
     except Exception as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise UserError(f"optimizer ({node['_target_']}): {reason}") from error
+
+
+def selects_parameters(config: dict) -> bool:
+    """Whether settings of the run refer to parameters by name or kind, which only the built model can confirm."""
+    model, chosen = config["model"], {"train_only", "freeze"} & config["model"].keys()
+    ours = isinstance(model["backbone"], dict) and model["backbone"]["_target_"].startswith("gsdg.")
+    return ours and bool(chosen or NOTHING.keys() & config["optimizer"].keys() or config["trainer"]["head_only_steps"])
+
+
+@cache
+def try_setup(text: str, sources: tuple[str, ...], head_only: bool) -> None:
+    """UserError if the selections of parameters do not fit the model or the algorithm. The RNG state is restored.
+
+    Args:
+        text: the nodes `model`, `algorithm` and `optimizer` as JSON. The model is built with random weights.
+        sources: names of the source domains.
+        head_only: whether the run begins with a phase that trains the head only.
+    """
+    nodes = json.loads(text)
+    with torch.random.fork_rng(devices=[]):
+        model, algorithm = build(nodes["model"] | {"weights": None}, classes=2), build(nodes["algorithm"])
+        algorithm.setup(model, sources)
+        build_optimizer(nodes["optimizer"], algorithm)
+    if head_only:
+        check_phase(model)

@@ -22,6 +22,7 @@ from gsdg.algorithms.base import explain_batchnorm_error
 from gsdg.averaging import Averaging
 from gsdg.data.loader import TrainBatches, train_loader
 from gsdg.evaluate import DomainMeans, Evaluator, correct, cross_entropy
+from gsdg.head_only import HeadOnly
 from gsdg.runs.checkpoint import random_states, restore_random_states
 from gsdg.runs.folder import RunFolder
 from gsdg.runs.saver import Saver
@@ -145,6 +146,7 @@ class Trainer:
             decoded already. Changes no result.
         keep_weights: save `model.pt` (and `model_averaged.pt`) at the end. Changes no result.
         averaging: an average of the weights, evaluated in addition to the weights. Does not change the training.
+        head_only_steps: the first so many updates change the head only (see head_only.py), >= 0 and < `steps`.
     """
 
     steps: int
@@ -163,6 +165,7 @@ class Trainer:
     workers: int | None
     keep_weights: bool
     averaging: Averaging | None = None
+    head_only_steps: int = 0
 
     def __post_init__(self) -> None:
         for name in ("steps", "eval_every", "batch_size", "eval_batch_size", "checkpoint_every", "log_every"):
@@ -170,6 +173,11 @@ class Trainer:
                 raise UserError(f"trainer.{name}: found {getattr(self, name)}, expected 1 or more.")
         if self.workers is not None and self.workers < 0:
             raise UserError(f"trainer.workers: found {self.workers}, expected 0 (no extra process) or more.")
+        if not 0 <= self.head_only_steps < self.steps:
+            raise UserError(
+                f"trainer.head_only_steps: found {self.head_only_steps}, expected 0 or more and less than "
+                f"trainer.steps={self.steps}. To train the head alone: model.train_only=head."
+            )
         if self.averaging:
             self.averaging.check(self.evaluations)
 
@@ -212,6 +220,7 @@ class Trainer:
             parts["averaging"] = self.averaging
         saver = Saver(parts, folder, signals or Signals(), self.steps)
         session = _Session(algorithm, evaluator, folder, saver, means, throughput)
+        head_only = HeadOnly(self.head_only_steps, algorithm.model, optimizer)
 
         # Resume. If the checkpoint was saved in the middle of an evaluation, that evaluation is made again first.
         start, unrecorded = saver.resume()
@@ -230,6 +239,7 @@ class Trainer:
         for step, minibatches in enumerate(
             tracked(train_loader(batches, start, **loading), "training", self.steps, "steps", **bar), start
         ):
+            head_only.before_step(step)
             metrics = self._train_step(step, minibatches, algorithm, optimizer, parameters)
             if self.averaging:
                 self.averaging.after_step(step)
