@@ -65,6 +65,10 @@ def pop_refinements(node: dict) -> dict:
     popped = {key: node.pop(key) for key in NOTHING if key in node}
     refinements: dict[str, Any] = {}
     if groups := popped.get("groups"):
+        if not isinstance(groups, list):
+            raise UserError(
+                f"optimizer.groups: found {groups!r}, expected a list of groups: [{{match: [head], lr: 10}}]."
+            )
         refinements["groups"] = [_checked(group, f"optimizer.groups[{i}]") for i, group in enumerate(groups)]
     decay: Any = coerce(popped.get("layer_decay"), float | None, "optimizer.layer_decay")
     check_range("optimizer", "(0, 1]", layer_decay=decay)
