@@ -64,6 +64,8 @@ SUPPLIED: dict[str, dict[str, str]] = {
     "algorithm": {},
     "optimizer": {"params": "taken from the algorithm"},
 }
+# The keys of the model's node that select what trains, without effect.
+EVERYTHING_TRAINS = {"train_only": "all", "freeze": [], "lora": 0, "lora_layers": ["attention"]}
 # Settings of torch's optimizers that have no effect here or make every run fail, and what they are for.
 NO_USE = {"capturable": "CUDA graphs, and no run makes one", "differentiable": "gradients of the step itself"}
 
@@ -293,7 +295,7 @@ def resolve_config(raw: DictConfig | dict) -> dict:
 
 def remove_unused(config: dict) -> None:
     """Remove the keys of conf/what_trains.yaml that keep their default: a user's model need not know them."""
-    for group, unused in {"model": {"train_only": "all", "freeze": []}, "optimizer": NOTHING}.items():
+    for group, unused in {"model": EVERYTHING_TRAINS, "optimizer": NOTHING}.items():
         if isinstance(node := config.get(group), dict):
             kept = {key: value for key, value in node.items() if key not in unused or value != unused[key]}
             config[group] = kept or None  # None: no model or optimizer was chosen
@@ -423,8 +425,8 @@ def try_optimizer(text: str) -> None:
 
 def selects_parameters(config: dict) -> bool:
     """Whether settings of the run refer to parameters by name or kind, which only the built model can confirm."""
-    model, chosen = config["model"], {"train_only", "freeze"} & config["model"].keys()
-    ours = isinstance(model["backbone"], dict) and model["backbone"]["_target_"].startswith("gsdg.")
+    backbone, chosen = config["model"]["backbone"], EVERYTHING_TRAINS.keys() & config["model"].keys()
+    ours = isinstance(backbone, dict) and backbone["_target_"].startswith("gsdg.")
     return ours and bool(chosen or NOTHING.keys() & config["optimizer"].keys() or config["trainer"]["head_only_steps"])
 
 

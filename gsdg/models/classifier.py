@@ -17,11 +17,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gsdg.models.heads import Head, make_head
+from gsdg.models.lora import add_lora
 from gsdg.models.trainable import TrainOnly, select_trainable
 from gsdg.types import ImageSpec
 from gsdg.utils.errors import UserError, listing
 
 Precision = Literal["float32", "bf16"]
+ATTENTION = ("attention",)
 
 
 class Classifier(nn.Module):
@@ -34,15 +36,18 @@ class Classifier(nn.Module):
         head: "linear", "mlp" or "cosine", see `heads.py`; or "none": the features are the logits.
         dropout: probability of dropout on the features, in [0, 1).
         freeze_bn: whether BatchNorm keeps its running statistics and normalises by them; its affine parameters are
-            trained. With `train_only` or `freeze`, a layer whose affine parameters do not train keeps its statistics
-            in any case (a layer without such parameters, if nothing in the backbone trains): what is frozen does not
-            change.
+            trained. With `train_only`, `freeze` or `lora`, a layer whose affine parameters do not train keeps its
+            statistics in any case (a layer without such parameters, if nothing in the backbone trains): what is frozen
+            does not change.
         image_size: height and width of the images in pixels, >= 1.
         mean, std: for the normalisation of the images, one number per channel (1, 2 or 3 channels); std > 0.
         precision: of the featurizer: "float32", or "bf16" (autocast).
         train_only: "all"; "head", "attention", "norm" or "bias"; or a list of name patterns, see `trainable.py`. While
             nothing in the backbone trains, the features have no graph.
         freeze: name patterns of parameters that do not train although `train_only` selects them.
+        lora: rank of the matrices that are added to linear layers and trained in place of the backbone's own weights,
+            see `lora.py`; 0: none.
+        lora_layers: name patterns of the weights of these layers.
     Attributes:
         holds_statistics: whether all BatchNorm layers of the backbone keep their statistics for the time being.
     Raises:
@@ -65,6 +70,8 @@ class Classifier(nn.Module):
         precision: Precision = "float32",
         train_only: TrainOnly | Sequence[str] = "all",
         freeze: Sequence[str] = (),
+        lora: int = 0,
+        lora_layers: Sequence[str] = ATTENTION,
     ) -> None:
         super().__init__()
         _check_choice("head", head, get_args(Head))
@@ -79,7 +86,10 @@ class Classifier(nn.Module):
         self.classes = classes
         self.freeze_bn = freeze_bn
         self.precision = precision
-        self.selects, self.holds_statistics = train_only != "all" or bool(freeze), False
+        self.selects, self.holds_statistics = train_only != "all" or bool(freeze) or lora > 0, False
+        _check_lora(lora, lora_layers, train_only)
+        if lora:
+            add_lora(self, lora, lora_layers)
         if self.selects:
             select_trainable(self, train_only, freeze)
         self.train()  # torch starts in train mode without calling train(): freeze BatchNorm now
@@ -131,3 +141,12 @@ def image_spec(*, size: int, mean: Sequence[float], std: Sequence[float]) -> Ima
 def _check_choice(name: str, value: str, valid: Sequence[str]) -> None:
     if value not in valid:
         raise UserError(f"model {name} {value!r} is unknown; valid: {listing(valid)}")
+
+
+def _check_lora(rank: int, layers: Sequence[str], train_only: object) -> None:
+    if rank < 0:
+        raise UserError(f"model.lora is a rank, 1 or more, or 0 for none; found {rank}")
+    if not rank and tuple(layers) != ATTENTION:
+        raise UserError("model.lora_layers is of no use without a rank: set model.lora=8, or leave it out")
+    if rank and train_only != "all":
+        raise UserError(f"model.lora={rank} trains its own matrices and the head: leave model.train_only out")
