@@ -213,7 +213,7 @@ def prepare(raw: DictConfig | dict, build: Callable[..., Any] = build) -> Plan:
     algorithm, trainer = build(config["algorithm"]), build(config["trainer"])
     check_sources(config["algorithm"]["name"], algorithm, split.sources(source.domains))
     check_held_out(trainer, split)
-    if selects_parameters(config):
+    if selects_parameters(config, trainer):
         nodes = {key: config[key] for key in ("model", "algorithm", "optimizer")}
         try_setup(json.dumps(nodes), tuple(split.sources(source.domains)), trainer.head_only_steps > 0)
     return Plan(config, source, split, algorithm, trainer)
@@ -423,11 +423,15 @@ def try_optimizer(text: str) -> None:
         raise UserError(f"optimizer ({node['_target_']}): {reason}") from error
 
 
-def selects_parameters(config: dict) -> bool:
-    """Whether settings of the run refer to parameters by name or kind, which only the built model can confirm."""
-    backbone, chosen = config["model"]["backbone"], EVERYTHING_TRAINS.keys() & config["model"].keys()
+def selects_parameters(config: dict, trainer: Trainer) -> bool:
+    """Whether settings of the run refer to parameters by name or kind, which only the built model can confirm.
+
+    False for a user's backbone, which perhaps cannot be built without its weights: there the run itself finds out.
+    """
+    model, backbone = config["model"], config["model"].get("backbone")
     ours = isinstance(backbone, dict) and backbone["_target_"].startswith("gsdg.")
-    return ours and bool(chosen or NOTHING.keys() & config["optimizer"].keys() or config["trainer"]["head_only_steps"])
+    chosen = (EVERYTHING_TRAINS.keys() & model.keys()) | (NOTHING.keys() & config["optimizer"].keys())
+    return ours and bool(chosen or trainer.head_only_steps)
 
 
 @cache
