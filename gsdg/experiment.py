@@ -39,9 +39,11 @@ from gsdg.data.transforms_batched import Batched
 from gsdg.data.transforms_exact import Exact
 from gsdg.data.workers import fitting_workers
 from gsdg.evaluate import Evaluator
+from gsdg.head_only import check_phase
 from gsdg.models.backbone import canonical_weights, with_declared_images
 from gsdg.models.weights import check_weights_file, weights_source
 from gsdg.models.weights_files import load_head
+from gsdg.optimizer_groups import NOTHING, build_optimizer, pop_refinements
 from gsdg.runs import reuse
 from gsdg.runs.folder import RunFolder
 from gsdg.runs.provenance import environment, package_versions
@@ -67,6 +69,8 @@ SUPPLIED: dict[str, dict[str, str]] = {
     "algorithm": {},
     "optimizer": {"params": "taken from the algorithm"},
 }
+# The keys of the model's node that select what trains, without effect.
+EVERYTHING_TRAINS = {"train_only": "all", "freeze": [], "lora": 0, "lora_layers": ["attention"]}
 # Settings of torch's optimizers that have no effect here or make every run fail, and what they are for.
 NO_USE = {"capturable": "CUDA graphs, and no run makes one", "differentiable": "gradients of the step itself"}
 
@@ -197,6 +201,7 @@ def prepare(raw: DictConfig | dict, build: Callable[..., Any] = build) -> Plan:
     refuse_surgery(config["algorithm"])
     noted_domains = pop_recorded_domains(config["dataset"])
     config["model"] = with_declared_images(config["model"])
+    refinements = pop_refinements(config["optimizer"])
     for group, supplied in SUPPLIED.items():
         config[group] = check(config[group], group, supplied)
     config["model"]["weights"] = canonical_weights(config["model"])
@@ -217,10 +222,14 @@ def prepare(raw: DictConfig | dict, build: Callable[..., Any] = build) -> Plan:
     check_channels(config["model"], source)
     check_stored_size(config)
     try_optimizer(json.dumps(config["optimizer"]))
+    config["optimizer"] |= refinements
     named_device(config["device"])
     algorithm, trainer = build(config["algorithm"]), build(config["trainer"])
     check_sources(config["algorithm"]["name"], algorithm, split.sources(source.domains))
     check_held_out(trainer, split)
+    if selects_parameters(config, trainer):
+        nodes = {key: config[key] for key in ("model", "algorithm", "optimizer")}
+        try_setup(json.dumps(nodes), tuple(split.sources(source.domains)), trainer.head_only_steps > 0)
     return Plan(config, source, split, algorithm, trainer)
 
 
@@ -299,6 +308,7 @@ def resolve_config(raw: DictConfig | dict) -> dict:
         config = copy.deepcopy(raw)
     for key in ("experiment", "resubmit"):
         config.pop(key, None)
+    remove_unused(config)
     check_groups(config)
     if "n_parts" in config["algorithm"] and "n_parts" not in config["algorithm"].get("partition", {}):
         raise UserError("unknown key algorithm.n_parts: only algorithm/partition=chunk has parts to count.")
@@ -325,6 +335,14 @@ def require_arch(model: object) -> None:
             "model.arch is missing: it names the architecture.\nWrite, for example, model=timm "
             "model.arch=vit_small_patch16_224, or model=torchvision model.arch=resnet34."
         )
+
+
+def remove_unused(config: dict) -> None:
+    """Remove the keys of conf/what_trains.yaml that keep their default: a user's model need not know them."""
+    for group, unused in {"model": EVERYTHING_TRAINS, "optimizer": NOTHING}.items():
+        if isinstance(node := config.get(group), dict):
+            kept = {key: value for key, value in node.items() if key not in unused or value != unused[key]}
+            config[group] = kept or None  # None: no model or optimizer was chosen
 
 
 def apply_search(raw: DictConfig) -> DictConfig:
@@ -367,7 +385,7 @@ def train(plan: Plan, folder: RunFolder, device: torch.device, signals: Signals)
     # The optimizer after setup: an algorithm may add parameters of its own.
     sources = plan.split.sources(plan.source.domains)
     algorithm.setup(model.to(device=device, memory_format=trainer.memory_format), sources)
-    optimizer = build(plan.config["optimizer"], params=algorithm.parameter_groups())
+    optimizer = build_optimizer(plan.config["optimizer"], algorithm)
 
     # Batches.
     parts = plan.split.indices(dataset)  # {domain: {"in": indices, "out": indices}}
@@ -473,3 +491,32 @@ def try_optimizer(text: str) -> None:
     except Exception as error:
         reason = str(error.__cause__ or error).splitlines()[0]
         raise UserError(f"optimizer ({node['_target_']}): {reason}") from error
+
+
+def selects_parameters(config: dict, trainer: Trainer) -> bool:
+    """Whether settings of the run refer to parameters by name or kind, which only the built model can confirm.
+
+    False for a user's backbone, which perhaps cannot be built without its weights: there the run itself finds out.
+    """
+    model, backbone = config["model"], config["model"].get("backbone")
+    ours = isinstance(backbone, dict) and backbone["_target_"].startswith("gsdg.")
+    chosen = (EVERYTHING_TRAINS.keys() & model.keys()) | (NOTHING.keys() & config["optimizer"].keys())
+    return ours and bool(chosen or trainer.head_only_steps)
+
+
+@cache
+def try_setup(text: str, sources: tuple[str, ...], head_only: bool) -> None:
+    """UserError if the selections of parameters do not fit the model or the algorithm. The RNG state is restored.
+
+    Args:
+        text: the nodes `model`, `algorithm` and `optimizer` as JSON. The model is built with random weights.
+        sources: names of the source domains.
+        head_only: whether the run begins with a phase that trains the head only.
+    """
+    nodes = json.loads(text)
+    with torch.random.fork_rng(devices=[]):
+        model, algorithm = build(nodes["model"] | {"weights": None}, classes=2), build(nodes["algorithm"])
+        algorithm.setup(model, sources)
+        build_optimizer(nodes["optimizer"], algorithm)
+    if head_only:
+        check_phase(model)

@@ -23,6 +23,7 @@ from gsdg.algorithms.base import explain_batchnorm_error
 from gsdg.averaging import Averaging
 from gsdg.data.loader import TrainBatches, train_loader
 from gsdg.evaluate import DomainMeans, Evaluator, correct, cross_entropy
+from gsdg.head_only import HeadOnly
 from gsdg.runs.checkpoint import random_states, restore_random_states
 from gsdg.runs.folder import RunFolder
 from gsdg.runs.kept_weights import Keep, KeptWeights, held_out_accuracy
@@ -149,6 +150,7 @@ class Trainer:
         keep: which weights are kept (gsdg/runs/kept_weights.py): `selected`, `last`, `every` evaluation's, or `none`.
             None: the selected ones, or the last ones where no image is held out. Changes no result.
         averaging: an average of the weights, evaluated in addition to the weights. Does not change the training.
+        head_only_steps: the first so many updates change the head only (see head_only.py), >= 0 and < `steps`.
     """
 
     steps: int
@@ -167,6 +169,7 @@ class Trainer:
     workers: int | None
     keep: Keep | None = None
     averaging: Averaging | None = None
+    head_only_steps: int = 0
 
     def __post_init__(self) -> None:
         for name in ("steps", "eval_every", "batch_size", "eval_batch_size", "checkpoint_every", "log_every"):
@@ -174,6 +177,11 @@ class Trainer:
                 raise UserError(f"trainer.{name}: found {getattr(self, name)}, expected 1 or more.")
         if self.workers is not None and self.workers < 0:
             raise UserError(f"trainer.workers: found {self.workers}, expected 0 (no extra process) or more.")
+        if not 0 <= self.head_only_steps < self.steps:
+            raise UserError(
+                f"trainer.head_only_steps: found {self.head_only_steps}, expected 0 or more and less than "
+                f"trainer.steps={self.steps}. To train the head alone: model.train_only=head."
+            )
         if self.averaging:
             self.averaging.check(self.evaluations)
 
@@ -219,6 +227,7 @@ class Trainer:
         saver = Saver(parts, folder, signals or Signals(), self.steps)
         kept = KeptWeights(self.keep, folder, saver.checkpoints.write, algorithm.domains, about)
         session = _Session(algorithm, evaluator, folder, saver, kept, means, throughput)
+        head_only = HeadOnly(self.head_only_steps, algorithm.model, optimizer)
 
         # Resume. If the checkpoint was saved in the middle of an evaluation, that evaluation is made again first.
         start, unrecorded = saver.resume()
@@ -238,6 +247,7 @@ class Trainer:
         for step, minibatches in enumerate(
             tracked(train_loader(batches, start, **loading), "training", self.steps, "steps", **bar), start
         ):
+            head_only.before_step(step)
             metrics = self._train_step(step, minibatches, algorithm, optimizer, parameters)
             if self.averaging:
                 self.averaging.after_step(step)

@@ -17,7 +17,7 @@ LAYERS = [  # from the base upward: a module imports only from its own layer and
     {"gsdg.data", "gsdg.models", "gsdg.surgery", "gsdg.runs"},
     {"gsdg.algorithms"},
     {"gsdg.averaging"},
-    {"gsdg.evaluate", "gsdg.runtime", "gsdg.trainer"},
+    {"gsdg.evaluate", "gsdg.head_only", "gsdg.optimizer_groups", "gsdg.runtime", "gsdg.trainer"},
     {"gsdg.experiment"},
     {"gsdg.predict", "gsdg.sweep", "gsdg.analysis"},
     {"gsdg.export", "gsdg.soup"},

@@ -71,7 +71,7 @@ LAUNCH = {
     # keys
     "spilt.target=15": "Valid here: algorithm, data_dir, dataset",
     "lr=1e-3": "unknown key lr. Did you mean `optimizer.lr`? Valid here: algorithm,",
-    "optimizer.lrr=1": "unknown key optimizer.lrr. Did you mean `optimizer.lr`? Valid here: lr, weight_decay",
+    "optimizer.lrr=1": "unknown key optimizer.lrr. Did you mean `optimizer.lr`? Valid here: groups, layer_decay, lr,",
     "search.hparams_seed=3": "search.hparams_seed: choose a search first, one of: search=domainbed,",
     "hydra.launcher.partition=gpu": "hydra.launcher.partition is a setting of a cluster's launcher: add hydra/",
     "dataset=image_folder": "write dataset.root=VALUE",

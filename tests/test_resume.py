@@ -36,11 +36,20 @@ def steps_logged(runs_dir: Path) -> int:
     return max([int(step) for log in logs for step in re.findall(r"step (\d+)/", log)], default=0)
 
 
+# The head first, a frozen layer, and learning rates of its own for each group.
+PARTS = (
+    "algorithm=grad_surgery",
+    "trainer.head_only_steps=13",
+    "model.freeze=[featurizer.0.*]",
+    "model.head=cosine",
+    "optimizer.groups=[{match: [head], lr: 10}, {match: [norm,bias], weight_decay: 0.1}]",
+)
 VARIANTS = [
     ("algorithm=erm", "trainer.workers=0"),
     ("algorithm=gradvac", "trainer.workers=0", "algorithm.rule.beta=0.5", "algorithm.diagnostics=true"),
     ("trainer/averaging=ema", "trainer.workers=0", "trainer.steps=70"),
     ("trainer/averaging=swad", "trainer.workers=0", "trainer.steps=70", "trainer.eval_every=5"),
+    ("trainer/averaging=ema", "trainer.workers=0", "trainer.steps=70", *PARTS),
     ("algorithm=erm", "trainer.transform=exact", "trainer.workers=2", *PHOTOS),
     ("algorithm=grad_surgery", "trainer.transform=batched", *PHOTOS),
 ]

@@ -57,7 +57,8 @@ def table(header: str, rows: list[str]) -> str:
 def row(name: str, node: dict, summary: str, cost: str) -> str:
     kind = get_object(node["_target_"])
     domains = f"{kind.min_domains} source domains" if kind.min_domains > 1 else ""
-    needs = ", ".join(filter(None, [domains, kind.needs]))
+    featurizer = "a featurizer that trains" if kind.acts_on_features else ""
+    needs = ", ".join(filter(None, [domains, kind.needs, featurizer]))
     surgery = f"no: {kind.no_surgery}" if kind.no_surgery else "yes"
     return f"| `{name}` | {summary} | {hyperparameters(node)} | {cost} | {needs} | {surgery} |"
 

@@ -60,6 +60,8 @@ class Algorithm(nn.Module, ABC):
         batch_dependent: True if the prediction for an image depends on the other images of its batch.
         no_surgery: why `algorithm/surgery=...` is refused, as text for the error message; "" for subclasses of
             `DomainLosses`, which support it.
+        acts_on_features: the part of the algorithm that has an effect on the featurizer alone, as text for the message
+            that refuses a model whose featurizer does not train; "" if there is no such part.
         model: the model to train, after `setup`.
         domains: names of the source domains, in the order of the batches, after `setup`.
     """
@@ -68,6 +70,7 @@ class Algorithm(nn.Module, ABC):
     needs: ClassVar[str] = ""
     batch_dependent: ClassVar[bool] = False
     no_surgery: ClassVar[str] = ""
+    acts_on_features: ClassVar[str] = ""
 
     model: Classifier
     domains: tuple[str, ...]
@@ -85,7 +88,16 @@ class Algorithm(nn.Module, ABC):
         Args:
             model: the model to train. Its parameters are final: already on their device and in their memory format.
             domains: names of the source domains, in the order of the batches.
+
+        Raises:
+            UserError: the featurizer does not train, but a part of the algorithm acts on nothing else.
         """
+        if self.acts_on_features and not any(p.requires_grad for p in model.featurizer.parameters()):
+            raise UserError(
+                f"{type(self).__name__} {self.acts_on_features}, but no parameter of the featurizer trains "
+                "(model.train_only, model.freeze), so that this would have no effect.\n"
+                "Let a part of the featurizer train, such as model.train_only=norm, or use algorithm=erm."
+            )
         self.model, self.domains = model, tuple(domains)
 
     @abstractmethod

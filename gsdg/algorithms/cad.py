@@ -48,6 +48,7 @@ class CAD(Algorithm):
 
     min_domains = 2
     no_surgery = "its penalty compares images of different domains"
+    acts_on_features = "penalises the features of images of different domains"
 
     def __init__(
         self,

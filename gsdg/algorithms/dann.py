@@ -47,6 +47,7 @@ class DANN(Algorithm):
 
     min_domains = 2
     no_surgery = "its model and its discriminator minimise opposing losses"
+    acts_on_features = "changes the features so that a discriminator cannot tell the domain"
 
     def __init__(
         self,

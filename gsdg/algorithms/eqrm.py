@@ -87,7 +87,7 @@ class EQRM(DomainLosses):
     def step(self, optimizer: Optimizer) -> dict[str, Tensor]:
         if self.annealing.done == self.annealing.steps:
             for group in optimizer.param_groups:  # which are part of the optimizer's checkpoint
-                group["lr"] = self.final_lr
+                group["lr"] = self.final_lr * group.get("lr_scale", 1.0)  # optimizer.groups, optimizer.layer_decay
         self.annealing.step(optimizer)
         return {}
 

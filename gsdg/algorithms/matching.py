@@ -55,6 +55,7 @@ class Matching(Algorithm):
 
     min_domains = 2
     no_surgery = "its penalty is computed for all pairs of domains at once, not per domain"
+    acts_on_features = "penalises the distance between the features of the domains"
     distance: ClassVar[Callable[[Sequence[Tensor]], Tensor]]  # groups of rows [n_i, F] -> mean over their pairs, 0-dim
     mixtures: ClassVar[bool] = False
 

@@ -54,8 +54,10 @@ class MTL(DomainLosses):
     def setup(self, model: Classifier, domains: Sequence[str]) -> None:
         if not isinstance(model.head, nn.Linear):
             raise UserError("algorithm=mtl gives a linear head the domain's embedding. Set model.head=linear.")
-        weight, features = model.head.weight.detach(), model.head.in_features
-        model.head = nn.Linear(2 * features, model.head.out_features).to(weight)
+        head, weight, features = model.head, model.head.weight.detach(), model.head.in_features
+        model.head = nn.Linear(2 * features, head.out_features).to(weight)
+        for new, old in zip(model.head.parameters(), head.parameters(), strict=True):
+            new.requires_grad_(old.requires_grad)
         self.register_buffer("embeddings", weight.new_zeros(len(domains), features))
         super().setup(model, domains)
 

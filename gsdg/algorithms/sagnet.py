@@ -45,6 +45,7 @@ class SagNet(Algorithm):
     """
 
     no_surgery = "one training step consists of three optimizer steps"
+    acts_on_features = "has an adversary that trains the featurizer alone"
 
     def __init__(self, *, adversary_weight: float) -> None:
         super().__init__()

@@ -3,8 +3,8 @@
 Source: DomainBed's `networks.ResNet` and `networks.Classifier` (dropout on the features, one linear head, BatchNorm in
 eval mode whose affine parameters are trained).
 
-Deliberate deviations: `head="none"` uses the features themselves as logits, as the GradSurgery release does. With bf16
-the head still runs in float32: this costs nothing, and the loss needs float32 logits.
+Deliberate deviations: the heads that are not DomainBed's (`heads.py`), and the selection of what trains
+(`trainable.py`). With bf16 the head still runs in float32: this costs nothing, and the loss needs float32 logits.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gsdg.models.backbone import build_featurizer, check_features
+from gsdg.models.heads import Head, make_head
+from gsdg.models.lora import add_lora
+from gsdg.models.trainable import TrainOnly, select_trainable
 from gsdg.types import ImageSpec
 from gsdg.utils.errors import UserError, listing
 
-Head = Literal["linear", "none"]
 Precision = Literal["float32", "bf16"]
+ATTENTION = ("attention",)
 
 
 class Classifier(nn.Module):
@@ -33,15 +36,26 @@ class Classifier(nn.Module):
         weights: "imagenet" or "pretrained" if the backbone has such weights, null (random), or the path of a state
             dict file.
         classes: number of classes of the data set.
-        head: "linear", or "none": the features are the logits.
+        head: "linear", "mlp" or "cosine", see `heads.py`; or "none": the features are the logits.
         dropout: probability of dropout on the features, in [0, 1).
         freeze_bn: whether BatchNorm keeps its running statistics and normalises by them; its affine parameters are
-            trained.
+            trained. With `train_only`, `freeze` or `lora`, a layer whose affine parameters do not train keeps its
+            statistics in any case (a layer without such parameters, if nothing in the backbone trains): what is frozen
+            does not change.
         image_size: height and width of the images in pixels, >= 1.
         mean, std: for the normalisation of the images, one number per channel (1, 2 or 3 channels); std > 0.
         precision: of the featurizer: "float32", or "bf16" (autocast).
+        train_only: "all"; "head", "attention", "norm" or "bias"; or a list of name patterns, see `trainable.py`. While
+            nothing in the backbone trains, the features have no graph.
+        freeze: name patterns of parameters that do not train although `train_only` selects them.
+        lora: rank of the matrices that are added to linear layers and trained in place of the backbone's own weights,
+            see `lora.py`; 0: none.
+        lora_layers: name patterns of the weights of these layers.
+    Attributes:
+        holds_statistics: whether all BatchNorm layers of the backbone keep their statistics for the time being.
     Raises:
-        UserError: for values outside these ranges, and for fewer features than classes with `head="none"`.
+        UserError: for values outside these ranges, for fewer features than classes with `head="none"`, and for patterns
+            that match nothing.
     """
 
     def __init__(
@@ -57,6 +71,10 @@ class Classifier(nn.Module):
         mean: Sequence[float],
         std: Sequence[float],
         precision: Precision = "float32",
+        train_only: TrainOnly | Sequence[str] = "all",
+        freeze: Sequence[str] = (),
+        lora: int = 0,
+        lora_layers: Sequence[str] = ATTENTION,
     ) -> None:
         super().__init__()
         _check_choice("head", head, get_args(Head))
@@ -65,17 +83,18 @@ class Classifier(nn.Module):
             raise UserError(f"model.dropout is a probability in [0, 1), found {dropout}")
         self.spec = image_spec(size=image_size, mean=mean, std=std)
         self.featurizer, features = build_featurizer(backbone, weights)
-        if head == "none" and classes > features:
-            raise UserError(
-                f"model.head=none uses the {features} features as logits, but the data set has {classes} classes: "
-                "use model.head=linear or a wider model"
-            )
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(features, classes) if head == "linear" else nn.Identity()
+        self.head = make_head(head, features, classes)
         self.features = features
         self.classes = classes
         self.freeze_bn = freeze_bn
         self.precision = precision
+        self.selects, self.holds_statistics = train_only != "all" or bool(freeze) or lora > 0, False
+        _check_lora(lora, lora_layers, train_only)
+        if lora:
+            add_lora(self, lora, lora_layers)
+        if self.selects:
+            select_trainable(self, train_only, freeze)
         self.train()  # torch starts in train mode without calling train(): freeze BatchNorm now
 
     def featurize(self, images: Tensor) -> Tensor:
@@ -93,13 +112,23 @@ class Classifier(nn.Module):
         return self.head(self.featurize(images))
 
     def train(self, mode: bool = True) -> Classifier:
-        """Like nn.Module.train, but frozen BatchNorm layers stay in eval mode."""
+        """Like nn.Module.train, but BatchNorm layers of the featurizer that keep their statistics stay in eval mode."""
         super().train(mode)
-        if self.freeze_bn:
-            for module in self.featurizer.modules():
-                if isinstance(module, _BatchNorm):
-                    module.eval()
+        for module in self.featurizer.modules():
+            if isinstance(module, _BatchNorm) and self._keeps_statistics(module):
+                module.eval()
         return self
+
+    def hold_statistics(self, hold: bool) -> None:
+        """Let all BatchNorm layers of the featurizer keep their statistics from now on, or no longer."""
+        self.holds_statistics = hold
+        self.train(self.training)
+
+    def _keeps_statistics(self, layer: nn.Module) -> bool:
+        if self.freeze_bn or self.holds_statistics:
+            return True
+        affine = list(layer.parameters()) or list(self.featurizer.parameters())
+        return self.selects and not any(parameter.requires_grad for parameter in affine)
 
 
 def image_spec(*, size: int, mean: Sequence[float], std: Sequence[float]) -> ImageSpec:
@@ -119,3 +148,12 @@ def image_spec(*, size: int, mean: Sequence[float], std: Sequence[float]) -> Ima
 def _check_choice(name: str, value: str, valid: Sequence[str]) -> None:
     if value not in valid:
         raise UserError(f"model {name} {value!r} is unknown; valid: {listing(valid)}")
+
+
+def _check_lora(rank: int, layers: Sequence[str], train_only: object) -> None:
+    if rank < 0:
+        raise UserError(f"model.lora is a rank, 1 or more, or 0 for none; found {rank}")
+    if not rank and tuple(layers) != ATTENTION:
+        raise UserError("model.lora_layers is of no use without a rank: set model.lora=8, or leave it out")
+    if rank and train_only != "all":
+        raise UserError(f"model.lora={rank} trains its own matrices and the head: leave model.train_only out")

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Iterator, Sequence
-from fnmatch import fnmatchcase
 from itertools import accumulate
 from typing import Literal
 
@@ -24,6 +23,7 @@ import torch
 
 from gsdg.surgery.part_layout import PartLayout, Piece, build_layout
 from gsdg.utils.errors import UserError, check_literal, listing
+from gsdg.utils.name_patterns import matching
 
 Layers = Literal["all", "weights"]
 
@@ -137,8 +137,8 @@ class Groups(Partition):
         filled_groups = {self._group(name) for name in names}
         for k, pattern in enumerate(self.patterns):
             if k not in filled_groups:
-                matches_any = any(fnmatchcase(name, pattern) for name in names)
-                why = "earlier patterns match all of its parameters" if matches_any else "it matches no parameter"
+                taken = matching(pattern, names)
+                why = "earlier patterns match all of its parameters" if taken else "it matches no parameter"
                 raise UserError(f"pattern {pattern!r} makes an empty group: {why}; the parameters are {listing(names)}")
 
     def cut(self, tensor: int, name: str, n_rows: int) -> Iterator[tuple[Hashable, int]]:
@@ -146,8 +146,8 @@ class Groups(Partition):
 
     def _group(self, name: str) -> int:
         """The number of the first pattern that matches; the number of patterns where none does."""
-        matching = (k for k, pattern in enumerate(self.patterns) if fnmatchcase(name, pattern))
-        return next(matching, len(self.patterns))
+        groups = (k for k, pattern in enumerate(self.patterns) if matching(pattern, [name]))
+        return next(groups, len(self.patterns))
 
 
 class PerModule(Partition):

@@ -233,7 +233,7 @@ MISTAKES = [  # (overrides, message)
     ("+search.ranges.x={key:a.b.c,choice:[1]}", rf"x\.key=a\.b\.c: this run's config has no such key\.{DROP}"),
     ("+search.ranges.x={key:seed.b,choice:[1]}", rf"x\.key=seed\.b: this run's config has no such key\.{DROP}"),
     ("+search.ranges.x={key:resubmit,choice:[all]}", r"x\.key=resubmit: this run's config has no such key"),
-    ("+search.ranges.x={key:optimizer,choice:[1]}", r"=optimizer: a group of keys\. Choose one: optimizer\.lr,"),
+    ("+search.ranges.x={key:optimizer,choice:[1]}", r"=optimizer: a group of keys\. Choose one: .*optimizer\.lr,"),
     ("+search.ranges.x={key:split.trial_seed,choice:[1]}", r"x\.key=split\.trial_seed: draws depend on it"),
     ("+search.ranges.x={key:search.hparams_seed,choice:[1]}", r"x\.key=search\.hparams_seed: draws depend on it"),
     ("+search.ranges.x={key:optimizer.lr,choice:[1]}", r"ranges\.x and search\.ranges\.lr both draw optimizer\.lr"),

@@ -79,7 +79,7 @@ def test_wrong_settings_and_image_specs_are_named():
         ({"dropout": 1.0}, r"model.dropout .* \[0, 1\), found 1.0"),
         ({"dropout": -0.1}, r"found -0.1"),
         ({"dropout": float("nan")}, r"found nan"),
-        ({"head": "mlp"}, "head 'mlp' is unknown; valid: linear, none"),
+        ({"head": "tree"}, "head 'tree' is unknown; valid: linear, none, mlp, cosine"),
         ({"precision": "fp16"}, "precision 'fp16' is unknown; valid: float32, bf16"),
         ({"head": "none", "classes": 7}, "6 features as logits, but the data set has 7 classes"),
     ):

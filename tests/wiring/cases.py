@@ -281,10 +281,12 @@ MODEL = {
             {"_target_": "gsdg.models.mlp", "_partial_": True, "inputs": 192, "width": 8},
         ),
         dropout=gradients(0.0, 0.5),
+        freeze=gradients([], ["featurizer.0.*"]),
         head=initial("linear", "none"),
         image_size=batches(8, 10),
         mean=batches([0.0, 0.0, 0.0], [0.5, 0.5, 0.5]),
         std=batches([1.0, 1.0, 1.0], [1.0, 1.0, 0.5]),
+        train_only=gradients("all", "norm"),
     ),
     **node(
         "model",
@@ -332,5 +334,6 @@ CASES: dict[str, Effect] = {
     **DATA,
     **MODEL,
     **AVERAGING,
+    "trainer.head_only_steps (Trainer)": weights(0, 1),
     "seed": initial(0, 1),
 }

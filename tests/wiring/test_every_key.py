@@ -549,6 +549,24 @@ def test_training_begins_with_weights_and_freeze_bn_keeps_their_statistics_while
         assert not torch.equal(before["model.featurizer.1.weight"], after["model.featurizer.1.weight"])
 
 
+@shows("model.lora (Classifier)", "model.lora_layers (Classifier)")
+def test_lora_trains_its_matrices_in_the_chosen_layers():
+    for layers, message in [(["attention"], "selects no parameter"), (["head"], "selects no weight of a linear layer")]:
+        settings = {"model.lora": 2, "model.lora_layers": layers}
+        assert message in refusal(prepare, compose_tiny("model=mlp", **settings))
+    pytest.importorskip("peft", reason="pip install 'gsdg[lora]'")
+    mlp = ("model=mlp", "model.image_size=8", "model.backbone.inputs=192")
+    runs = {
+        rank: observe(*mlp, **{"model.lora": rank, "model.lora_layers": ["featurizer.1.weight"]}) for rank in (2, 3)
+    }
+    for rank, run in runs.items():
+        moved = {name for name, start in run.weights[0].items() if not torch.equal(start, run.weights[-1][name])}
+        matrices = {f"model.featurizer.1.lora_{matrix}.default.weight" for matrix in "AB"}
+        assert moved == matrices | {"model.head.weight", "model.head.bias"}
+        assert run.weights[0]["model.featurizer.1.lora_A.default.weight"].shape == (rank, 192)
+    assert runs[2].plan.run_id != runs[3].plan.run_id
+
+
 @shows("model.backbone.channels (convnet)")
 def test_channels_are_those_of_the_first_convolution():
     """With grey digits, because a model may have more channels than the images need."""
