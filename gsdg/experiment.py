@@ -146,6 +146,8 @@ def done_already(plan: Plan, folder: RunFolder, from_scratch: bool = False, *, l
         reuse.check_inputs(folder, inputs_here(plan.config))
         reuse.note_search(folder, plan.config, locked=locked)
         log.info("done already: %s (force=true to run it again)", folder.path)
+        if lacking := reuse.unrecorded_metrics(folder, plan.trainer.metrics):
+            log.warning("its records lack %s of trainer.metrics: force=true runs it again", listing(lacking))
     return done
 
 

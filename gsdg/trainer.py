@@ -21,7 +21,8 @@ from gsdg.algorithms import Algorithm
 from gsdg.algorithms.base import explain_batchnorm_error
 from gsdg.averaging import Averaging
 from gsdg.data.loader import TrainBatches, train_loader
-from gsdg.evaluate import DomainMeans, Evaluator, correct, cross_entropy
+from gsdg.evaluate import DomainMeans, Evaluator
+from gsdg.metrics import check_metrics
 from gsdg.runs.checkpoint import random_states, restore_random_states
 from gsdg.runs.folder import RunFolder
 from gsdg.runs.saver import Saver
@@ -145,6 +146,8 @@ class Trainer:
             decoded already. Changes no result.
         keep_weights: save `model.pt` (and `model_averaged.pt`) at the end. Changes no result.
         averaging: an average of the weights, evaluated in addition to the weights. Does not change the training.
+        metrics: what evaluations record, names of `gsdg.metrics.METRICS`; the accuracy always, listed or not. Changes
+            no result, so a run that is done records further metrics only if it is run again (force=true).
     """
 
     steps: int
@@ -163,6 +166,7 @@ class Trainer:
     workers: int | None
     keep_weights: bool
     averaging: Averaging | None = None
+    metrics: Sequence[str] = ("accuracy",)
 
     def __post_init__(self) -> None:
         for name in ("steps", "eval_every", "batch_size", "eval_batch_size", "checkpoint_every", "log_every"):
@@ -170,6 +174,7 @@ class Trainer:
                 raise UserError(f"trainer.{name}: found {getattr(self, name)}, expected 1 or more.")
         if self.workers is not None and self.workers < 0:
             raise UserError(f"trainer.workers: found {self.workers}, expected 0 (no extra process) or more.")
+        check_metrics(self.metrics, "trainer.metrics")
         if self.averaging:
             self.averaging.check(self.evaluations)
 
@@ -292,16 +297,17 @@ class Trainer:
         began = time.perf_counter()
         metrics, seconds_per_step = session.means.compute(), session.throughput.seconds_per_step()
         hook = session.saver.evaluation_hook(step + 1)
-        measures = [correct, cross_entropy] if self.averaging and self.averaging.needs_losses else [correct]
-        accuracy, *losses = session.evaluator.measure(session.algorithm, step, measures, hook)
+        needed = ["nll"] if self.averaging and self.averaging.needs_losses else []
+        results = session.evaluator.measure(session.algorithm, step, ["accuracy", *self.metrics, *needed], hook)
         evaluation = time.perf_counter() - began
         session.throughput.exclude(evaluation)
         seconds = {"step": seconds_per_step, "evaluation": evaluation}
-        session.folder.append_record({"step": step, "accuracy": accuracy, "metrics": metrics, "seconds": seconds})
+        row = {"step": step, **self._recorded(results), "metrics": metrics, "seconds": seconds}
+        session.folder.append_record(row)
         sources = session.algorithm.domains
-        log.info(self._accuracy_lines(step, accuracy, sources))
+        log.info(self._accuracy_lines(step, results["accuracy"], sources))
         if self.averaging:
-            self.averaging.after_evaluation(step, held_out_loss(*losses, sources) if losses else float("nan"))
+            self.averaging.after_evaluation(step, held_out_loss(results["nll"], sources) if needed else float("nan"))
             self._record_average(self.averaging, step, session, hook)
         session.means.clear()  # last: an evaluation that was interrupted is recorded again, with the same means
 
@@ -311,14 +317,19 @@ class Trainer:
         if mean is None:
             return
         began, random, facts = time.perf_counter(), random_states(), averaging.metadata(mean)
-        accuracy = session.evaluator(averaging.averaged(mean), step, hook)
+        results = session.evaluator.measure(averaging.averaged(mean), step, ["accuracy", *self.metrics], hook)
         restore_random_states(random)
         evaluation = time.perf_counter() - began
         session.throughput.exclude(evaluation)
-        row = {"step": step, "accuracy": accuracy, **facts, "seconds": {"evaluation": evaluation}}
+        row = {"step": step, **self._recorded(results), **facts, "seconds": {"evaluation": evaluation}}
         session.folder.append_averaged(row)
         title = f"averaged ({averaging.name})"
-        log.info(self._accuracy_lines(step, accuracy, session.algorithm.domains, title))
+        log.info(self._accuracy_lines(step, results["accuracy"], session.algorithm.domains, title))
+
+    def _recorded(self, results: Mapping[str, DomainMeans]) -> dict:
+        """{"accuracy": {domain: {part: fraction}}}, and where further metrics are wanted {"scores": {metric: ...}}."""
+        scores = {name: results[name] for name in self.metrics if name != "accuracy"}
+        return {"accuracy": results["accuracy"], **({"scores": scores} if scores else {})}
 
     def _accuracy_lines(self, step: int, accuracy: DomainMeans, sources: Sequence[str], *title: str) -> str:
         return format_accuracy(accuracy, sources, [f"step {step + 1}/{self.steps}", *title])

@@ -39,6 +39,7 @@ NOT_SCIENTIFIC = (
     "trainer.log_every",
     "trainer.workers",
     "trainer.keep_weights",
+    "trainer.metrics",
     "algorithm.diagnostics",
     "algorithm.surgery.diagnostics",
 )
