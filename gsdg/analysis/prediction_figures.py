@@ -22,7 +22,8 @@ from gsdg.metrics.predictions import by_part
 from gsdg.utils.errors import check_literal, not_installed, plural
 
 COLUMNS = 4  # images in a row of the gallery
-TILE = (1.7, 2.0)  # inches of an image in the gallery, with its text
+TILE = (1.7, 2.1)  # inches of an image in the gallery, with its text
+SMALL = 64  # pixels: images that are lower are enlarged without interpolation
 MOST_POINTS = 2000  # in a map of features: t-SNE takes half a minute for them
 Embedding = Literal["pca", "tsne"]
 
@@ -30,7 +31,9 @@ Embedding = Literal["pca", "tsne"]
 def confusions(predictions: pd.DataFrame) -> Panels:
     """Confusion matrices, one per domain and part."""
     panels = [(title, partial(prediction_plots.confusion, rows)) for title, rows in _titled(predictions)]
-    return Panels(panels, "in % of the images of the true class", "" if panels else prediction_plots.NO_PREDICTIONS)
+    return Panels(
+        panels, "hatched: the part has no image of the class", "" if panels else prediction_plots.NO_PREDICTIONS
+    )
 
 
 def reliabilities(predictions: pd.DataFrame) -> Panels:
@@ -51,14 +54,16 @@ def gallery(errors: pd.DataFrame, images: Sequence[ArrayLike]) -> Figure:
     with style.print_style():
         figure = Figure(figsize=(TILE[0] * COLUMNS, TILE[1] * rows), layout="constrained")
         axes = figure.subplots(rows, COLUMNS, squeeze=False)
-        for ax in axes.flat:
+        for ax in axes.flat[len(errors) :]:
             ax.set_axis_off()
         for ax, image, row in zip(axes.flat, images, errors.to_dict("records"), strict=False):
-            ax.imshow(np.asarray(image), interpolation="nearest" if np.asarray(image).shape[0] < 64 else "antialiased")
-            true, predicted = style.tick_label(row["label"]), style.tick_label(row["prediction"])
-            ax.set_title(f"true: {true}\n{predicted}: {100 * row['probability']:.1f} %", fontsize=7)
-            ax.text(
-                0.5, -0.03, style.tick_label(row["domain"]), transform=ax.transAxes, ha="center", va="top", fontsize=6
+            pixels = np.asarray(image)
+            ax.imshow(pixels, interpolation="nearest" if len(pixels) < SMALL else "antialiased")
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set(color="0.8")  # a frame, because sketches have a white background
+            true, predicted, domain = (style.tick_label(row[name]) for name in ("label", "prediction", "domain"))
+            ax.set_title(
+                f"true {true}\npredicted {predicted}\n{100 * row['probability']:.1f} %, {domain}", fontsize=6.5
             )
         if errors.empty:
             style.show_message(axes[0, 0], "no errors")
@@ -86,7 +91,7 @@ def feature_maps(features: np.ndarray, predictions: pd.DataFrame, how: Embedding
     rows = predictions.iloc[drawn]
     draw = partial(prediction_plots.feature_map, points)
     panels = [
-        (f"by {name}", partial(draw, rows[column].astype(str).tolist(), what=what))
+        (f"by {name}", partial(draw, rows[column], what=what))
         for name, column in {"class": "label", "domain": "domain"}.items()
     ]
     sample = f", {len(drawn):,} of them drawn at random" if len(drawn) < len(features) else ""
@@ -101,9 +106,9 @@ def _embedded(features: np.ndarray, how: Embedding, seed: int) -> tuple[np.ndarr
     except ImportError:
         raise not_installed("a map of features", "scikit-learn", "metrics") from None
     if how == "pca":
-        return PCA(2, random_state=seed).fit_transform(features), "principal component"
+        return PCA(2, random_state=seed).fit_transform(features), "PCA"
     perplexity = min(30.0, (len(features) - 1) / 3)  # scikit-learn's default, which must be less than N
-    return TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(features), "t-SNE dimension"
+    return TSNE(2, perplexity=perplexity, init="pca", random_state=seed).fit_transform(features), "t-SNE"
 
 
 def _titled(predictions: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:

@@ -26,7 +26,7 @@ from gsdg.metrics.definitions import calibration, confusion_matrix
 from gsdg.metrics.predictions import classes_of, outcomes_of
 
 COLOUR_MAP = "cividis"
-MOST_LABELLED = 20  # classes that all have a tick on the x axis
+MOST_LABELLED = 10  # classes for which there is room on the x axis
 MOST_GROUPS = 12  # colours of points that can be told apart
 NO_PREDICTIONS = "no predictions"
 BARS = 0.3  # height of the bars of the reliability diagram, as a share of the axes
@@ -45,14 +45,16 @@ def confusion(predictions: pd.DataFrame, ax: Axes) -> Axes:
     shares = np.divide(100 * counts, images, out=np.full(counts.shape, np.nan), where=images > 0)
     cells = np.ma.masked_invalid(shares)
     image = ax.imshow(cells, cmap=COLOUR_MAP, vmin=0, vmax=100, aspect="auto", interpolation="nearest")
-    write_values(ax, image, shares, np.zeros(shares.shape, bool), decimals=0)
+    written = np.where(counts > 0, shares, np.nan)  # zeros would distract from the errors
+    write_values(ax, image, written, np.zeros(shares.shape, bool), decimals=0)
     hatch_empty(ax, np.isnan(shares))
     set_thinned_ticks(ax.yaxis, classes, ax.bbox.height)
     if len(classes) <= MOST_LABELLED:
         set_rotated_ticks(ax, classes)
     else:
-        set_thinned_ticks(ax.xaxis, classes, 0.8 * ax.bbox.width)
-    ax.set(xlabel="predicted class", ylabel="true class")
+        ax.set_xticks([])
+    in_order = "" if len(classes) <= MOST_LABELLED else "\n(in the same order)"
+    ax.set(xlabel=f"predicted class{in_order}", ylabel="true class")
     return add_colour_bar(ax, image, "% of the true class")
 
 
@@ -79,8 +81,8 @@ def reliability(predictions: pd.DataFrame, ax: Axes) -> Axes:
     style = series_style(0)
     ax.plot([0, 100], [0, 100], color="0.5", linewidth=0.8)
     ax.vlines(confidence, confidence, accuracy, color=style["color"], linewidth=0.8)
-    ax.plot(confidence, accuracy, **style)
-    ax.set(xlim=(0, 100), ylim=(0, 102), xlabel="confidence, %", ylabel="accuracy, %")
+    ax.plot(confidence, accuracy, **style, clip_on=False)
+    ax.set(xlim=(0, 100), ylim=(0, 100), xlabel="confidence, %", ylabel="accuracy, %")
     ax.set_title(f"ECE {100 * bins.error:.1f} %, {bins.images.sum():,} images")
     add_grid(ax)
     return ax
@@ -93,19 +95,18 @@ def feature_map(points: np.ndarray, names: Sequence[str], ax: Axes, what: str = 
 
     Args:
         points: [N, 2].
-        names: N names, for example of the images' classes.
+        names: N names, for example of the images' classes; the legend has the order of a pandas Categorical.
         what: what the axes are, for their labels.
     """
     if not len(points):
         return show_message(ax, "no images")
-    column = np.asarray(names, dtype=object)
-    by_size = pd.Series(column).value_counts(sort=True)
-    shown = set(by_size.index[:MOST_GROUPS])
-    rest = np.array([name not in shown for name in column])
+    column = pd.Categorical(names).remove_unused_categories()
+    largest = column.value_counts().sort_values(ascending=False, kind="stable").index[:MOST_GROUPS]
+    rest = ~column.isin(largest.to_numpy())
     if rest.any():
-        label = f"{len(by_size) - MOST_GROUPS} others"
+        label = f"{len(column.categories) - MOST_GROUPS} others"
         ax.scatter(*points[rest].T, s=3, color="0.8", linewidths=0, label=label)
-    for number, name in enumerate(name for name in dict.fromkeys(column) if name in shown):
+    for number, name in enumerate(name for name in column.categories if name in largest):
         style = series_style(number)
         ax.scatter(
             *points[column == name].T, s=6, color=style["color"], marker=style["marker"], linewidths=0, label=name
