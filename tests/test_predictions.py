@@ -59,6 +59,13 @@ def test_each_row_is_of_its_own_image_whatever_the_order_of_the_pass():
     assert all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(images, expected, strict=True))
 
 
+def test_images_of_several_domains_are_loaded_in_the_order_of_the_rows():
+    frame = predict(AlwaysThree(), evaluator({name: {"in": np.arange(3)} for name in ("0", "90")})).iloc[[3, 0, 4, 1]]
+    expected = [DATASET.domains[name].load(i) for name, i in (("90", 0), ("0", 0), ("90", 1), ("0", 1))]
+    for image, own in zip(load_images(DATASET, frame), expected, strict=True):
+        assert (np.asarray(image) == np.asarray(as_rgb(own))).all()
+
+
 class TwelveOutputs(AlwaysThree):
     """Predicts the twelfth output, for which the data set has no class."""
 

@@ -103,27 +103,23 @@ class Evaluator:
         Args:
             metrics: names of `gsdg.metrics.METRICS`.
         """
-        wanted = {name: METRICS[name] for name in metrics}
-        arrays = list(dict.fromkeys(array for metric in wanted.values() for array in metric.needs))
+        arrays = list(dict.fromkeys(array for name in metrics for array in METRICS[name].needs))
         values = self.per_image(algorithm, step, [MEASURES[array] for array in arrays], after_batch)
-        by_array = dict(zip(arrays, values, strict=True))
-        outcomes = {
-            domain: {
-                part: Outcomes(
-                    self.dataset.domains[domain].labels[images],
-                    **{array: by_domain[domain][images] for array, by_domain in by_array.items()},
-                )
-                for part, images in parts.items()
-                if len(images)
-            }
-            for domain, parts in self.parts.items()
-        }
+
+        def outcomes(domain: str, images: np.ndarray) -> Outcomes:
+            of_images = {array: rows[domain][images] for array, rows in zip(arrays, values, strict=True)}
+            return Outcomes(self.dataset.domains[domain].labels[images], **of_images)
+
         return {
             name: {
-                domain: {part: metric.compute(of_part) for part, of_part in parts.items()}
-                for domain, parts in outcomes.items()
+                domain: {
+                    part: METRICS[name].compute(outcomes(domain, images))
+                    for part, images in parts.items()
+                    if len(images)
+                }
+                for domain, parts in self.parts.items()
             }
-            for name, metric in wanted.items()
+            for name in metrics
         }
 
     @torch.no_grad()
