@@ -267,6 +267,8 @@ def _name(hint: object) -> str:
         return listing(options)
     if typing.get_origin(hint) in (Union, types.UnionType):
         return " or ".join(_name(option) for option in options)
+    if typing.get_origin(hint) in (list, tuple, Sequence):
+        return "a list, such as [a, b]"
     return "null" if hint in (None, type(None)) else str(getattr(hint, "__name__", hint))
 
 
