@@ -26,7 +26,7 @@ def on_sources(records: pd.DataFrame) -> pd.DataFrame:
     """algorithm -> mean and lowest, over its runs, of the sources' mean held-out accuracy at the last step, in %."""
     last = records[records["step"] == records.groupby("run_id")["step"].transform("max")]
     held_out = last[~last["is_target"] & (last["part"] == "out")]
-    runs = held_out.groupby(["algorithm", "run_id"])["accuracy"].mean()
+    runs = held_out.groupby(["algorithm", "run_id"])["value"].mean()
     return runs.groupby("algorithm").agg(["mean", "min"]) * 100
 
 

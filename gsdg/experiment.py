@@ -161,6 +161,8 @@ def done_already(plan: Plan, folder: RunFolder, from_scratch: bool = False, *, l
             log.warning(
                 "trainer.keep=%s: the run has not kept these weights; force=true makes it again", plan.trainer.keep
             )
+        if lacking := reuse.unrecorded_metrics(folder, plan.trainer.metrics):
+            log.warning("its records lack %s of trainer.metrics: force=true runs it again", listing(lacking))
     return done
 
 

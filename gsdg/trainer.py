@@ -22,8 +22,9 @@ from gsdg.algorithms import Algorithm
 from gsdg.algorithms.base import explain_batchnorm_error
 from gsdg.averaging import Averaging
 from gsdg.data.loader import TrainBatches, train_loader
-from gsdg.evaluate import DomainMeans, Evaluator, correct, cross_entropy
+from gsdg.evaluate import DomainMeans, Evaluator
 from gsdg.head_only import HeadOnly
+from gsdg.metrics import check_metrics
 from gsdg.runs.checkpoint import random_states, restore_random_states
 from gsdg.runs.folder import RunFolder
 from gsdg.runs.kept_weights import Keep, KeptWeights, held_out_accuracy
@@ -151,6 +152,8 @@ class Trainer:
             None: the selected ones, or the last ones where no image is held out. Changes no result.
         averaging: an average of the weights, evaluated in addition to the weights. Does not change the training.
         head_only_steps: the first so many updates change the head only (see head_only.py), >= 0 and < `steps`.
+        metrics: what evaluations record, names of `gsdg.metrics.METRICS`; the accuracy always, listed or not. Changes
+            no result, so a run that is done records further metrics only if it is run again (force=true).
     """
 
     steps: int
@@ -170,6 +173,7 @@ class Trainer:
     keep: Keep | None = None
     averaging: Averaging | None = None
     head_only_steps: int = 0
+    metrics: Sequence[str] = ("accuracy",)
 
     def __post_init__(self) -> None:
         for name in ("steps", "eval_every", "batch_size", "eval_batch_size", "checkpoint_every", "log_every"):
@@ -182,6 +186,7 @@ class Trainer:
                 f"trainer.head_only_steps: found {self.head_only_steps}, expected 0 or more and less than "
                 f"trainer.steps={self.steps}. To train the head alone: model.train_only=head."
             )
+        check_metrics(self.metrics, "trainer.metrics")
         if self.averaging:
             self.averaging.check(self.evaluations)
 
@@ -311,18 +316,18 @@ class Trainer:
         began = time.perf_counter()
         metrics, seconds_per_step = session.means.compute(), session.throughput.seconds_per_step()
         hook = session.saver.evaluation_hook(step + 1)
-        measures = [correct, cross_entropy] if self.averaging and self.averaging.needs_losses else [correct]
-        accuracy, *losses = session.evaluator.measure(session.algorithm, step, measures, hook)
+        needed = ["nll"] if self.averaging and self.averaging.needs_losses else []
+        results = session.evaluator.measure(session.algorithm, step, ["accuracy", *self.metrics, *needed], hook)
         evaluation = time.perf_counter() - began
         session.throughput.exclude(evaluation)
         seconds = {"step": seconds_per_step, "evaluation": evaluation}
-        record = {"step": step, "accuracy": accuracy, "metrics": metrics, "seconds": seconds}
+        record = {"step": step, **self._recorded(results), "metrics": metrics, "seconds": seconds}
         session.folder.append_record(record)
         session.kept.after_evaluation(record, session.algorithm.model.state_dict)
         sources = session.algorithm.domains
-        log.info(self._accuracy_lines(step, accuracy, sources))
+        log.info(self._accuracy_lines(step, results["accuracy"], sources))
         if self.averaging:
-            self.averaging.after_evaluation(step, held_out_loss(*losses, sources) if losses else float("nan"))
+            self.averaging.after_evaluation(step, held_out_loss(results["nll"], sources) if needed else float("nan"))
             self._record_average(self.averaging, step, session, hook)
         session.means.clear()  # last: an evaluation that was interrupted is recorded again, with the same means
 
@@ -333,15 +338,20 @@ class Trainer:
             return
         began, random, facts = time.perf_counter(), random_states(), averaging.metadata(mean)
         averaged = averaging.averaged(mean)
-        accuracy = session.evaluator(averaged, step, hook)
+        results = session.evaluator.measure(averaged, step, ["accuracy", *self.metrics], hook)
         restore_random_states(random)
         evaluation = time.perf_counter() - began
         session.throughput.exclude(evaluation)
-        record = {"step": step, "accuracy": accuracy, **facts, "seconds": {"evaluation": evaluation}}
+        record = {"step": step, **self._recorded(results), **facts, "seconds": {"evaluation": evaluation}}
         session.folder.append_averaged(record)
         session.kept.after_evaluation(record, averaged.model.state_dict)
         title = f"averaged ({averaging.name})"
-        log.info(self._accuracy_lines(step, accuracy, session.algorithm.domains, title))
+        log.info(self._accuracy_lines(step, results["accuracy"], session.algorithm.domains, title))
+
+    def _recorded(self, results: Mapping[str, DomainMeans]) -> dict:
+        """{"accuracy": {domain: {part: fraction}}}, and where further metrics are wanted {"scores": {metric: ...}}."""
+        scores = {name: results[name] for name in self.metrics if name != "accuracy"}
+        return {"accuracy": results["accuracy"], **({"scores": scores} if scores else {})}
 
     def _accuracy_lines(self, step: int, accuracy: DomainMeans, sources: Sequence[str], *title: str) -> str:
         return format_accuracy(accuracy, sources, [f"step {step + 1}/{self.steps}", *title])

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from gsdg.algorithms import Algorithm
 from gsdg.data.digits import RotatedDigits
 from gsdg.data.transforms_exact import Exact
-from gsdg.evaluate import Evaluator, correct, cross_entropy
+from gsdg.evaluate import Evaluator
 from gsdg.types import ImageSpec
 
 SPEC = ImageSpec(28, 1, (0.0,), (1.0,))
@@ -80,10 +80,10 @@ def test_losses_are_means_over_each_parts_own_images_from_the_same_pass():
     threes, others = np.flatnonzero(labels == 3), np.flatnonzero(labels != 3)
     parts = {"in": np.append(threes[:3], others[6]), "out": others[:5], "none": others[:0]}  # in batches of 7 and 2
     algorithm = AlwaysThree()  # logits: 1 for a 3, 0 for the nine others
-    accuracy, loss = evaluator({"90": parts}).measure(algorithm, 0, [correct, cross_entropy])
-    assert accuracy == {"90": {"in": 3 / 4, "out": 0.0}}
+    results = evaluator({"90": parts}).measure(algorithm, 0, ["accuracy", "nll"])
+    assert results["accuracy"] == {"90": {"in": 3 / 4, "out": 0.0}}
     wrong = np.log(np.e + 9)
-    assert loss["90"] == pytest.approx({"in": wrong - 3 / 4, "out": wrong})
+    assert results["nll"]["90"] == pytest.approx({"in": wrong - 3 / 4, "out": wrong})
     assert sum(len(images) for images in algorithm.seen) == 9
 
 

@@ -53,7 +53,7 @@ def test_a_soup_predicts_what_it_recorded_and_is_a_method_in_tables(three):
     predictor = gsdg.load(folder)
     assert predictor.about["accuracy"] == record["accuracy"]
     rows = every_draw(read_runs([folder.parent, three[0].parent]).finished(), "training_domain")
-    reported = rows.set_index("algorithm")["accuracy"]
+    reported = rows.set_index("algorithm")["value"]
     assert reported["erm+uniform_soup"] == record["accuracy"]["15"]["in"]
     assert len(rows) == 4
     rows = read_json(folder / "soup.json")["ingredients"]

@@ -81,7 +81,7 @@ def test_a_selection_that_fits_nothing_is_refused_before_data_loads():
             "'attention' selects no parameter: the network has no module called `attn`",
         ),
         ({"model.freeze": ["*"]}, "leave no parameter of the model to train"),
-        ({"model.freeze": "head"}, "model.freeze: found 'head' (str), expected list of str"),
+        ({"model.freeze": "head"}, "model.freeze: found 'head' (str), expected a list, such as [a, b]"),
         ({"model.train_only": "head", "algorithm": "mmd"}, "MMD penalises the distance between the features"),
     ]:
         overrides = [f"algorithm={name}"] if (name := settings.pop("algorithm", None)) else []

@@ -8,5 +8,6 @@ read.frames, read.run_folders                     run folders -> pandas frames; 
 selection, statistics                             frame -> selected steps and draws -> means, errors, ranks; pure
 caveats, tables                                   notes about how a table's runs were made; the tables and the CSV
 style, plots, figures                             plot style; one function per kind of plot; rows -> axes
+prediction_plots, prediction_figures              the same for the predictions for single images
 html, provenance, report                          HTML helpers; the report's last section; the whole report
 """

@@ -33,6 +33,7 @@ from gsdg.analysis.tables import (
     sheets,
     summary,
 )
+from gsdg.metrics import METRICS
 from gsdg.utils.errors import UserError, listing
 from gsdg.utils.terminal import closed_pipe_is_no_error
 from gsdg.utils.text import align_columns, let_streams_print_any_text
@@ -48,6 +49,8 @@ HELP = {
     "--selection": f"how the step and the hyper-parameter draw are chosen, one or more of: {', '.join(METHODS)} "
     "(default: training_domain)",
     "--output": "where index.html is written (default: report)",
+    "--metric": f"what is reported and what selections choose by, one of: {', '.join(METRICS)} (default: accuracy); "
+    "runs record it if trainer.metrics lists it",
     "--format": "format of the tables (default: text)",
     "--ranks": "also print a table of average ranks",
     "--chosen": "also print the run, step and hyper-parameter draw behind every number",
@@ -99,6 +102,8 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Callable[[argparse.Namesp
             f"--format csv writes one table, without {without}. "
             f"Leave out {without}, or choose another format: {', '.join(FORMATS)}"
         )
+    if getattr(options, "published", False) and options.metric != "accuracy":
+        raise UserError(f"--published: the paper has accuracies only, not {options.metric}. Leave out one of the two.")
     return command, options
 
 
@@ -110,6 +115,7 @@ def _add_options(parser: argparse.ArgumentParser, *, page_only: bool) -> None:
 
     add("runs", nargs="+", metavar="RUNS")
     add("--selection", nargs="+", choices=METHODS, default=["training_domain"], metavar="METHOD")
+    add("--metric", choices=METRICS, default="accuracy", metavar="METRIC")
     if page_only:
         add("-o", "--output", default="report", metavar="FOLDER")
     else:
@@ -175,7 +181,7 @@ def page(options: argparse.Namespace) -> None:
 def _read(options: argparse.Namespace) -> tuple[Runs, Summary]:
     folders = folders_of(options.runs, options.runs_dir)
     run_ids = ids_of(options.ids.split(","), folders) if options.ids else None
-    runs = read_runs(folders, run_ids, options.draws, options.where, options.exclude)
+    runs = read_runs(folders, run_ids, options.draws, options.where, options.exclude, options.metric)
     return runs, summary(runs, options.selection, error=options.error, unfinished=options.unfinished)
 
 

@@ -29,7 +29,7 @@ def caveats(runs: Runs, draws: dict[str, pd.DataFrame]) -> pd.DataFrame:
         status = runs.status[runs.status["run_id"].isin(frame["run_id"])]
         for (dataset,), of_dataset in groups(status, "dataset"):
             notes = _different_environments(of_dataset, environments)
-            notes += _sources_not_held_out(runs.records, of_dataset) if selection == "training_domain" else []
+            notes += _sources_not_held_out(runs, of_dataset) if selection == "training_domain" else []
             rows += [(dataset, selection, note) for note in notes]
     return pd.DataFrame(rows, columns=["dataset", "selection", "note"])
 
@@ -67,8 +67,9 @@ def _recorded(starts: list[dict], keys: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(printable(str(value)) for value in values if value is not None))
 
 
-def _sources_not_held_out(records: pd.DataFrame, status: pd.DataFrame) -> list[str]:
-    """A note for each source domain without `out` accuracies: training-domain validation leaves it out of its mean."""
+def _sources_not_held_out(runs: Runs, status: pd.DataFrame) -> list[str]:
+    """A note for each source domain without `out` values: training-domain validation leaves it out of its mean."""
+    records = runs.records
     held_out = records.loc[(records["part"] == "out") & ~records["is_target"], ["run_id", "domain"]].drop_duplicates()
     domains = as_text(held_out).groupby("run_id")["domain"].agg(set).to_dict()
     lacking = Counter(
@@ -77,7 +78,7 @@ def _sources_not_held_out(records: pd.DataFrame, status: pd.DataFrame) -> list[s
         for domain in run["domains"]
         if domain not in run["targets"] and domain not in domains.get(run["run_id"], ())
     )
+    by = f"the other sources' held-out {runs.metric.name}"
     return [
-        f"note: nothing is held out of {domain}: {plural(n, 'run')} selected by the other sources' held-out accuracy"
-        for domain, n in lacking.items()
+        f"note: nothing is held out of {domain}: {plural(n, 'run')} selected by {by}" for domain, n in lacking.items()
     ]

@@ -108,7 +108,7 @@ def png(figure: Figure, dpi: int) -> bytes:
 
 
 def curves(runs: Runs, results: Summary, dataset: str, algorithm: str) -> Panels:
-    """Accuracy by step of one method, one axes per target. Unfinished runs are included; selected steps are marked.
+    """The metric by step of one method, one axes per target. Unfinished runs are included; selected steps are marked.
 
     Of a hyper-parameter search, only the draws that the first selection has chosen are shown.
     """
@@ -121,14 +121,16 @@ def curves(runs: Runs, results: Summary, dataset: str, algorithm: str) -> Panels
     panels = [
         (
             _with_run_count(runs, f"target {target}", rows["run_id"]),
-            partial(plots.accuracy_by_step, rows, chosen=chosen),
+            partial(plots.accuracy_by_step, rows, chosen=chosen, metric=runs.metric),
         )
         for target, rows in _by_target(records, _rows_of(results.cells, dataset, algorithm))
     ]
     band = (
         f"{algorithm} on {dataset}: mean over runs ± standard deviation; thin: single runs at steps that not all have"
     )
-    splits = "; the tables show the accuracy on the target's in split; marked: the step that each selection chose"
+    splits = (
+        f"; the tables show the {runs.metric.name} on the target's in split; marked: the step that each selection chose"
+    )
     return Panels(panels, band + splits + draw_note)
 
 
@@ -145,19 +147,20 @@ def best_methods(results: Summary, dataset: str, most: int = MOST_METHODS) -> tu
     """
     cells = results.cells[(results.cells["dataset"] == dataset) & (results.cells["target"] == AVERAGE)]
     averages = cells[cells["selection"] == cells["selection"].iloc[0]] if len(cells) else cells
-    names = list(averages.sort_values("mean", ascending=False, kind="stable")["algorithm"])
+    ordered = averages.sort_values("mean", ascending=results.metric.lower_is_better, kind="stable")
+    names = list(ordered["algorithm"])
     return names[:most], names[most:]
 
 
 def alpha_n_parts(runs: Runs, results: Summary) -> Panels:
-    """Heat maps of the accuracy over alpha and n_parts, from finished runs that differ in both.
+    """Heat maps of the metric over alpha and n_parts, from finished runs that differ in both.
 
     One axes per data set, selection, and combination of the other settings that differ.
     """
     rows = _with_settings(runs, results)
     swept = (SETTINGS["alpha"], SETTINGS["n_parts"], "algorithm.n_parts")
     panels = [
-        (title, partial(plots.alpha_n_parts, group))
+        (title, partial(plots.alpha_n_parts, group, metric=runs.metric))
         for title, group in _groups(runs, rows.dropna(subset=["alpha", "n_parts"]), swept)
         if group["alpha"].nunique() > 1 and group["n_parts"].nunique() > 1
     ]
@@ -166,7 +169,7 @@ def alpha_n_parts(runs: Runs, results: Summary) -> Panels:
 
 
 def granularity(runs: Runs, results: Summary) -> Panels:
-    """Accuracy over the partition with one line per rule, from finished runs that differ in the partition.
+    """The metric over the partition with one line per rule, from finished runs that differ in the partition.
 
     One axes per data set, selection, and combination of the other settings that differ.
     """
@@ -180,17 +183,17 @@ def granularity(runs: Runs, results: Summary) -> Panels:
         # Runs that differ only in the number of chunks belong to `alpha_n_parts`.
         several = group["partition"].nunique() > 1 or labelled["rule"].nunique() > 1
         if several and labelled["partition"].nunique() > 1:
-            panels.append((title, partial(plots.granularity, labelled)))
+            panels.append((title, partial(plots.granularity, labelled, metric=runs.metric)))
     why = "" if panels else "no data set has finished runs that differ in algorithm/partition and algorithm/rule"
     return Panels(panels, "mean over targets, then mean ± standard error over seeds", why)
 
 
 def paired(results: Summary, x: str, y: str) -> Panels:
-    """Accuracy of method `y` over that of `x`, one point per target and seeds, one axes per data set and selection."""
+    """The metric of method `y` over that of `x`: a point per target and seeds, one axes per data set and selection."""
     both = results.chosen[results.chosen["algorithm"].isin([x, y])]
     shared = both.groupby([*PAIR, "selection"])["algorithm"].transform("nunique") == 2
     panels = [
-        (f"{dataset}, {selection}: {y} against {x}", partial(plots.paired, rows, x=x, y=y))
+        (f"{dataset}, {selection}: {y} against {x}", partial(plots.paired, rows, x=x, y=y, metric=results.metric))
         for (dataset, selection), rows in groups(both[shared], "dataset", "selection")
     ]
     return Panels(panels, why="" if panels else f"{x} and {y} have no finished runs of the same target and seeds")
@@ -267,7 +270,7 @@ def _rows_of(frame: pd.DataFrame, dataset: str, algorithm: str) -> pd.DataFrame:
 def _chosen_draws(records: pd.DataFrame, chosen: dict[str, pd.DataFrame]) -> tuple[pd.DataFrame, str]:
     """(the records of the draws that the first selection has chosen, the end of the caption that says so).
 
-    A mean over all draws would be the accuracy of no method, because the other draws are not used.
+    A mean over all draws would be the result of no method, because the other draws are not used.
     """
     if records["hparams_seed"].nunique() < 2 or not chosen:
         return records, ""

@@ -5,8 +5,8 @@
         accuracy_by_step(records, axes[0, 0])
         fig.savefig("sketch.pdf")
 
-Accuracies are in percent. Standard deviations and errors have the population form, as in the tables. If a frame has
-nothing to show, the axes show a message that says what is missing.
+Accuracies and other shares are in percent. Standard deviations and errors have the population form, as in the tables.
+If a frame has nothing to show, the axes show a message that says what is missing.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from gsdg.analysis.style import (
     wrap,
     write_values,
 )
+from gsdg.metrics import ACCURACY, Metric
 from gsdg.utils.errors import UserError, listing
 
 # Marker and size for each selection; hollow and of different sizes, because several selections may choose one point.
@@ -62,6 +63,7 @@ def accuracy_by_step(
     *,
     target_part: str = "in",
     source_part: str = "out",
+    metric: Metric = ACCURACY,
 ) -> Axes:
     """Training curves: one line per domain, the target's line thicker; mean over runs +- standard deviation.
 
@@ -73,41 +75,44 @@ def accuracy_by_step(
         chosen: {selection: selected runs}; marks the chosen steps on the target's curve of each run.
         target_part: split of the target domain; "in" is what the tables report.
         source_part: split of the source domains; "out" is what training-domain validation uses.
+        metric: what the records hold.
     """
-    columns = ["run_id", "step", "domain", "is_target", "part", "accuracy"]
+    columns = ["run_id", "step", "domain", "is_target", "part", "value"]
     if missing := _missing(records, columns, "no records"):
         return show_message(ax, missing)
     _require_single(records, ["dataset", "algorithm", "target"])
     shown = records[records["part"] == np.where(records["is_target"], target_part, source_part)]
     if shown.empty:
-        return show_message(ax, f"no accuracies: neither the target's {target_part} nor the sources' {source_part}")
+        values = "accuracies" if metric is ACCURACY else metric.name
+        return show_message(ax, f"no {values}: neither the target's {target_part} nor the sources' {source_part}")
     n_runs = records["run_id"].nunique()
     for number, (domain, rows) in enumerate(_groups_in_order(shown, "domain")):
         is_target = bool(rows["is_target"].any())
         label = f"{domain} ({f'target, {target_part}' if is_target else source_part} split)"
         style = {"linewidth": 2.2, "linestyle": "-", "zorder": 3} if is_target else {"linewidth": 1.0}
         in_all_runs, in_some_runs = _split_complete(rows, ["step"], n_runs)
-        curve = _mean_and_spread(100 * in_all_runs["accuracy"], in_all_runs["step"])
+        curve = _mean_and_spread(metric.scale * in_all_runs["value"], in_all_runs["step"])
         draw_line(ax, curve, curve["std"], number, label=label, **style)
         colour = series_style(number)["color"]
         for _, run in _groups_in_order(in_some_runs.sort_values("step"), "run_id"):
             marker = "." if len(run) == 1 else ""
-            ax.plot(run["step"], 100 * run["accuracy"], color=colour, linewidth=0.5, alpha=0.6, marker=marker)
-    _mark_selected(shown, ax, chosen or {})
-    ax.set(xlabel="training step", ylabel="accuracy, %")
+            ax.plot(run["step"], metric.scale * run["value"], color=colour, linewidth=0.5, alpha=0.6, marker=marker)
+    _mark_selected(shown, ax, chosen or {}, metric)
+    ax.set(xlabel="training step", ylabel=metric.label)
     return add_grid_and_legend(ax)
 
 
-def alpha_n_parts(chosen: pd.DataFrame, ax: Axes) -> Axes:
-    """Heat map of the accuracy over (alpha, n_parts): the mean over targets of each target's mean over runs.
+def alpha_n_parts(chosen: pd.DataFrame, ax: Axes, *, metric: Metric = ACCURACY) -> Axes:
+    """Heat map of the metric over (alpha, n_parts): the mean over targets of each target's mean over runs.
 
     A cell that lacks a target which another cell has is hatched and has no value, because means over different targets
     cannot be compared. A star marks cells with fewer runs than the cell with the most runs.
 
     Args:
-        chosen: selected runs with columns alpha, n_parts, target, accuracy.
+        chosen: selected runs with columns alpha, n_parts, target, value.
+        metric: what the values are.
     """
-    columns = ["alpha", "n_parts", "target", "accuracy"]
+    columns = ["alpha", "n_parts", "target", "value"]
     if missing := _missing(chosen, columns, NO_CHOSEN):
         return show_message(ax, missing)
     rows = (
@@ -115,36 +120,39 @@ def alpha_n_parts(chosen: pd.DataFrame, ax: Axes) -> Axes:
         .dropna()
         .assign(alpha=lambda r: _sortable(r["alpha"]), n_parts=lambda r: _sortable(r["n_parts"]))
     )
-    by_target = rows.groupby(["alpha", "n_parts", "target"])["accuracy"].mean().unstack()
+    by_target = rows.groupby(["alpha", "n_parts", "target"])["value"].mean().unstack()
     if (complete := by_target.dropna()).empty:
         return show_message(ax, f"no cell has all the targets: {listing(by_target.columns)}")
-    means = (100 * by_target.mean(axis=1, skipna=False)).unstack()
+    means = (metric.scale * by_target.mean(axis=1, skipna=False)).unstack()
     n_runs = rows.groupby(["alpha", "n_parts"]).size().unstack().where(means.notna())
     image = ax.imshow(np.ma.masked_invalid(means), cmap=COLOUR_MAP, aspect="auto", interpolation="nearest")
     fewer = (n_runs < n_runs.max().max()).to_numpy()
-    write_values(ax, image, means.to_numpy(), fewer)
+    write_values(ax, image, means.to_numpy(), fewer, metric.decimals)
     hatch_empty(ax, means.isna().to_numpy())
     set_thinned_ticks(ax.xaxis, means.columns, 0.8 * ax.bbox.width)  # the colour bar takes the rest of the width
     set_thinned_ticks(ax.yaxis, means.index, ax.bbox.height)
     notes = ["* fewer runs"] * bool(fewer.any()) + ["hatched: lacks a target"] * (len(complete) < len(by_target))
     ax.set(xlabel=f"n_parts ({', '.join(notes)})" if notes else "n_parts", ylabel="alpha")
-    return add_colour_bar(ax, image, "accuracy, %")
+    return add_colour_bar(ax, image, metric.label)
 
 
-def granularity(chosen: pd.DataFrame, ax: Axes, order: Sequence[str] | None = None) -> Axes:
-    """Accuracy over the partition, one line per rule: mean +- standard error over repetitions (trial seed, seed).
+def granularity(
+    chosen: pd.DataFrame, ax: Axes, order: Sequence[str] | None = None, *, metric: Metric = ACCURACY
+) -> Axes:
+    """The metric over the partition, one line per rule: mean +- standard error over repetitions (trial seed, seed).
 
-    A repetition's accuracy is its mean over targets. Repetitions that lack a target are left out.
+    A repetition's value is its mean over targets. Repetitions that lack a target are left out.
 
     Args:
-        chosen: selected runs with columns rule, partition, the columns PAIR, accuracy, and optionally n_parts.
+        chosen: selected runs with columns rule, partition, the columns PAIR, value, and optionally n_parts.
         order: names of partitions, from left to right; None: from coarse to fine.
+        metric: what the values are.
     """
-    columns = ["rule", "partition", *PAIR, "accuracy"]
+    columns = ["rule", "partition", *PAIR, "value"]
     if missing := _missing(chosen, columns, NO_CHOSEN):
         return show_message(ax, missing)
     rows = chosen.assign(partition=_partitions(chosen)).dropna(subset=columns)
-    points, left_out = _over_repetitions(rows, ["rule", "partition"])
+    points, left_out = _over_repetitions(rows, ["rule", "partition"], metric)
     if points.empty:
         return show_message(ax, f"no repetition has all the targets: {listing(rows['target'].unique())}")
     names = _coarse_to_fine(points["partition"].unique(), order)
@@ -157,7 +165,7 @@ def granularity(chosen: pd.DataFrame, ax: Axes, order: Sequence[str] | None = No
         errors = line["error"] if line["error"].notna().any() else None
         ax.errorbar(line.index, line["mean"], yerr=errors, label=str(rule), capsize=1.5, **series_style(number))
     note = f"\n({left_out} left out: a target is missing)" if left_out else ""
-    ax.set(xlabel=f"granularity, coarse to fine{note}", ylabel="accuracy, %", xlim=(-0.5, len(names) - 0.5))
+    ax.set(xlabel=f"granularity, coarse to fine{note}", ylabel=metric.label, xlim=(-0.5, len(names) - 0.5))
     set_rotated_ticks(ax, names)
     return add_grid_and_legend(ax)
 
@@ -241,17 +249,18 @@ def conflict_map(
     return add_colour_bar(ax, mesh, label)
 
 
-def paired(chosen: pd.DataFrame, ax: Axes, x: str, y: str) -> Axes:
-    """Scatter plot of the accuracy of method `y` over that of method `x`, with the diagonal.
+def paired(chosen: pd.DataFrame, ax: Axes, x: str, y: str, *, metric: Metric = ACCURACY) -> Axes:
+    """Scatter plot of the metric of method `y` over that of method `x`, with the diagonal.
 
     One point per target, trial seed and seed of which both methods have a run.
 
     Args:
-        chosen: selected runs with columns algorithm, the columns PAIR, accuracy.
+        chosen: selected runs with columns algorithm, the columns PAIR, value.
+        metric: what the values are.
     """
-    if missing := _missing(chosen, ["algorithm", *PAIR, "accuracy"], NO_CHOSEN):
+    if missing := _missing(chosen, ["algorithm", *PAIR, "value"], NO_CHOSEN):
         return show_message(ax, missing)
-    of_x, of_y = (chosen.loc[chosen["algorithm"] == name, [*PAIR, "accuracy"]] for name in (x, y))
+    of_x, of_y = (chosen.loc[chosen["algorithm"] == name, [*PAIR, "value"]] for name in (x, y))
     pairs = of_x.merge(of_y, on=PAIR, suffixes=("_x", "_y")).dropna()
     if pairs.empty:
         return show_message(ax, f"no pairs: {x} and {y} share no target with the same seeds")
@@ -259,10 +268,11 @@ def paired(chosen: pd.DataFrame, ax: Axes, x: str, y: str) -> Axes:
         pairs["target"] = pairs["dataset"].astype(str) + " " + pairs["target"].astype(str)
     for number, (target, rows) in enumerate(_groups_in_order(pairs, "target")):
         style = {name: value for name, value in series_style(number).items() if name != "linestyle"}
-        ax.scatter(100 * rows["accuracy_x"], 100 * rows["accuracy_y"], s=18, label=str(target), **style)
-    make_square(ax, 100 * pairs[["accuracy_x", "accuracy_y"]].to_numpy())
-    ax.set(xlabel=wrap(f"accuracy of {x}, %", 30), ylabel=wrap(f"accuracy of {y}, %", 30))
-    ax.set_title(fill(f"{y} {_score(pairs)}", 36))
+        ax.scatter(metric.scale * rows["value_x"], metric.scale * rows["value_y"], s=18, label=str(target), **style)
+    make_square(ax, metric.scale * pairs[["value_x", "value_y"]].to_numpy())
+    unit = ", %" if metric.percent else ""
+    ax.set(xlabel=wrap(f"{metric.name} of {x}{unit}", 30), ylabel=wrap(f"{metric.name} of {y}{unit}", 30))
+    ax.set_title(fill(f"{y} {_score(pairs, metric)}", 36))
     add_grid(ax)
     # The legend fits beside the square, which does not use the whole width.
     ax.legend(**legend_arguments(ax) | {"title": "target"}, loc="center left", bbox_to_anchor=(1.02, 0.5))
@@ -313,27 +323,27 @@ def _mean_and_spread(values: pd.Series, by: pd.Series | list[pd.Series]) -> pd.D
     return frame.assign(error=frame["std"] / frame["n"] ** 0.5)
 
 
-def _over_repetitions(rows: pd.DataFrame, by: list[str]) -> tuple[pd.DataFrame, int]:
-    """(mean, std and error in percent over the complete repetitions of each group, number of groups without one)."""
+def _over_repetitions(rows: pd.DataFrame, by: list[str], metric: Metric) -> tuple[pd.DataFrame, int]:
+    """(scaled mean, std and error over the complete repetitions of each group, number of groups without one)."""
     cells = rows.groupby(["dataset", "target"], observed=True).ngroup()
     groups = rows.assign(cell=cells).groupby([*by, "trial_seed", "seed"], sort=False, observed=True)
-    means = groups.agg(accuracy=("accuracy", "mean"), cells=("cell", "nunique")).reset_index()
+    means = groups.agg(value=("value", "mean"), cells=("cell", "nunique")).reset_index()
     complete = means[means["cells"] == cells.nunique()]
-    points = _mean_and_spread(100 * complete["accuracy"], [complete[column] for column in by])
+    points = _mean_and_spread(metric.scale * complete["value"], [complete[column] for column in by])
     order = pd.MultiIndex.from_frame(complete[by].drop_duplicates())
     return points.loc[order].reset_index(), len(means[by].drop_duplicates()) - len(points)
 
 
-def _mark_selected(shown: pd.DataFrame, ax: Axes, chosen: Mapping[str, pd.DataFrame]) -> None:
+def _mark_selected(shown: pd.DataFrame, ax: Axes, chosen: Mapping[str, pd.DataFrame], metric: Metric) -> None:
     """Mark the selected steps on the target's curves, one kind of marker per selection."""
-    target = shown.loc[shown["is_target"], ["run_id", "step", "accuracy"]]
+    target = shown.loc[shown["is_target"], ["run_id", "step", "value"]]
     for (name, rows), (marker, size) in zip(chosen.items(), cycle(SELECTED), strict=False):
         if _missing(rows, ["run_id", "step"], NO_CHOSEN):
             continue
         points = rows[["run_id", "step"]].merge(target, on=["run_id", "step"])
         if len(points):
             ax.scatter(
-                points["step"], 100 * points["accuracy"], label=name, marker=marker, s=size,
+                points["step"], metric.scale * points["value"], label=name, marker=marker, s=size,
                 facecolors="none", edgecolors="black", linewidths=0.9, zorder=4,
             )  # fmt: skip
 
@@ -366,9 +376,10 @@ def _coarse_to_fine(names: Sequence[str], order: Sequence[str] | None) -> list[s
     return sorted(names, key=position)
 
 
-def _score(pairs: pd.DataFrame) -> str:
+def _score(pairs: pd.DataFrame, metric: Metric) -> str:
     """`better in 7 of 12 pairs, 1 tie`."""
-    gain = pairs["accuracy_y"] - pairs["accuracy_x"]
+    difference = pairs["value_y"] - pairs["value_x"]
+    gain = -difference if metric.lower_is_better else difference
     ties = int((gain == 0).sum())
     tied = f", {ties} tie{'s' * (ties > 1)}" if ties else ""
     return f"better in {(gain > 0).sum()} of {len(pairs)} pair{'s' * (len(pairs) > 1)}{tied}"

@@ -28,8 +28,8 @@ from gsdg.analysis.html import MOST_SHOWN, anchor, details, note, panels_html, s
 from gsdg.analysis.provenance import methods_in_order, provenance, severity, versions
 from gsdg.analysis.read.frames import Runs, diagnostics
 from gsdg.analysis.read.gsdg_runs import read_environment
-from gsdg.analysis.selection import EXPLAINED
-from gsdg.analysis.statistics import AVERAGE
+from gsdg.analysis.selection import explanation
+from gsdg.analysis.statistics import AVERAGE, format_mean
 from gsdg.analysis.tables import Summary, chosen_runs, comparison, overview, ranking, sheets
 from gsdg.utils.errors import UserError, plural
 
@@ -107,7 +107,7 @@ def page_head(runs: Runs, results: Summary, environments: dict[str, list[dict]],
         "Data sets": few(status["dataset"].unique(), MOST_SHOWN) or "none",
         "Methods": _count_methods(methods_in_order(runs, results)),
         "Trial seeds": few(sorted(status["trial_seed"].unique()), MOST_SHOWN) or "none",
-        "Selection": "; ".join(f"{name}: {EXPLAINED[name]}" for name in selections) or "none",
+        "Selection": "; ".join(f"{name}: {explanation(name, results.metric)}" for name in selections) or "none",
         "Code": versions(environments),
         "Left out": left_out,
         "Made": f"{time.strftime('%Y-%m-%d %H:%M:%S %Z')} on {socket.gethostname()}, "
@@ -221,7 +221,11 @@ def _comparison(results: Summary, baseline: str) -> str:
 def _curves(runs: Runs, results: Summary, dataset: str, algorithm: str, *, opened: bool) -> str:
     cells = results.cells
     rows = cells[(cells["dataset"] == dataset) & (cells["algorithm"] == algorithm) & (cells["target"] == AVERAGE)]
-    means = [f"{row['mean']:.1f} by {row['selection']}" for row in rows.to_dict("records") if pd.notna(row["mean"])]
+    means = [
+        f"{format_mean(row['mean'], results.metric)} by {row['selection']}"
+        for row in rows.to_dict("records")
+        if pd.notna(row["mean"])
+    ]
     average = f"average {', '.join(means)}" if means else "no average, because it lacks a target"
     return details(f"{algorithm}: {average}", panels_html(curves(runs, results, dataset, algorithm)), opened=opened)
 

@@ -1,6 +1,7 @@
 """Selected runs -> the numbers of the tables, why some are missing, and comparisons of methods. Pure functions.
 
-All numbers are in percent. A cell is one data set, method and target; a row is one data set and method.
+All numbers are in percent, those of a metric that is no share as they are. A cell is one data set, method and target;
+a row is one data set and method.
 
 Source: DomainBed's tables: mean +- population standard deviation / sqrt(n); a row's average is the mean of its cells.
 Deviation: DomainBed gives no error of that average. Here it is the standard error over repetitions (trial seed, seed)
@@ -10,7 +11,7 @@ of the repetition's mean over targets, from the repetitions that have all target
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from types import ModuleType
 
 import numpy as np
@@ -18,6 +19,7 @@ import pandas as pd
 
 from gsdg.analysis.read.labels import natural
 from gsdg.analysis.selection import DRAW, REPETITION
+from gsdg.metrics import ACCURACY, Metric
 from gsdg.utils.errors import UserError
 
 ROW = ["dataset", "algorithm"]
@@ -29,7 +31,9 @@ DIFFERENCES = [*CELL, "baseline", "difference", "low", "high", "p", "better", "n
 RANKS = ["algorithm", "rank", "cells"]
 AVERAGE = "average"
 NO_RUN = "no such run"
-NO_ACCURACIES = "done, but the accuracies that this selection needs are not in its records"
+NOT_RECORDED = "done, but without {0} in its records: trainer.metrics=[accuracy,{0}] force=true runs it again with it"
+ACCURACY_ONLY = "done, but without {0} in its records: DomainBed and the SWAD fork record the accuracy only"
+NO_VALUES = "done, but the {} that this selection needs {} not in its records"
 NO_SHARED_STEP = "done, as are the runs that also leave out another domain, but they have no recorded step in common"
 NO_PAIRS = "done, but not all runs that also leave out another domain are"
 ERRORS = {"population": 0, "sample": 1}  # form of the standard deviation -> ddof (delta degrees of freedom)
@@ -55,7 +59,11 @@ def expected_cells(status: pd.DataFrame) -> pd.DataFrame:
 
 
 def table_cells(
-    chosen: pd.DataFrame, expected: pd.DataFrame, selection: str, error: str = "population"
+    chosen: pd.DataFrame,
+    expected: pd.DataFrame,
+    selection: str,
+    error: str = "population",
+    metric: Metric = ACCURACY,
 ) -> pd.DataFrame:
     """The numbers of a table: one row (columns CELLS) for each cell and for each row's average (target "average").
 
@@ -64,13 +72,14 @@ def table_cells(
         expected: the cells of the table, columns CELL.
         selection: the value of the column `selection`.
         error: form of the standard deviation that is divided by sqrt(n): population (DomainBed's) or sample.
+        metric: what `chosen` has values of.
 
-    mean and se are in percent. n is the number of runs, or for an average the number of complete repetitions. A cell
-    without a run has mean NaN, and so has the average of its row. se is NaN if n < 2.
+    mean and se of a share are in percent. n is the number of runs, or for an average the number of complete
+    repetitions. A cell without a run has mean NaN, and so has the average of its row. se is NaN if n < 2.
     """
-    cells = expected.merge(_mean_and_error(chosen, CELL, error), on=CELL, how="left")
+    cells = expected.merge(_mean_and_error(chosen, CELL, error, metric), on=CELL, how="left")
     rows = cells.groupby(ROW, sort=False)["mean"].agg(lambda means: means.mean(skipna=False)).reset_index()
-    errors = _mean_and_error(_complete_repetitions(chosen, expected), ROW, error).drop(columns="mean")
+    errors = _mean_and_error(_complete_repetitions(chosen, expected), ROW, error, metric).drop(columns="mean")
     averages = rows.merge(errors, on=ROW, how="left").assign(target=AVERAGE)
     table = pd.concat([cells, averages], ignore_index=True).assign(selection=selection)
     return table.assign(n=table["n"].fillna(0).astype(int))[CELLS]
@@ -94,22 +103,25 @@ def over_datasets(cells: pd.DataFrame) -> pd.DataFrame:
     return table.assign(n=table["n"].fillna(0).astype(int))[CELLS]
 
 
-def format_mean(mean: float) -> str:
+def format_mean(mean: float, metric: Metric = ACCURACY) -> str:
     """A mean as the tables show it. Best marks and ranks compare this text, so that equal-looking means are equal."""
-    return f"{mean:.1f}"
+    return f"{mean:.{metric.decimals}f}"
 
 
-def paired_differences(chosen: pd.DataFrame, expected: pd.DataFrame, baseline: str | None = None) -> pd.DataFrame:
-    """Each method's accuracy minus the baseline's, in percentage points: one row (DIFFERENCES) per cell and average.
+def paired_differences(
+    chosen: pd.DataFrame, expected: pd.DataFrame, baseline: str | None = None, metric: Metric = ACCURACY
+) -> pd.DataFrame:
+    """Each method's value minus the baseline's, in percentage points: one row (DIFFERENCES) per cell and average.
 
     Args:
         chosen: the selected runs, columns `selection.CHOSEN`; with a column `selection`, selections are kept apart and
             the result begins with that column.
         expected: the cells of the tables, columns CELL.
         baseline: see `find_baselines`.
+        metric: what `chosen` has values of. If it is no share, the differences are not scaled.
 
     For a cell, `difference` is the mean over the n pairs of runs with equal trial seed and seed, low and high are the
-    pairs' `t_interval`, p is their `sign_flip_p`, and `better` counts the pairs above 0.
+    pairs' `t_interval`, p is their `sign_flip_p`, and `better` counts the pairs above 0 (below 0 if lower is better).
 
     For an average, `difference` is the mean over the row's cells, as in the table; there is no average if a cell of
     `expected` has no pair. Its interval, p, better and n are computed over complete repetitions (trial seed, seed), of
@@ -123,20 +135,20 @@ def paired_differences(chosen: pd.DataFrame, expected: pd.DataFrame, baseline: s
     import_scipy_stats()  # fail before the computation if scipy is not installed
     by = [column for column in chosen if column == "selection"]
     baselines = chosen["dataset"].map(find_baselines(expected, baseline))
-    base = chosen.loc[chosen["algorithm"] == baselines, [*by, *PAIR, "algorithm", "accuracy"]]
+    base = chosen.loc[chosen["algorithm"] == baselines, [*by, *PAIR, "algorithm", "value"]]
     others = chosen[chosen["algorithm"] != baselines]
     pairs = others.merge(base.rename(columns={"algorithm": "baseline"}), on=[*by, *PAIR], suffixes=("", "_base"))
-    pairs["accuracy"] -= pairs["accuracy_base"]  # a difference from here on; `_complete_repetitions` needs this name
+    pairs["value"] -= pairs["value_base"]  # a difference from here on; `_complete_repetitions` needs this name
     targets = expected.groupby(ROW)["target"].agg(set).to_dict()
     rows = []
     for key, row in pairs.groupby([*by, *ROW], sort=False):
-        cells = {target: 100 * cell["accuracy"].to_numpy() for target, cell in row.groupby("target", sort=False)}
+        cells = {target: metric.scale * cell["value"].to_numpy() for target, cell in row.groupby("target", sort=False)}
         label = [*key, row["baseline"].iloc[0]]
-        rows += [_difference_row(label, target, values, values.mean()) for target, values in cells.items()]
+        rows += [_difference_row(label, target, values, values.mean(), metric) for target, values in cells.items()]
         if targets[key[-2:]] <= set(cells):
-            repetitions = 100 * _complete_repetitions(row, expected)["accuracy"].to_numpy()
+            repetitions = metric.scale * _complete_repetitions(row, expected)["value"].to_numpy()
             mean_of_cells = np.mean([values.mean() for values in cells.values()])
-            rows.append(_difference_row(label, AVERAGE, repetitions, mean_of_cells))
+            rows.append(_difference_row(label, AVERAGE, repetitions, mean_of_cells, metric))
     return pd.DataFrame(rows, columns=[*by, *DIFFERENCES])
 
 
@@ -212,7 +224,7 @@ def import_scipy_stats() -> ModuleType:
     return stats
 
 
-def average_ranks(cells: pd.DataFrame) -> pd.DataFrame:
+def average_ranks(cells: pd.DataFrame, metric: Metric = ACCURACY) -> pd.DataFrame:
     """The mean rank of each method over the cells that every method has: columns RANKS, the best method first.
 
     Rank 1 is best. Means that are printed the same share the mean of their ranks. The frame is empty if no cell has a
@@ -223,7 +235,8 @@ def average_ranks(cells: pd.DataFrame) -> pd.DataFrame:
     """
     single = cells[(cells["target"] != AVERAGE) & cells["mean"].notna()]
     table = single.pivot(index=["dataset", "target"], columns="algorithm", values="mean").dropna()
-    ranks = table.map(lambda mean: float(format_mean(mean))).rank(axis="columns", ascending=False).mean().dropna()
+    printed = table.map(lambda mean: float(format_mean(mean, metric)))
+    ranks = printed.rank(axis="columns", ascending=metric.lower_is_better).mean().dropna()
     frame = pd.DataFrame({"algorithm": ranks.index, "rank": ranks.to_numpy(), "cells": len(table)})
     return frame.sort_values("rank", kind="stable").reset_index(drop=True)[RANKS]
 
@@ -233,7 +246,14 @@ def draw_counts(draws: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({"draws": draws.groupby(REPETITION).size()}).reset_index()
 
 
-def missing_cells(draws: pd.DataFrame, status: pd.DataFrame, expected: pd.DataFrame, selection: str) -> pd.DataFrame:
+def missing_cells(
+    draws: pd.DataFrame,
+    status: pd.DataFrame,
+    expected: pd.DataFrame,
+    selection: str,
+    metric: Metric = ACCURACY,
+    recorded: Collection[str] = (),
+) -> pd.DataFrame:
     """The runs that are not in the table, and why: one row (columns MISSING) per run.
 
     A run is missing if it is not done, if the selection cannot choose a step of it, or if it does not exist although
@@ -244,6 +264,9 @@ def missing_cells(draws: pd.DataFrame, status: pd.DataFrame, expected: pd.DataFr
         draws: the frame that `selection.every_draw` returns.
         status: `Runs.status`.
         expected: the cells of the table, columns CELL.
+        metric: what the table has values of.
+        recorded: the ids of the runs with a value of the metric in their records. Not needed for the accuracy, which
+            every run records.
 
     The column `reason` is text for one run; `kind` is the same for all runs with a similar reason, to count them: a
     state, NO_PAIRS, NO_RUN, ...
@@ -252,7 +275,7 @@ def missing_cells(draws: pd.DataFrame, status: pd.DataFrame, expected: pd.DataFr
     single = status[status["n_targets"] == 1]
     left_out = single[~single["run_id"].isin(draws["run_id"])]
     pairs = _pairs_by_draw(status) if selection == "leave_one_domain_out" else None
-    reasons = [_missing_reason(run, pairs) for run in left_out.to_dict("records")]
+    reasons = [_missing_reason(run, pairs, metric, recorded) for run in left_out.to_dict("records")]
     kinds, texts = [kind for kind, _ in reasons], [text for _, text in reasons]
     existing = left_out.assign(kind=kinds, reason=texts)
 
@@ -266,16 +289,17 @@ def missing_cells(draws: pd.DataFrame, status: pd.DataFrame, expected: pd.DataFr
     return pd.concat([existing[MISSING], absent[MISSING]], ignore_index=True)
 
 
-def _mean_and_error(values: pd.DataFrame, by: list[str], error: str) -> pd.DataFrame:
-    """Mean, standard error (standard deviation / sqrt(n)) and number of the accuracies: columns by, mean, se, n."""
-    groups = values.groupby(by)["accuracy"]
-    frame = pd.DataFrame({"mean": 100 * groups.mean(), "se": 100 * groups.std(ddof=ERRORS[error]), "n": groups.size()})
+def _mean_and_error(values: pd.DataFrame, by: list[str], error: str, metric: Metric) -> pd.DataFrame:
+    """Mean, standard error (standard deviation / sqrt(n)) and number of the values: columns by, mean, se, n."""
+    groups, scale = values.groupby(by)["value"], metric.scale
+    deviations = groups.std(ddof=ERRORS[error])
+    frame = pd.DataFrame({"mean": scale * groups.mean(), "se": scale * deviations, "n": groups.size()})
     frame["se"] = (frame["se"] / frame["n"] ** 0.5).where(frame["n"] > 1)
     return frame.reset_index()
 
 
-def _difference_row(label: list, target: str, values: np.ndarray, mean: float) -> list:
-    """A row of DIFFERENCES: `mean`, with the width of the `t_interval` of `values` [n]; percentage points.
+def _difference_row(label: list, target: str, values: np.ndarray, mean: float, metric: Metric) -> list:
+    """A row of DIFFERENCES: `mean`, with the width of the `t_interval` of `values` [n].
 
     Args:
         label: [(selection,) dataset, algorithm, baseline].
@@ -283,14 +307,15 @@ def _difference_row(label: list, target: str, values: np.ndarray, mean: float) -
     """
     shift = mean - values.mean() if len(values) else 0.0
     low, high = t_interval(values)
-    better = int((values > NOISE).sum())
+    gains = -values if metric.lower_is_better else values
+    better = int((gains > NOISE).sum())
     *cell, baseline = label
     return [*cell, target, baseline, mean, low + shift, high + shift, sign_flip_p(values), better, len(values)]
 
 
 def _complete_repetitions(chosen: pd.DataFrame, expected: pd.DataFrame) -> pd.DataFrame:
-    """The mean accuracy over targets of each repetition (trial seed, seed) that has all targets of its row."""
-    means = chosen.groupby([*ROW, "trial_seed", "seed"]).agg(accuracy=("accuracy", "mean"), cells=("target", "nunique"))
+    """The mean value over targets of each repetition (trial seed, seed) that has all targets of its row."""
+    means = chosen.groupby([*ROW, "trial_seed", "seed"]).agg(value=("value", "mean"), cells=("target", "nunique"))
     wanted = expected.groupby(ROW).agg(wanted=("target", "nunique")).reset_index()
     joined = means.reset_index().merge(wanted, on=ROW)
     return joined[joined["cells"] == joined["wanted"]]
@@ -309,12 +334,17 @@ def _draw_key(run: dict) -> tuple:
     return tuple(run[column] for column in DRAW if column != "target")
 
 
-def _missing_reason(run: dict, pairs: dict[tuple, dict[frozenset, dict]] | None) -> tuple[str, str]:
+def _missing_reason(
+    run: dict, pairs: dict[tuple, dict[frozenset, dict]] | None, metric: Metric, recorded: Collection[str]
+) -> tuple[str, str]:
     """(kind, reason) why an existing run is not in the table: see `missing_cells`. `pairs`: None if not needed."""
     if run["state"] != "done":
         return run["state"], _describe_state(run)
+    if metric is not ACCURACY and run["run_id"] not in recorded:
+        return NOT_RECORDED.format(metric.name), _describe_unrecorded(run, metric)
     if pairs is None:
-        return NO_ACCURACIES, NO_ACCURACIES
+        no_values = NO_VALUES.format(*(("accuracies", "are") if metric is ACCURACY else (metric.name, "is")))
+        return no_values, no_values
     same_draw = pairs.get(_draw_key(run), {})
     sources = [domain for domain in run["domains"] if domain != run["target"]]
     pair_of = {domain: same_draw.get(frozenset([run["target"], domain])) for domain in sources}
@@ -323,6 +353,13 @@ def _missing_reason(run: dict, pairs: dict[tuple, dict[frozenset, dict]] | None)
     if not gaps:
         return NO_SHARED_STEP, NO_SHARED_STEP
     return NO_PAIRS, f"needs the runs that also leave out {', '.join(gaps)}"
+
+
+def _describe_unrecorded(run: dict, metric: Metric) -> str:
+    """Why a run that is done has no value of the metric, and what records one."""
+    if run["source"] == "gsdg":
+        return NOT_RECORDED.format(metric.name)
+    return ACCURACY_ONLY.format(metric.name)
 
 
 def _describe_state(run: dict) -> str:

@@ -137,12 +137,13 @@ def font_size(setting: Literal["font.size", "xtick.labelsize", "ytick.labelsize"
     return FontProperties(size=matplotlib.rcParams[setting]).get_size_in_points()
 
 
-def write_values(ax: Axes, image: ScalarMappable, values: np.ndarray, starred: np.ndarray) -> None:
+def write_values(ax: Axes, image: ScalarMappable, values: np.ndarray, starred: np.ndarray, decimals: int = 1) -> None:
     """Write each value into its heat map cell, unless the cells are too small for readable text.
 
     Args:
         values: [rows, columns]; cells that are not finite stay empty.
         starred: [rows, columns] of bool; a star is appended to these values.
+        decimals: of the text.
     """
     height, width = (pixels * 72 / ax.figure.dpi for pixels in (ax.bbox.height, 0.8 * ax.bbox.width))
     size = min(font_size("font.size"), width / values.shape[1] / 3.4, 0.75 * height / values.shape[0])
@@ -150,7 +151,7 @@ def write_values(ax: Axes, image: ScalarMappable, values: np.ndarray, starred: n
         return
     for (row, column), value in np.ndenumerate(values):
         if np.isfinite(value):
-            text = f"{value:.1f}" + "*" * bool(starred[row, column])
+            text = f"{value:.{decimals}f}" + "*" * bool(starred[row, column])
             colour = text_colour_on(image.cmap(image.norm(value)))
             ax.text(column, row, text, ha="center", va="center", fontsize=size, color=colour)
 

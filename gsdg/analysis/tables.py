@@ -12,7 +12,7 @@ import pandas as pd
 from gsdg.analysis.caveats import caveats
 from gsdg.analysis.formats import Entry, Sheet, few, text
 from gsdg.analysis.read.frames import Runs, read_runs
-from gsdg.analysis.selection import EXPLAINED, METHODS, choose, every_draw, groups
+from gsdg.analysis.selection import METHODS, choose, every_draw, explanation, groups
 from gsdg.analysis.statistics import (
     AVERAGE,
     CELL,
@@ -27,6 +27,7 @@ from gsdg.analysis.statistics import (
     paired_differences,
     table_cells,
 )
+from gsdg.metrics import ACCURACY, Metric
 from gsdg.utils.errors import UserError, listing, plural
 
 MOST_NAMED = 4  # run ids, or reasons, listed in one line
@@ -50,6 +51,7 @@ class Summary:
         draws: how many hyper-parameter draws each repetition could choose from, see `statistics.draw_counts`.
         error: form of the standard deviation, a key of `statistics.ERRORS`.
         notes: columns dataset, selection, note; see `caveats`.
+        metric: what the numbers are values of.
     """
 
     cells: pd.DataFrame
@@ -58,6 +60,7 @@ class Summary:
     draws: pd.DataFrame
     error: str = "population"
     notes: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["dataset", "selection", "note"]))
+    metric: Metric = ACCURACY
 
 
 def report(
@@ -87,17 +90,18 @@ def summary(runs: Runs, selections: Sequence[str], *, error: str = "population",
     for selection in selections:
         if selection not in METHODS:
             raise UserError(f"unknown selection {selection!r}.\nValid: {listing(METHODS)}")
-    expected, records = expected_cells(runs.status), runs.finished(unfinished=unfinished)
+    expected, records, metric = expected_cells(runs.status), runs.finished(unfinished=unfinished), runs.metric
+    recorded = set(records["run_id"])
     parts: dict[str, list[pd.DataFrame]] = defaultdict(list)
-    draws = {selection: every_draw(records, selection) for selection in selections}
+    draws = {selection: every_draw(records, selection, metric) for selection in selections}
     for selection, rows in draws.items():
-        chosen = choose(rows, selection)
-        missing = missing_cells(rows, runs.status, expected, selection)
-        parts["cells"].append(table_cells(chosen, expected, selection, error))
+        chosen = choose(rows, selection, metric)
+        missing = missing_cells(rows, runs.status, expected, selection, metric, recorded)
+        parts["cells"].append(table_cells(chosen, expected, selection, error, metric))
         for name, frame in {"chosen": chosen, "missing": missing, "draws": draw_counts(rows)}.items():
             parts[name].append(frame.assign(selection=selection))
     frames = {name: pd.concat(frames, ignore_index=True) for name, frames in parts.items()}
-    return Summary(**frames, error=error, notes=caveats(runs, draws))
+    return Summary(**frames, error=error, notes=caveats(runs, draws), metric=metric)
 
 
 def sheets(results: Summary, published: pd.DataFrame | None = None) -> list[Sheet]:
@@ -135,17 +139,23 @@ def differences(results: Summary, baseline: str | None) -> pd.DataFrame:
     if results.cells.empty:
         return pd.DataFrame(columns=["selection", *DIFFERENCES])
     expected = results.cells.loc[results.cells["target"] != AVERAGE, CELL].drop_duplicates()
-    return paired_differences(results.chosen, expected, baseline)
+    return paired_differences(results.chosen, expected, baseline, results.metric)
 
 
 def _comparison(results: Summary, compared: pd.DataFrame, selection: str, dataset: str) -> Sheet:
     targets = [*_targets_in_order(results.cells[results.cells["dataset"] == dataset]["target"]), AVERAGE]
     rows = [
-        [Entry(name), *(Entry(_format_difference(row, target)) for target in targets), Entry(_format_p(row))]
+        [
+            Entry(name),
+            *(Entry(_format_difference(row, target, results.metric)) for target in targets),
+            Entry(_format_p(row)),
+        ]
         for (name,), row in groups(compared, "algorithm")
     ]
+    metric = results.metric
+    unit = "percentage points" if metric.percent else f"{metric.name}, lower is better"
     below = [
-        "percentage points, mean of the n pairs of equal target and seeds; [95 % interval, Student's t]; better in k/n",
+        f"{unit}, mean of the n pairs of equal target and seeds; [95 % interval, Student's t]; better in k/n",
         "average: the mean of the cells; interval, k/n and p over the n repetitions (seeds) that have every target",
         "p: permutation test on the signs of n differences, two-sided, never below 2^(1-n); n = 1: no interval, no p",
         *_unpaired_results(results, compared, selection, dataset),
@@ -174,7 +184,7 @@ def ranking(results: Summary) -> list[Sheet]:
     """The methods by average rank, one table per selection; none for a selection without a cell of every method."""
     tables = []
     for (selection,), cells in groups(results.cells, "selection"):
-        ranks = average_ranks(cells)
+        ranks = average_ranks(cells, results.metric)
         if ranks.empty:
             continue
         rows = [[Entry(row["algorithm"]), Entry(f"{row['rank']:.2f}")] for row in ranks.to_dict("records")]
@@ -189,9 +199,10 @@ def ranking(results: Summary) -> list[Sheet]:
 def chosen_runs(results: Summary, runs: Runs) -> list[Sheet]:
     """The run and step behind each number, one table per data set and selection; with a search also the draw."""
     rows = results.chosen.merge(results.draws).merge(runs.status[["run_id", "drawn"]], on="run_id")
-    rows = rows.assign(percent=[f"{100 * value:.2f}" for value in rows["accuracy"]])
-    headers = {name: name.replace("_", " ") for name in ("algorithm", "target", "trial_seed", "seed")}
-    headers |= {"percent": "accuracy, %", "run_id": "run", "step": "step"}
+    metric = results.metric
+    rows = rows.assign(shown=[f"{metric.scale * value:.{metric.decimals + 1}f}" for value in rows["value"]])
+    headers: dict[str, str] = {name: name.replace("_", " ") for name in ("algorithm", "target", "trial_seed", "seed")}
+    headers |= {"shown": metric.label, "run_id": "run", "step": "step"}
     draw_headers = {"hparams_seed": "draw", "draws": "of", "drawn": "values"}
     tables = []
     for (dataset, selection), table in groups(rows, "dataset", "selection"):
@@ -284,11 +295,13 @@ def _published_cells(published: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFra
 def _sheet(cells: pd.DataFrame, results: Summary, dataset: str, selection: str) -> Sheet:
     """The table of one data set, or of "all", and selection. It has a column `seeds` only if the rows differ in it."""
     seeds, targets = _seed_counts(cells), [*_targets_in_order(cells["target"]), AVERAGE]
-    marks = _best_and_second(cells)
+    marks = _best_and_second(cells, results.metric)
     rows = []
     for (algorithm,), row in groups(cells, "algorithm"):
         entries = {
-            cell["target"]: Entry(_format_cell(cell, seeds[algorithm]), marks.get((algorithm, cell["target"]), ""))
+            cell["target"]: Entry(
+                _format_cell(cell, seeds[algorithm], results.metric), marks.get((algorithm, cell["target"]), "")
+            )
             for cell in row.to_dict("records")
         }
         rows.append([Entry(algorithm), *(entries.get(target, Entry("")) for target in targets)])
@@ -300,7 +313,7 @@ def _sheet(cells: pd.DataFrame, results: Summary, dataset: str, selection: str) 
     return Sheet(f"{dataset}, {selection}", header, table, below)
 
 
-def _format_cell(cell: dict, seeds: int) -> str:
+def _format_cell(cell: dict, seeds: int, metric: Metric) -> str:
     """`93.1 ± 0.4`; without error for a single run; with `(2)` if the cell has fewer seeds than its row.
 
     Args:
@@ -308,16 +321,17 @@ def _format_cell(cell: dict, seeds: int) -> str:
     """
     if pd.isna(cell["mean"]):
         return "-"
-    number = format_mean(cell["mean"]) + ("" if pd.isna(cell["se"]) else f" ± {cell['se']:.1f}")
+    number = format_mean(cell["mean"], metric)
+    number += "" if pd.isna(cell["se"]) else f" ± {format_mean(cell['se'], metric)}"
     return number if cell["n"] == seeds else f"{number} ({cell['n']})"
 
 
-def _best_and_second(cells: pd.DataFrame) -> dict[tuple[str, str], str]:
+def _best_and_second(cells: pd.DataFrame, metric: Metric) -> dict[tuple[str, str], str]:
     """{(algorithm, target): "best" or "second"} by the printed mean; equal means share a mark; one row has no mark."""
     marks = {}
     for (target,), column in groups(cells[cells["mean"].notna()], "target"):
-        means = {row["algorithm"]: format_mean(row["mean"]) for row in column.to_dict("records")}
-        ordered = sorted(set(means.values()), key=float, reverse=True)
+        means = {row["algorithm"]: format_mean(row["mean"], metric) for row in column.to_dict("records")}
+        ordered = sorted(set(means.values()), key=float, reverse=not metric.lower_is_better)
         mark_of = dict(zip(ordered, ["best", "second"], strict=False)) if len(means) > 1 else {}
         marks |= {(algorithm, target): mark_of[mean] for algorithm, mean in means.items() if mean in mark_of}
     return marks
@@ -329,13 +343,19 @@ def _seed_counts(cells: pd.DataFrame) -> dict[str, int]:
 
 
 def _legend(cells: pd.DataFrame, results: Summary, dataset: str, selection: str) -> list[str]:
-    """The lines below a table that explain its numbers: selection, accuracy, error, number of seeds."""
+    """The lines below a table that explain its numbers: selection, metric, error, number of seeds."""
     seeds = {n for name, n in _seed_counts(cells).items() if not name.endswith(TAG)}
     error = ERROR_NAMES[results.error] if max(seeds, default=0) > 1 else "no ± for a single seed"
     number = f"; seeds: {seeds.pop()}" if len(seeds) == 1 else ""
-    lines = [f"selection: {EXPLAINED[selection]}{_draw_selection(results.draws, dataset, selection)}"]
-    what = "mean over targets of the accuracy" if dataset == "all" else "accuracy"
-    lines.append(f"{what} on the target's in split, %; {error}{number}")
+    metric = results.metric
+    of_draws = _draw_selection(results.draws, dataset, selection, metric)
+    lines = [f"selection: {explanation(selection, metric)}{of_draws}"]
+    what = f"mean over targets of the {metric.name}" if dataset == "all" else metric.name
+    unit = ", %" if metric.percent else ""
+    lines.append(f"{what} on the target's in split{unit}; {error}{number}")
+    if metric is not ACCURACY:
+        direction = "lower" if metric.lower_is_better else "higher"
+        lines.append(f"{metric.name}: {metric.explained}; {direction} is better, and selections choose by it too")
     counted = cells[(cells["n"] > 0) & ~cells["algorithm"].str.endswith(TAG)]
     if counted.groupby("algorithm")["n"].nunique().max() > 1:
         lines.append("(n): fewer seeds than the rest of the row; of an average, those that have every target")
@@ -346,7 +366,7 @@ def _legend(cells: pd.DataFrame, results: Summary, dataset: str, selection: str)
     return lines
 
 
-def _draw_selection(draws: pd.DataFrame, dataset: str, selection: str) -> str:
+def _draw_selection(draws: pd.DataFrame, dataset: str, selection: str, metric: Metric) -> str:
     """How the hyper-parameter draw was selected, as the end of a sentence; "" if there was one draw only."""
     of_table = draws[draws["selection"] == selection]
     counts = of_table.loc[(of_table["dataset"] == dataset) | (dataset == "all"), "draws"]
@@ -355,18 +375,19 @@ def _draw_selection(draws: pd.DataFrame, dataset: str, selection: str) -> str:
     if selection == "last":
         return "; of several hyper-parameter draws the lowest (0: the defaults)"
     number = f"{counts.max()}" if counts.min() == counts.max() else f"{counts.min()} to {counts.max()}"
-    return f"; then the best of {number} hyper-parameter draws, by the same accuracy"
+    return f"; then the best of {number} hyper-parameter draws, by the same {metric.name}"
 
 
 def _targets_in_order(targets: Iterable[str]) -> list[str]:
     return [target for target in dict.fromkeys(targets) if target != AVERAGE]
 
 
-def _format_difference(rows: pd.DataFrame, target: str) -> str:
+def _format_difference(rows: pd.DataFrame, target: str, metric: Metric) -> str:
     """`+1.2 [+0.3, +2.1] 3/3`; without interval for a single pair."""
     for row in rows[rows["target"] == target].to_dict("records"):
-        interval = "" if pd.isna(row["low"]) else f" [{row['low']:+.1f}, {row['high']:+.1f}]"
-        return f"{row['difference']:+.1f}{interval} {row['better']}/{row['n']}"
+        difference, low, high = (f"{row[name]:+.{metric.decimals}f}" for name in ("difference", "low", "high"))
+        interval = "" if pd.isna(row["low"]) else f" [{low}, {high}]"
+        return f"{difference}{interval} {row['better']}/{row['n']}"
     return "-"
 
 

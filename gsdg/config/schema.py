@@ -274,7 +274,7 @@ def _name(hint: object) -> str:
     if typing.get_origin(hint) in (Union, types.UnionType):
         return " or ".join(_name(option) for option in options)
     if typing.get_origin(hint) in (list, tuple, Sequence):
-        return f"list of {_name(options[0])}"
+        return "a list, such as [a, b]"
     return "null" if hint in (None, type(None)) else str(getattr(hint, "__name__", hint))
 
 

@@ -88,11 +88,17 @@ class RunFolder:
     # ---- records and other files ------------------------------------------------------------------------------
 
     def append_record(self, record: dict) -> None:
-        """Append {step, accuracy: {domain: {part: fraction}}, metrics: {name: mean since the last record}, seconds}."""
+        """Append {step, accuracy: {domain: {part: fraction}}, metrics: {name: mean since the last record}, seconds}.
+
+        With further metrics in trainer.metrics also scores: {metric: {domain: {part: value}}}.
+        """
         self.append("records.jsonl", record)
 
     def append_averaged(self, record: dict) -> None:
-        """Append {step, accuracy, averaging: its name, start, end: steps of the first and last weights, n, seconds}."""
+        """Append {step, accuracy, averaging: its name, start, end: steps of the first and last weights, n, seconds}.
+
+        With further metrics also scores, as in `append_record`.
+        """
         self.append("averaged.jsonl", record)
 
     def append_diagnosis(self, diagnosis: dict) -> None:

@@ -151,6 +151,16 @@ def note_search(folder: RunFolder, config: dict, *, locked: bool = False) -> Non
             folder.write("config.json", {**noted, "search": config["search"]})
 
 
+# ---- metrics --------------------------------------------------------------------------------------------------------
+
+
+def unrecorded_metrics(folder: RunFolder, metrics: Sequence[str]) -> list[str]:
+    """Those of `metrics` (trainer.metrics) that a record of the run lacks: it was made, or begun, with fewer."""
+    wanted = [name for name in metrics if name != "accuracy"]
+    records = folder.records() if wanted else []
+    return [name for name in wanted if any(name not in record.get("scores", {}) for record in records)]
+
+
 # ---- code -----------------------------------------------------------------------------------------------------------
 
 

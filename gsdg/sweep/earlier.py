@@ -11,18 +11,18 @@ from pathlib import Path
 
 from gsdg.runs.folder import RunFolder
 from gsdg.runs.provenance import described_code
-from gsdg.runs.reuse import differences, note_search, other_code
+from gsdg.runs.reuse import differences, note_search, other_code, unrecorded_metrics
 from gsdg.runs.user_code import own_modules
 from gsdg.sweep.folder import FrozenRun
 from gsdg.sweep.run_states import TO_SUBMIT, RunState
-from gsdg.utils.errors import UserError, plural
+from gsdg.utils.errors import UserError, listing, plural
 from gsdg.utils.json_files import read_json
 
 
 def runs_to_submit(
     runs: Sequence[FrozenRun], states: Sequence[RunState], resubmit: str, runs_dir: Path, code: dict
 ) -> list[RunState]:
-    """Those of `states` whose runs are to be submitted; prints a note about runs that are done with other code.
+    """Those of `states` whose runs are to be submitted; prints notes about runs done with other code or fewer metrics.
 
     Args:
         states: the states of `runs`, in the same order.
@@ -42,6 +42,7 @@ def runs_to_submit(
             if "search" in run.config:
                 note_search(RunFolder(runs_dir / run.run_id), run.config)
         rerun = _runs_to_rerun(done, runs_dir, code)
+        _note_unrecorded_metrics(done, runs_dir)
     return [state for state in states if state.state in TO_SUBMIT[resubmit] or state.run_id in rerun]
 
 
@@ -67,6 +68,17 @@ def _runs_to_rerun(done: Sequence[FrozenRun], runs_dir: Path, code: dict) -> set
             "on_code_change=rerun submits them again"
         )
     return set(run_ids["rerun"])
+
+
+def _note_unrecorded_metrics(done: Sequence[FrozenRun], runs_dir: Path) -> None:
+    """Print a note about the runs that are done and whose records lack a metric of trainer.metrics."""
+    metrics = {run.run_id: run.config["trainer"].get("metrics", ()) for run in done}
+    lacking = [unrecorded_metrics(RunFolder(runs_dir / run_id), names) for run_id, names in metrics.items()]
+    if names := list(dict.fromkeys(name for of_run in lacking for name in of_run)):
+        print(
+            f"note: {plural(sum(map(bool, lacking)), 'run')} of those that are done have not recorded {listing(names)} "
+            "(trainer.metrics); resubmit=all starts every run from scratch"
+        )
 
 
 def check_inputs(runs: Sequence[FrozenRun], runs_dir: Path) -> None:

@@ -28,6 +28,13 @@ def listing(names: Iterable[object]) -> str:
     return ", ".join(str(name) for name in names) or "(none)"
 
 
+def not_installed(what: str, library: str, extra: str) -> UserError:
+    """The error that `what` needs a library which is not installed. extra: the extra in setup.cfg that has it."""
+    return UserError(
+        f"{what} needs {library}: pip install 'gsdg[{extra}]' (in a checkout: pip install -e '.[{extra}]')"
+    )
+
+
 def plural(count: int, noun: str) -> str:
     """`1 run`, `2 runs`."""
     return f"{count} {noun}{'s' if count != 1 else ''}"

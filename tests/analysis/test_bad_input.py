@@ -110,7 +110,7 @@ def test_a_record_that_is_being_written_is_never_half_a_result(tmp_path):
         over = writer.poll() is not None
         runs = read_runs(tmp_path)
         inside = runs.records[runs.records["part"] == "in"]
-        assert (inside["accuracy"] == inside["step"] / 1000).all()
+        assert (inside["value"] == inside["step"] / 1000).all()
         assert inside["step"].tolist() == list(range(len(inside)))
         assert len(inside) >= seen
         seen = len(inside)

@@ -43,7 +43,7 @@ def test_every_accuracy_becomes_one_row_with_the_identity_of_its_run(tmp_path):
     write_run(tmp_path, "r2", config(target="b"))
     write_run(tmp_path, "r3", config(target="a"), {5: {"a": {"in": 0.3}}})
     records = read_runs(tmp_path).records
-    assert rows(records, "run_id", "target", "step", "domain", "part", "accuracy") == [
+    assert rows(records, "run_id", "target", "step", "domain", "part", "value") == [
         ["r1", "c", 0, "a", "out", 0.1],
         ["r1", "c", 0, "c", "in", 0.5],
         ["r1", "c", 0, "c", "out", 0.25],
@@ -68,7 +68,7 @@ def test_an_unreadable_line_costs_only_itself_and_of_two_lines_for_a_step_the_la
     with records.open("a") as file:
         file.write('{"step": 5, "accuracy": {"c": {"in": 0.3}}}\n{"step": 9, "accuracy": {"c": {"in": 0.')
     runs = read_runs(tmp_path)
-    assert rows(runs.records, "step", "accuracy") == [[5, 0.3], [9, 0.9]]
+    assert rows(runs.records, "step", "value") == [[5, 0.3], [9, 0.9]]
     repeated = "records that repeat a step (a relaunched job): 1; the last of each counts"
     assert sorted(runs.problems) == [("r", "a truncated last record is left out"), ("r", repeated)]
 
@@ -422,7 +422,7 @@ def test_averaged_weights_are_a_run_and_a_method_of_their_own(tmp_path):
         ["r:swad", "erm+swad", *shared],
     ]
     averages = runs.records[runs.records["run_id"] == "r:swad"]
-    assert rows(averages, "step", "domain", "part", "accuracy") == [[9, "a", "out", 0.5], [9, "c", "in", 0.75]]
+    assert rows(averages, "step", "domain", "part", "value") == [[9, "a", "out", 0.5], [9, "c", "in", 0.75]]
     assert set(runs.records.loc[runs.records["run_id"] == "r", "step"]) == {0, 9}
     assert runs.problems == ()
 
@@ -471,6 +471,6 @@ def test_every_selection_takes_the_one_row_of_an_average(tmp_path):
     finished = read_runs(tmp_path).finished()
     for name, method in METHODS.items():
         chosen = method(finished)
-        (row,) = rows(chosen[chosen["algorithm"] == "erm+swad"], "run_id", "step", "accuracy", "validation")
+        (row,) = rows(chosen[chosen["algorithm"] == "erm+swad"], "run_id", "step", "value", "validation")
         validation = 0.5 if name != "last" else pytest.approx(float("nan"), nan_ok=True)
         assert row == ["c:swad", 9, 0.5, validation], name

@@ -62,7 +62,7 @@ def test_a_domainbed_record_becomes_named_rows(tmp_path):
     domainbed(tmp_path, [3], {300: FLAT[0]}, trial=2, draw=1)
     runs = read_runs(tmp_path)
     values = iter(FLAT[0])
-    assert rows(runs.records, "step", "domain", "is_target", "part", "accuracy") == [
+    assert rows(runs.records, "step", "domain", "is_target", "part", "value") == [
         [300, domain, domain == "sketch", part, next(values)] for domain in PACS for part in ("in", "out")
     ]
     columns = ["source", "dataset", "algorithm", "model", "target", "n_targets", "trial_seed", "seed", "hparams_seed"]
@@ -91,7 +91,7 @@ def test_a_relaunched_jobs_records_count_once_the_last_of_each(tmp_path):
     args = json.loads((folder / "results.jsonl").read_text().splitlines()[0])["args"]
     write_results(folder, args, {0: (0.1,) * 8, 300: (0.2,) * 8}, "_acc", hparams={})
     runs = read_runs(tmp_path)
-    assert runs.records.groupby("step")["accuracy"].unique().map(list).to_dict() == {0: [0.1], 300: [0.2]}
+    assert runs.records.groupby("step")["value"].unique().map(list).to_dict() == {0: [0.1], 300: [0.2]}
     assert runs.problems == (
         (folder.name, "records that repeat a step (a relaunched job): 2; the last of each counts"),
     )
@@ -106,7 +106,7 @@ def test_accuracies_that_only_the_first_or_the_last_record_has_are_read(tmp_path
         write_lines(results, changed)
         records = read_runs(tmp_path).records
         uda = records[records["part"] == "uda"]
-        assert rows(uda, "step", "domain", "accuracy") == [[step, "art_painting", 0.75]]
+        assert rows(uda, "step", "domain", "value") == [[step, "art_painting", 0.75]]
 
 
 def test_records_of_one_file_that_differ_in_one_argument_are_two_runs(tmp_path):
@@ -370,7 +370,7 @@ def test_domainbeds_selections_on_a_small_sweep(tmp_path):
         (oracle, ["+90%", 1, 300, 0.22]),  # last steps' env0 out: draw 0 0.30, draw 1 0.40
         (leave_one_domain_out, ["+90%", 1, 300, 0.22]),  # (0.7 + 0.5) / 2 at 0; (0.7 + 0.6) / 2 at 300
     ):
-        assert rows(selection(records), "target", "hparams_seed", "step", "accuracy") == [row]
+        assert rows(selection(records), "target", "hparams_seed", "step", "value") == [row]
 
 
 def test_an_incomplete_pair_is_named_in_the_report(tmp_path):

@@ -40,7 +40,7 @@ def ax():
 
 def records(*rows, target="b") -> pd.DataFrame:
     """Rows (run_id, step, domain, accuracy[, part]) of one method's runs."""
-    columns = ["run_id", "step", "domain", "accuracy", "part"]
+    columns = ["run_id", "step", "domain", "value", "part"]
     frame = pd.DataFrame([row if len(row) == 5 else (*row, "out") for row in rows], columns=columns)
     frame["is_target"] = frame["domain"] == target
     return frame.assign(dataset="toy", algorithm="erm", target=target, trial_seed=0, seed=0, n_targets=1)
@@ -48,7 +48,7 @@ def records(*rows, target="b") -> pd.DataFrame:
 
 def chosen(*rows, columns=("alpha", "n_parts")) -> pd.DataFrame:
     """Rows (*settings, target, trial_seed, accuracy)."""
-    frame = pd.DataFrame(rows, columns=[*columns, "target", "trial_seed", "accuracy"])
+    frame = pd.DataFrame(rows, columns=[*columns, "target", "trial_seed", "value"])
     return frame.assign(dataset="toy", seed=0, run_id=[f"r{i}" for i in range(len(frame))])
 
 
@@ -138,7 +138,7 @@ def test_domains_keep_their_order_and_the_target_is_named_and_heavier(ax):
 def test_selected_steps_lie_on_the_targets_accuracy_of_that_run_and_part(ax):
     rows = [("r", 0, "b", 0.1, "in"), ("r", 5, "b", 0.3, "in"), ("s", 5, "b", 0.4, "in"), ("r", 5, "a", 0.8)]
     rows += [("r", 5, "b", 0.9)]
-    picked = {"oracle": pd.DataFrame({"run_id": ["r", "s", "other"], "step": [5, 5, 5], "accuracy": [0.9, 0.9, 0.9]})}
+    picked = {"oracle": pd.DataFrame({"run_id": ["r", "s", "other"], "step": [5, 5, 5], "value": [0.9, 0.9, 0.9]})}
     picked["last"] = pd.DataFrame({"run_id": ["r"], "step": [0]})
     picked["none of these runs"] = pd.DataFrame({"run_id": ["other"], "step": [0]})
     plots.accuracy_by_step(records(*rows), ax, {**picked, "nothing": pd.DataFrame()})
@@ -417,7 +417,7 @@ UNFINISHED = [("pcgrad", "model", "a", 0, 0.5), ("pcgrad", "model", "b", 1, 0.5)
 
 def test_a_frame_with_nothing_to_show_gives_axes_that_show_a_message(ax):
     unset = chosen((None, None, "a", 0, 0.5)).assign(rule=None, level=None, part=None, algorithm=None)
-    frames = (None, pd.DataFrame(), chosen()[:0], chosen((0, 5, "a", 0, 0.5))[["dataset", "accuracy"]], unset)
+    frames = (None, pd.DataFrame(), chosen()[:0], chosen((0, 5, "a", 0, 0.5))[["dataset", "value"]], unset)
     functions = (plots.accuracy_by_step, plots.alpha_n_parts, plots.granularity, plots.by_progress, plots.conflict_map)
     for function in (*functions, partial(plots.paired, x="erm", y="pcgrad")):
         for frame in frames:
@@ -495,7 +495,7 @@ import sys, matplotlib, pandas
 before = matplotlib.rcParams.copy()
 from gsdg.analysis import plots, style
 fig, axes = style.figure()
-frame = pandas.DataFrame({"alpha": [0, 1], "n_parts": [5, 5], "accuracy": [0.5, 0.6]})
+frame = pandas.DataFrame({"alpha": [0, 1], "n_parts": [5, 5], "value": [0.5, 0.6]})
 plots.alpha_n_parts(frame, axes[0, 0])
 assert matplotlib.rcParams.copy() == before
 assert not {"matplotlib.pyplot", "torch"} & set(sys.modules)

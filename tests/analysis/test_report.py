@@ -17,6 +17,7 @@ from gsdg.analysis.__main__ import main
 from gsdg.analysis.read.frames import read_runs
 from gsdg.analysis.report import write_page
 from gsdg.analysis.tables import summary
+from gsdg.metrics import ACCURACY
 
 HOSTILE = "<script>alert('a & b')</script>\"><img src=x onerror=alert(1)> $\\frac{$ \x1b[31m"
 ENVIRONMENT = {
@@ -505,7 +506,7 @@ def test_pairs_are_the_two_methods_where_both_have_results(runs):
     assert titles(panels) == ["toy, oracle: b against a", "toy, last: b against a"]
     for rows in rows_drawn(panels).values():
         assert values(rows, "algorithm", "target") == [["a", "photo"], ["b", "photo"]]
-    assert panels.panels[0][1].keywords == {"x": "a", "y": "b"}
+    assert panels.panels[0][1].keywords == {"x": "a", "y": "b", "metric": ACCURACY}
     assert "have no finished runs of the same" in figures.paired(results, "a", "nobody").why
 
 

@@ -22,6 +22,7 @@ from gsdg.analysis.selection import (
     oracle_best,
     training_domain,
 )
+from gsdg.metrics import METRICS
 
 # step: (a out, b out, target in, target out); a and b are the sources, c the target
 CURVE = {
@@ -44,7 +45,7 @@ def frame(curve: dict, *, run_id="r", target="c", trial_seed=0, seed=0, draw=0, 
         if (step, domain, part) not in without
     ]
     columns = {column: [row[number] for row in rows] for number, column in enumerate(RECORDS)}
-    return pd.DataFrame(columns).astype({"is_target": bool, "accuracy": float, "step": int, "n_targets": int})
+    return pd.DataFrame(columns).astype({"is_target": bool, "value": float, "step": int, "n_targets": int})
 
 
 def values(chosen: pd.DataFrame, *columns: str) -> list[list]:
@@ -61,14 +62,14 @@ def test_a_method_picks_its_step_the_first_of_equal_ones_and_reports_the_targets
     for order in (CURVE, reversed(CURVE)):
         chosen = method(frame({recorded: CURVE[recorded] for recorded in order}))
         assert list(chosen.columns) == CHOSEN
-        assert values(chosen, "run_id", "step", "accuracy") == [["r", step, accuracy]]
+        assert values(chosen, "run_id", "step", "value") == [["r", step, accuracy]]
         assert chosen["validation"].tolist() == pytest.approx([validation], nan_ok=True)
 
 
 def test_neither_the_targets_accuracy_nor_a_sources_in_accuracy_steers_training_domain_selection():
     records = frame({0: (0.5, 0.5, 0.1, 0.1), 5: (0.4, 0.4, 0.9, 1.0)})
     assert training_domain(records)["step"].tolist() == [0]
-    inside = records[records["domain"] == "a"].assign(part="in", accuracy=[0.0, 1.0])
+    inside = records[records["domain"] == "a"].assign(part="in", value=[0.0, 1.0])
     assert training_domain(pd.concat([records, inside]))["step"].tolist() == [0]
 
 
@@ -79,7 +80,7 @@ def test_a_step_that_lacks_a_source_is_not_compared_with_complete_ones():
 def test_each_run_has_its_own_choice_and_every_seed_is_a_run():
     other = {0: (0.9, 0.9, 0.7, 0.7), 3: (0.1, 0.1, 0.8, 0.8)}
     records = pd.concat([frame(CURVE), frame(other, run_id="s", seed=1), frame(other, run_id="t", trial_seed=1)])
-    chosen = values(training_domain(records), "trial_seed", "seed", "run_id", "step", "accuracy")
+    chosen = values(training_domain(records), "trial_seed", "seed", "run_id", "step", "value")
     assert chosen == [[0, 0, "r", 5, 0.2], [0, 1, "s", 0, 0.7], [1, 0, "t", 0, 0.7]]
     assert last(records)["step"].tolist() == [10, 3, 3]
 
@@ -117,10 +118,10 @@ def drawn(draw: int, source: float, target_in: float, target_out: float, trial_s
 def test_of_several_draws_the_one_with_the_best_validation_is_reported_and_without_selection_the_lowest():
     draws = pd.concat([drawn(3, 0.6, 0.33, 0.8), drawn(1, 0.5, 0.11, 0.9), drawn(2, 0.8, 0.22, 0.7)])
     for method, draw, accuracy in ((training_domain, 2, 0.22), (oracle, 1, 0.11), (last, 1, 0.11)):
-        assert values(method(draws), "hparams_seed", "accuracy") == [[draw, accuracy]]
+        assert values(method(draws), "hparams_seed", "value") == [[draw, accuracy]]
     assert len(every_draw(draws, "training_domain")) == 3
     equal = pd.concat([drawn(draw, 0.9, draw / 10, 0.9) for draw in (3, 1, 2)])
-    assert values(last(equal), "hparams_seed", "accuracy") == [[1, 0.1]]
+    assert values(last(equal), "hparams_seed", "value") == [[1, 0.1]]
 
 
 def test_of_equal_draws_the_one_with_the_highest_number_is_reported_in_whatever_order_they_come():
@@ -135,7 +136,7 @@ def test_of_equal_draws_the_one_with_the_highest_number_is_reported_in_whatever_
 def test_each_trial_chooses_its_own_draw():
     runs = [(0, 0, 0.9), (0, 1, 0.2), (1, 0, 0.3), (1, 1, 0.4)]
     chosen = training_domain(pd.concat([drawn(draw, value, value / 2, value, trial) for trial, draw, value in runs]))
-    assert values(chosen, "trial_seed", "hparams_seed", "accuracy") == [[0, 0, 0.45], [1, 1, 0.2]]
+    assert values(chosen, "trial_seed", "hparams_seed", "value") == [[0, 0, 0.45], [1, 1, 0.2]]
 
 
 # ---- leave one domain out -------------------------------------------------------------------------------------------
@@ -156,7 +157,7 @@ def test_leave_one_domain_out_takes_the_left_out_sources_accuracy_in_the_pair_ru
         b_c={0: (0, 0.4, 0.9), 5: (0, 0.3, 0.9), 9: (0, 0.6, 0.9)},
     )
     chosen = leave_one_domain_out(records)
-    assert values(chosen, "target", "run_id", "step", "accuracy") == [["c", "c", 5, 0.20]]
+    assert values(chosen, "target", "run_id", "step", "value") == [["c", "c", 5, 0.20]]
     assert chosen["validation"].tolist() == pytest.approx([(0.8 + 0.3) / 2])
 
 
@@ -166,7 +167,7 @@ def test_a_pair_run_serves_both_of_its_targets():
     chosen = leave_one_domain_out(records).set_index("target")
     validation = {"a": (0.6 + 0.8) / 2, "b": (0.5 + 1.0) / 2, "c": (0.7 + 0.9) / 2}
     assert chosen["validation"].to_dict() == pytest.approx(validation)
-    assert chosen["accuracy"].to_dict() == {"a": 0.1, "b": 0.2, "c": 0.3}
+    assert chosen["value"].to_dict() == {"a": 0.1, "b": 0.2, "c": 0.3}
 
 
 def test_without_one_of_its_pairs_a_target_has_no_cell():
@@ -181,7 +182,7 @@ def test_only_steps_that_all_the_runs_recorded_count_and_of_equal_ones_the_first
         a_c={0: (0.5, 0, 0), 5: (0.6, 0, 0), 9: (0.9, 0, 0)},
         b_c={0: (0, 0.5, 0), 5: (0, 0.6, 0)},
     )
-    assert values(leave_one_domain_out(stopped_early), "step", "accuracy") == [[5, 0.2]]
+    assert values(leave_one_domain_out(stopped_early), "step", "value") == [[5, 0.2]]
     equal = sweep(
         c={0: (0, 0, 0.1), 5: (0, 0, 0.2)},
         a_c={0: (0.25, 0, 0), 5: (0.75, 0, 0)},
@@ -195,3 +196,36 @@ def test_pairs_of_another_draw_or_repetition_are_not_this_ones():
     for changes, cells in (({"draw": 1}, 0), ({"trial_seed": 1}, 0), ({"seed": 1}, 0), ({}, 1)):
         pairs = [frame(curve, target=f"{source}+c", run_id=source, places=IN, **changes) for source in "ab"]
         assert len(leave_one_domain_out(pd.concat([frame(curve, places=IN), *pairs]))) == cells, changes
+
+
+# ---- metrics of which lower is better --------------------------------------------------------------------------------
+
+NLL = METRICS["nll"]
+
+
+def test_by_a_metric_of_which_lower_is_better_the_first_of_the_lowest_is_chosen():
+    """CURVE's sources have the means 0.3, 0.7, 0.7, 0.5, its target's out 0.5, 0.8, 0.8, 0.6."""
+    curve = CURVE | {3: (0.4, 0.2, 0.25, 0.5)}  # as low as step 0
+    for order in (curve, reversed(curve)):
+        records = frame({step: curve[step] for step in order})
+        assert values(training_domain(records, NLL), "step", "value", "validation") == [[0, 0.1, pytest.approx(0.3)]]
+        assert values(oracle_best(records, NLL), "step", "value", "validation") == [[0, 0.1, 0.5]]
+        assert values(oracle(records, NLL), "step", "validation") == [[10, 0.6]]
+        assert values(last(records, NLL), "step") == [[10]]
+    assert training_domain(frame(CURVE), METRICS["balanced_accuracy"])["step"].tolist() == [5]
+
+
+def test_by_such_a_metric_the_draw_with_the_lowest_validation_is_reported_the_last_of_equal_ones():
+    draws = pd.concat([drawn(3, 0.6, 0.33, 0.8), drawn(1, 0.5, 0.11, 0.9), drawn(2, 0.8, 0.22, 0.7)])
+    for method, draw in ((training_domain, 1), (oracle, 2), (last, 1)):
+        assert values(method(draws, NLL), "hparams_seed") == [[draw]]
+    for order in ((2, 0, 10), (10, 2, 0), (0, 10, 2)):
+        equal = pd.concat([drawn(draw, 0.5, draw / 100, 0.5) for draw in order])
+        assert training_domain(equal, NLL)["hparams_seed"].tolist() == [10]
+
+
+def test_leave_one_domain_out_takes_the_step_with_the_lowest_mean_loss_on_the_left_out_sources():
+    curves = {"c_a": {0: (0.1, 0, 0), 5: (0.9, 0, 0)}, "c_b": {0: (0, 0.2, 0), 5: (0, 0.8, 0)}}
+    records = sweep(c={0: (0, 0, 0.3), 5: (0, 0, 0.4)}, **curves)
+    assert values(leave_one_domain_out(records), "step") == [[5]]
+    assert values(leave_one_domain_out(records, NLL), "step", "validation") == [[0, pytest.approx(0.15)]]

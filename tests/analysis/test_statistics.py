@@ -23,13 +23,14 @@ from gsdg.analysis.statistics import (
     t_interval,
     table_cells,
 )
+from gsdg.metrics import ACCURACY
 from gsdg.utils.errors import UserError
 
 
 def chosen(*runs, dataset="toy") -> pd.DataFrame:
     """Runs (algorithm, target, trial_seed, accuracy[, seed])."""
     rows = [(dataset, *run[:4], run[4] if len(run) > 4 else 0, f"{run[0]}{run[1]}{run[2]}") for run in runs]
-    return pd.DataFrame(rows, columns=["dataset", "algorithm", "target", "trial_seed", "accuracy", "seed", "run_id"])
+    return pd.DataFrame(rows, columns=["dataset", "algorithm", "target", "trial_seed", "value", "seed", "run_id"])
 
 
 def status(*runs, domains=("a", "b")) -> pd.DataFrame:
@@ -211,7 +212,7 @@ def test_a_difference_as_small_as_the_noise_of_means_is_not_better():
     average = differences(runs).set_index("target").loc["average"]
     assert (average["better"], average["n"]) == (0, 1)
     for values, better in (([0.0, NOISE, -NOISE], 0), ([2 * NOISE, NOISE], 1)):
-        row = statistics._difference_row(["toy", "x", "erm"], "a", np.array(values), 0.0)
+        row = statistics._difference_row(["toy", "x", "erm"], "a", np.array(values), 0.0, ACCURACY)
         assert row[-2:] == [better, len(values)]
 
 

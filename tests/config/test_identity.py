@@ -49,6 +49,7 @@ def test_ids_are_frozen(compose, overrides):
 
 SAME = """data_dir=/elsewhere; runs_dir=/r; device=cpu; force=true; on_code_change=rerun; resubmit=all;
     trainer.workers=0; trainer.checkpoint_every=7; trainer.log_every=9; trainer.keep=none;
+    trainer.metrics=[accuracy,nll];
     algorithm.diagnostics=true; +optimizer.betas=[0.9,0.999]; +optimizer.foreach=false; +optimizer.fused=true;
     search=domainbed search.hparams_seed=0"""  # these betas are Adam's default
 OTHER = """seed=1; deterministic=false; trainer.steps=11; optimizer.lr=1e-4; optimizer.weight_decay=0.1;

@@ -35,7 +35,7 @@ REFUSED = [  # (value, type, message)
     (1, bool, "key: found 1 (int), expected bool."),
     ("c", Literal["a", "b"], "key: found 'c'; valid: a, b."),
     (None, float, "key: found None (NoneType), expected float."),
-    ("3", Sequence[float], "key: found '3' (str), expected"),
+    ("3", Sequence[float], "key: found '3' (str), expected a list, such as [a, b]."),
     (["a"], Sequence[float], "key[0]: found 'a' (str), expected float."),
     ({"a": "b"}, dict[str, float], "key.a: found 'b' (str), expected float."),
     (1.5, str | int, "key: found 1.5 (float), expected str or int."),

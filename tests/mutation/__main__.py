@@ -40,6 +40,8 @@ TESTS: Mapping[str, Sequence[str]] = {  # package: the tests that cover it
     "runs": ("tests/runs", "tests/test_resume.py", "tests/test_stop.py"),
     "sweep": ("tests/sweep", "tests/slurm/test_slurm_messages.py", "tests/test_launch.py"),
     "analysis": ("tests/analysis",),
+    "metrics": ("tests/metrics", "tests/test_evaluate.py", "tests/analysis/test_metric.py"),
+    "evaluate": ("tests/test_evaluate.py", "tests/test_trainer.py", "tests/wiring"),
     MODULES: (
         "tests/test_evaluate.py",
         "tests/test_trainer.py",

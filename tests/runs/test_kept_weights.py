@@ -130,7 +130,7 @@ def test_the_mean_is_rounded_as_in_the_tables():
     for domains in (2, 3, 5, 9, 17):
         accuracies = np.random.RandomState(domains).rand(200, domains)
         rows = [("r", step, value) for step, values in enumerate(accuracies) for value in values]
-        means = _means(pd.DataFrame(rows, columns=["run_id", "step", "accuracy"])).set_index("step")["validation"]
+        means = _means(pd.DataFrame(rows, columns=["run_id", "step", "value"])).set_index("step")["validation"]
         names = [str(d) for d in range(domains)]
         ours = [
             held_out_accuracy({n: {"out": v} for n, v in zip(names, row, strict=True)}, names) for row in accuracies

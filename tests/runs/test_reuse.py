@@ -397,6 +397,17 @@ def test_a_sweep_names_its_runs_that_are_done_with_other_code(train, tmp_path, m
     assert "on_code_change=rerun starts them from scratch" in capsys.readouterr().err
 
 
+def test_a_sweep_names_its_runs_that_are_done_with_fewer_metrics(train, tmp_path, capsys):
+    train(*PLAIN)
+    plan = ["plan", *SMALL, *PLAIN, f"runs_dir={tmp_path / 'runs'}", "split.trial_seed=0,1"]
+    assert sweep_command(plan) == 0
+    assert "have not recorded" not in capsys.readouterr().out
+    assert sweep_command([*plan, "trainer.metrics=[accuracy,ece,nll]"]) == 0
+    output = capsys.readouterr().out
+    assert "2 runs: 1 done, 1 to submit" in output
+    assert "note: 1 run of those that are done have not recorded ece, nll (trainer.metrics); resubmit=all" in output
+
+
 def test_a_sweep_over_other_images_than_its_runs_began_with_is_refused(tree, tmp_path, capsys):
     root, plan = tree
     run(plan())

@@ -284,6 +284,43 @@ def test_keep_leaves_the_final_weights(tmp_path):
     assert all(torch.equal(left[name], kept.weights[-1][f"model.{name}"]) for name in left)
 
 
+@shows("trainer.metrics (Trainer)")
+def test_further_metrics_are_recorded_of_weights_and_averages_and_change_neither_training_nor_accuracies():
+    base = ("trainer/averaging=swad", "trainer.averaging.n_converge=1", "trainer.eval_every=1")
+    plain = observe(*base)
+    more = observe(*base, **{"trainer.metrics": ["nll", "worst_class"]})
+    assert plain.plan.run_id == more.plan.run_id
+    assert first_difference(plain, more) == "records"
+    assert plain.files == more.files
+    for name in ("records.jsonl", "averaged.jsonl"):
+        lines = more.lines(name)
+        assert lines
+        for line in lines:
+            scores = line.pop("scores")
+            assert list(scores) == ["nll", "worst_class"]
+            assert scores["nll"].keys() == scores["worst_class"].keys() == line["accuracy"].keys()
+        assert lines == plain.lines(name)
+    # SWAD averages by the losses that are now recorded too.
+    assert all("scores" not in line for line in plain.lines())
+
+
+def test_a_run_that_is_done_with_fewer_metrics_stays_done_and_the_log_names_what_is_lacking(caplog):
+    run = observe(**{"trainer.metrics": ["accuracy", "nll"]})
+    config = run.plan.config
+    for metrics, lacking in (
+        (["accuracy"], None),
+        (["nll", "accuracy"], None),
+        (["nll", "ece", "macro_f1"], "ece, macro_f1"),
+    ):
+        caplog.clear()
+        plan = prepare({**config, "trainer": {**config["trainer"], "metrics": metrics}})
+        experiment.run(plan)
+        messages = [record.message for record in caplog.records if "lack" in record.message]
+        expected = [f"its records lack {lacking} of trainer.metrics: force=true runs it again"]
+        assert messages == (expected if lacking else [])
+        assert len(run.lines()) == 1
+
+
 # Keys that change no result: the same batches, weights and records.
 def test_keys_that_are_not_scientific_change_no_result():
     """The same batches, weights and records, with all of them changed together."""

@@ -21,7 +21,8 @@ from gsdg.analysis.read.domainbed_runs import mark_draws, number_seeds, read_res
 from gsdg.analysis.read.filters import filter_runs
 from gsdg.analysis.read.gsdg_runs import read_run
 from gsdg.analysis.read.labels import as_draws, label
-from gsdg.analysis.read.run import Evaluations, NotARun, Reader, Run, printable, read_json_lines
+from gsdg.analysis.read.run import NotARun, Reader, Run, printable, read_json_lines
+from gsdg.metrics import ACCURACY, METRICS, Metric, check_metrics
 from gsdg.utils.errors import UserError, listing
 from gsdg.utils.progress import tracked
 
@@ -29,7 +30,7 @@ RUN = [
     "run_id", "source", "dataset", "algorithm", "model", "target", "n_targets", "trial_seed", "seed", "hparams_seed",
 ]  # fmt: skip
 STATUS = [*RUN, "state", "step", "steps", "reason", "domains", "targets", "drawn", "folder"]
-RECORDS = [*RUN, "step", "domain", "is_target", "part", "accuracy"]
+RECORDS = [*RUN, "step", "domain", "is_target", "part", "value"]
 MAX_DEPTH = 3  # levels searched below a given folder; the SWAD fork's train_output/PACS/<run> needs two
 READERS: dict[str, Reader] = {"config.json": read_run, "results.jsonl": read_results}  # by the file that marks a folder
 
@@ -39,8 +40,9 @@ class Runs:
     """All runs that were read.
 
     Args:
-        records: one row per run, step, domain and part (columns RECORDS); `part` is in, out or uda, `accuracy` is in
-            [0, 1]. Columns of text are categorical and integers are int32 if they fit: 38 bytes per row, not 170.
+        records: one row per run, step, domain and part (columns RECORDS); `part` is in, out or uda, `value` is that of
+            the metric: an accuracy is in [0, 1]. A run that has not recorded the metric has no rows. Columns of text
+            are categorical and integers are int32 if they fit: 38 bytes per row, not 170.
         status: one row per run (columns STATUS).
             source: gsdg, domainbed or swad.
             algorithm: the label of the run's method, see `labels.Method`.
@@ -54,7 +56,8 @@ class Runs:
         problems: (folder or run id, message) for everything that was left out or could not be read.
         configs: {run_id: {dotted key: value as JSON}}.
         method_settings: {run_id: the part of its config that all runs of its method share}.
-        options: the arguments `draws`, `where` and `exclude` of `read_runs`, if given.
+        options: the arguments `draws`, `where`, `exclude` and `metric` of `read_runs`, if given.
+        metric: the metric in `records`.
     """
 
     records: pd.DataFrame
@@ -62,7 +65,8 @@ class Runs:
     problems: tuple[tuple[str, str], ...]
     configs: dict[str, dict[str, str]] = field(default_factory=dict, repr=False)
     method_settings: dict[str, dict[str, str]] = field(default_factory=dict, repr=False)
-    options: dict[str, list[str]] = field(default_factory=dict)
+    options: dict[str, object] = field(default_factory=dict)
+    metric: Metric = ACCURACY
 
     def finished(self, *, unfinished: bool = False) -> pd.DataFrame:
         """The records of the runs that are done, the input of model selection. `unfinished`: of all runs."""
@@ -81,6 +85,7 @@ def read_runs(
     draws: Sequence[str] = (),
     where: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    metric: str = "accuracy",
 ) -> Runs:
     """Read all runs in and below one or several folders.
 
@@ -90,15 +95,18 @@ def read_runs(
         draws: config keys. Runs that differ only in their values are hyper-parameter draws of one method.
         where: conditions `key=value` that the runs' configs must meet, see `filters.filter_runs`.
         exclude: conditions `key=value` that the runs' configs must not meet.
+        metric: what to read, a key of `gsdg.metrics.METRICS`. Runs record the accuracy, and others if trainer.metrics
+            lists them; DomainBed's runs have accuracies only.
 
     Labels distinguish the methods of the runs that are kept.
 
     Raises:
-        UserError: none of the folders exists, or a key or condition matches nothing.
+        UserError: none of the folders exists, a key or condition matches nothing, or there is no such metric.
     """
+    check_metrics([metric], "--metric")
     roots = [Path(folder) for folder in ([folders] if isinstance(folders, str | Path) else folders)]
     problems: list[tuple[str, str]] = []
-    encoder = EvaluationEncoder()
+    encoder = EvaluationEncoder(METRICS[metric])
     runs = list(_read_all(roots, None if run_ids is None else set(run_ids), encoder, problems))
 
     # Methods and their draws. DomainBed's draws are marked before runs are filtered, because a search is recognized by
@@ -116,8 +124,10 @@ def read_runs(
     configs = {run.metadata["run_id"]: run.config for run in runs}
     method_settings = {run.metadata["run_id"]: run.settings for run in runs}
     arguments = {"draws": list(draws), "where": list(where), "exclude": list(exclude)}
-    options = {name: values for name, values in arguments.items() if values}
-    return Runs(_records_frame(status, runs, encoder), status, tuple(problems), configs, method_settings, options)
+    options: dict[str, object] = {name: values for name, values in arguments.items() if values}
+    options |= {"metric": metric} if metric != "accuracy" else {}
+    records = _records_frame(status, runs, encoder)
+    return Runs(records, status, tuple(problems), configs, method_settings, options, METRICS[metric])
 
 
 def read_config(folder: str | Path) -> dict[str, str]:
@@ -188,7 +198,8 @@ def _read_all(
             problems.append((folder.name, str(reason)))
             continue
         for run in runs:
-            run.columns, run.evaluations = encoder.encode(run.evaluations), {}
+            run.columns = encoder.encode(run)
+            run.evaluations, run.scores = {}, {}
             yield run
     problems += [(name, "no such run") for name in sorted(missing)]
 
@@ -295,30 +306,32 @@ def _make_ids_unique(runs: list[Run], problems: list[tuple[str, str]]) -> list[R
 
 
 class EvaluationEncoder:
-    """Turns evaluations into three arrays (steps, codes, accuracies); a code numbers a (domain, part) pair.
+    """Turns a run's evaluations into three arrays (steps, codes, values); a code numbers a (domain, part) pair.
 
     Kept as nested dicts until the frame is made, the evaluations of a large sweep would be a quarter of a million
     objects, which slows down the garbage collector.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, metric: Metric) -> None:
+        self.metric = metric
         self.codes: dict[tuple[str, str], int] = {}  # {(domain, part): code}, in the order seen
 
-    def encode(self, evaluations: Evaluations) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(steps [n], codes [n], accuracies [n]), ordered by step."""
-        steps, codes, accuracies = [], [], []
-        for step, accuracy in sorted(evaluations.items()):
-            for domain, parts in accuracy.items():
+    def encode(self, run: Run) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(steps [n], codes [n], values [n] of the metric), ordered by step."""
+        evaluations = run.evaluations if self.metric is ACCURACY else run.scores.get(self.metric.name, {})
+        steps, codes, values = [], [], []
+        for step, domains in sorted(evaluations.items()):
+            for domain, parts in domains.items():
                 for part, value in parts.items():
                     steps.append(step)
                     codes.append(self.codes.setdefault((domain, part), len(self.codes)))
-                    accuracies.append(value)
-        return _compact_integers(steps), _compact_integers(codes), np.array(accuracies, dtype=float)
+                    values.append(value)
+        return _compact_integers(steps), _compact_integers(codes), np.array(values, dtype=float)
 
     def contradiction(self, kept: Run, other: Run) -> str:
-        """An accuracy that two runs have recorded differently, as text; "" if there is none.
+        """A value that two runs have recorded differently, as text; "" if there is none.
 
-        The last such step is shown, and the target's `in` accuracy is preferred, because it is the reported one:
+        The last such step is shown, and the target's `in` part is preferred, because it is the reported one:
         `photo in at step 300 is 81.2 % in runs/1fd86c56df2d (counted), 80.9 % in old/1fd86c56df2d`
         """
         recorded, by_other = (
@@ -330,22 +343,25 @@ class EvaluationEncoder:
         reported = {self.codes.get((target, "in")) for target in kept.metadata["targets"]}
         step, code = shown = max(different, key=lambda key: (key[1] in reported, *key))
         what = f"{' '.join(list(self.codes)[code])} at step {step}"
-        counted = f"{100 * recorded[shown]:.6g} % in {kept.metadata['folder']} (counted)"
-        return f"{what} is {counted}, {100 * by_other[shown]:.6g} % in {other.metadata['folder']}"
+        unit = " %" if self.metric.percent else ""
+        values = [f"{self.metric.scale * run[shown]:.6g}{unit}" for run in (recorded, by_other)]
+        return (
+            f"{what} is {values[0]} in {kept.metadata['folder']} (counted), {values[1]} in {other.metadata['folder']}"
+        )
 
 
 def _records_frame(status: pd.DataFrame, runs: Sequence[Run], encoder: EvaluationEncoder) -> pd.DataFrame:
     """The frame of records (columns RECORDS), built in one step: a frame per run would take most of the time."""
     empty = (np.array([], dtype=np.int32), np.array([], dtype=np.int32), np.array([], dtype=float))
     per_run = [empty, *(run.columns for run in runs)]
-    steps, codes, accuracies = (np.concatenate(columns) for columns in zip(*per_run, strict=True))
+    steps, codes, values = (np.concatenate(columns) for columns in zip(*per_run, strict=True))
     rows = np.repeat(np.arange(len(runs)), [len(run.columns[0]) for run in runs])  # row of `status` of each record
     is_target = [[domain in run.metadata["targets"] for domain, _ in encoder.codes] for run in runs]
     domains, parts = ([pair[i] for pair in encoder.codes] for i in (0, 1))
     columns = {name: _repeated(status[name].tolist(), rows) for name in RUN}
     columns |= {"step": steps, "domain": _repeated(domains, codes)}
     columns["is_target"] = np.array(is_target, dtype=bool)[rows, codes] if len(codes) else np.array([], dtype=bool)
-    columns |= {"part": _repeated(parts, codes), "accuracy": accuracies}
+    columns |= {"part": _repeated(parts, codes), "value": values}
     return pd.DataFrame(columns)
 
 

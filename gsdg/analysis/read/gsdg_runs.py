@@ -15,12 +15,12 @@ from gsdg.analysis.read.run import (
     Run,
     describe_draw,
     flatten,
-    is_fraction,
     read_json_lines,
     repeated_steps,
     summarize_problems,
 )
 from gsdg.config.identity import NOT_SCIENTIFIC, edited_keys, hash_identity
+from gsdg.metrics import ACCURACY, METRICS, Metric
 from gsdg.runs.folder import STALE_AFTER
 from gsdg.utils.json_files import read_json
 
@@ -40,7 +40,7 @@ def read_run(folder: Path) -> list[Run]:
     """
     config = _read_config(folder)
     metadata = _metadata(config) | _status(folder / "status.json", config)
-    evaluations, problems = read_records(folder / "records.jsonl")
+    evaluations, scores, problems = read_records(folder / "records.jsonl")
     problems += _identity_problems(folder, config)
     flat = flatten(config)
     searched = _searched_keys(config)
@@ -49,12 +49,13 @@ def read_run(folder: Path) -> list[Run]:
     metadata |= {"drawn": describe_draw(drawn), "run_id": folder.name, "averaging": averaging}
     settings = {key: value for key, value in flat.items() if key not in NOT_IN_METHOD}
     settings |= dict.fromkeys(searched.values(), SEARCHED)
-    run = Run(metadata, _without_averaging(flat), _without_averaging(settings), evaluations, problems)
+    run = Run(metadata, _without_averaging(flat), _without_averaging(settings), evaluations, problems, scores)
     if f"{AVERAGING}name" not in flat:
         return [run]
     name = json.loads(flat[f"{AVERAGING}name"])
     metadata = metadata | {"run_id": f"{folder.name}:{name}", "algorithm": f"{metadata['algorithm']}+{name}"}
-    return [run, Run(metadata, flat, settings, *read_records(folder / "averaged.jsonl"))]
+    evaluations, scores, problems = read_records(folder / "averaged.jsonl")
+    return [run, Run(metadata, flat, settings, evaluations, problems, scores)]
 
 
 def _identity_problems(folder: Path, config: dict) -> list[str]:
@@ -72,20 +73,27 @@ def _without_averaging(flat: dict[str, str]) -> dict[str, str]:
     return {key: value for key, value in flat.items() if not key.startswith(AVERAGING)}
 
 
-def read_records(path: Path) -> tuple[Evaluations, list[str]]:
-    """(accuracies in a records.jsonl, messages about what was left out). The last record of each step counts."""
+def read_records(path: Path) -> tuple[Evaluations, dict[str, Evaluations], list[str]]:
+    """(accuracies in a records.jsonl, its other metrics by name, messages about what was left out).
+
+    The last record of each step counts.
+    """
     evaluations: Evaluations = {}
-    not_fractions: list[str] = []
+    scores: dict[str, Evaluations] = {}
+    invalid: list[str] = []
     steps: list[int] = []
 
     def handle(record: dict) -> None:
         step = int(record["step"])
-        evaluations[step] = _remove_not_fractions(record["accuracy"], step, not_fractions)
+        evaluations[step] = _remove_invalid(record["accuracy"], ACCURACY, step, invalid)
+        for name, values in record.get("scores", {}).items():
+            if name in METRICS:
+                scores.setdefault(name, {})[step] = _remove_invalid(values, METRICS[name], step, invalid)
         steps.append(step)
 
     problems = read_json_lines(path, handle)
-    problems += summarize_problems(not_fractions, "left out")
-    return evaluations, problems + repeated_steps(len(steps) - len(set(steps)))
+    problems += summarize_problems(invalid, "left out")
+    return evaluations, scores, problems + repeated_steps(len(steps) - len(set(steps)))
 
 
 def read_environment(folder: str | Path) -> list[dict]:
@@ -98,13 +106,14 @@ def read_environment(folder: str | Path) -> list[dict]:
     return starts
 
 
-def _remove_not_fractions(accuracy: dict, step: int, messages: list[str]) -> dict[str, dict[str, float]]:
-    """Remove accuracies that are not in [0, 1] from {domain: {part: accuracy}}, adding a message for each."""
-    for domain, parts in list(accuracy.items()):
-        invalid = [part for part, value in parts.items() if not is_fraction(value)]
+def _remove_invalid(values: dict, metric: Metric, step: int, messages: list[str]) -> dict[str, dict[str, float]]:
+    """Remove what cannot be a value of the metric from {domain: {part: value}}, adding a message for each."""
+    expected = "a fraction" if metric.percent else "a number of 0 or more"
+    for domain, parts in list(values.items()):
+        invalid = [part for part, value in parts.items() if not metric.is_valid(value)]
         for part in invalid:
-            messages.append(f"accuracy of {domain} {part} at step {step} is {parts.pop(part)}, not a fraction")
-    return accuracy
+            messages.append(f"{metric.name} of {domain} {part} at step {step} is {parts.pop(part)}, not {expected}")
+    return values
 
 
 def _read_config(folder: Path) -> dict:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeGuard
 
-Evaluations = dict[int, dict[str, dict[str, float]]]  # {step: {domain: {part: accuracy in [0, 1]}}}, part: in, out, uda
+Evaluations = dict[int, dict[str, dict[str, float]]]  # {step: {domain: {part: value}}}, part: in, out, uda
 
 
 class NotARun(Exception):
@@ -24,9 +24,10 @@ class Run:
             algorithm's name at first; `labels.label` replaces it by the label of the run's method.
         config: the whole config, flat, {dotted key: value as JSON}.
         settings: the part of the config that all runs of one method share, in the same form; see `labels.Method`.
-        evaluations: the recorded accuracies.
+        evaluations: the recorded accuracies, in [0, 1].
+        scores: the other metrics that were recorded, {name: evaluations}; names of `gsdg.metrics.METRICS`.
         problems: messages about what could not be read, or was left out.
-        columns: the evaluations as three arrays, once `frames.EvaluationEncoder` has encoded them.
+        columns: the evaluations of one metric as three arrays, once `frames.EvaluationEncoder` has encoded them.
     """
 
     metadata: dict
@@ -34,6 +35,7 @@ class Run:
     settings: dict[str, str]
     evaluations: Evaluations
     problems: list[str] = field(default_factory=list)
+    scores: dict[str, Evaluations] = field(default_factory=dict)
     columns: tuple = ()
 
 
@@ -54,6 +56,7 @@ class Reader(Protocol):
             settings: for runs of one method equal, whatever their target, seeds and drawn hyper-parameters.
             evaluations: {step >= 0: {domain: {"in" or "out": accuracy in [0, 1]}}}. The table reports the target's
                 `in`; selections validate by `out`. Values that are missing or no fractions are left out.
+            scores: the same of other metrics, if the code base records any (`Metric.is_valid` says which values count).
             problems: a message about everything that was left out.
 
         Raises:

@@ -1,4 +1,4 @@
-"""Evaluation: the mean accuracy, or another measure, per domain and part (in, out), in one pass over the images.
+"""Evaluation: the accuracy and other metrics per domain and part (in, out), in one pass over the images.
 
 Each image is read once, in the order in which the files lie on disk. For an algorithm with batch-dependent prediction
 (`batch_dependent`) the images of a domain are shuffled, as in DomainBed, because the files are sorted by class.
@@ -18,21 +18,31 @@ from gsdg.algorithms import Algorithm
 from gsdg.data import Transform
 from gsdg.data.dataset import DomainDataset
 from gsdg.data.loader import EvaluationLoader
+from gsdg.metrics import METRICS, Outcomes
 from gsdg.utils.progress import Progress
 from gsdg.utils.seeding import seed_hash
 
-DomainMeans = dict[str, dict[str, float]]  # {domain: {part: mean over its images}}
-Measure = Callable[[Tensor, Tensor], Tensor]  # logits [B, classes], labels [B] -> one number per image [B]
+DomainMeans = dict[str, dict[str, float]]  # {domain: {part: value of a metric}}
+Measure = Callable[[Tensor, Tensor], Tensor]  # outputs [B, ...], labels [B] -> one row per image [B, ...]
 
 
-def correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """[B] bool: whether each image is classified correctly; its mean is the accuracy."""
-    return logits.argmax(1) == labels
+def predicted(logits: Tensor, labels: Tensor) -> Tensor:
+    """[B] int64: the class with the highest logit."""
+    return logits.argmax(1)
+
+
+def confidence(logits: Tensor, labels: Tensor) -> Tensor:
+    """[B]: the probability of the predicted class."""
+    return logits.float().softmax(1).amax(1)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     """[B]: the loss of each image."""
     return F.cross_entropy(logits, labels, reduction="none")
+
+
+# What a pass collects for each array of `metrics.Outcomes`.
+MEASURES: dict[str, Measure] = {"predictions": predicted, "confidences": confidence, "losses": cross_entropy}
 
 
 class Evaluator:
@@ -75,51 +85,86 @@ class Evaluator:
 
         `after_batch` is called after every batch, because a pass can take minutes; it may raise to end the pass.
         """
-        return self.measure(algorithm, step, [correct], after_batch)[0]
+        return self.measure(algorithm, step, ["accuracy"], after_batch)["accuracy"]
 
     def close(self) -> None:
         """End the worker processes, which live on between evaluations."""
         self.loader.host_loader.close()
 
-    @torch.no_grad()
     def measure(
+        self,
+        algorithm: Algorithm,
+        step: int,
+        metrics: Sequence[str],
+        after_batch: Callable[[], None] = lambda: None,
+    ) -> dict[str, DomainMeans]:
+        """{metric: {domain: {part: value}}}, from one pass in eval mode; a part without images is left out.
+
+        Args:
+            metrics: names of `gsdg.metrics.METRICS`.
+        """
+        arrays = list(dict.fromkeys(array for name in metrics for array in METRICS[name].needs))
+        values = self.per_image(algorithm, step, [MEASURES[array] for array in arrays], after_batch)
+
+        def outcomes(domain: str, images: np.ndarray) -> Outcomes:
+            of_images = {array: rows[domain][images] for array, rows in zip(arrays, values, strict=True)}
+            return Outcomes(self.dataset.domains[domain].labels[images], **of_images)
+
+        return {
+            name: {
+                domain: {
+                    part: METRICS[name].compute(outcomes(domain, images))
+                    for part, images in parts.items()
+                    if len(images)
+                }
+                for domain, parts in self.parts.items()
+            }
+            for name in metrics
+        }
+
+    @torch.no_grad()
+    def per_image(
         self,
         algorithm: Algorithm,
         step: int,
         measures: Sequence[Measure],
         after_batch: Callable[[], None] = lambda: None,
-    ) -> list[DomainMeans]:
-        """The means of several measures, one result per measure, from one pass in eval mode."""
+        forward: Callable[[Tensor], Tensor] | None = None,
+    ) -> list[dict[str, np.ndarray]]:
+        """Per measure and domain one row per image of the domain, from one pass in eval mode.
+
+        The rows of images that belong to no part are 0. They stay on the device until the end of the pass.
+
+        Args:
+            forward: images [B, C, H, W] -> the outputs that the measures get; None: the algorithm's logits.
+        """
         was_training = algorithm.training
         algorithm.eval()
         try:
-            values_of_measures = self._values(algorithm, step, measures, after_batch)
+            return self._pass(algorithm, step, measures, after_batch, forward or algorithm.predict)
         finally:
             algorithm.train(was_training)
-        return [
-            {
-                domain: {part: float(values[domain][images].mean()) for part, images in parts.items() if len(images)}
-                for domain, parts in self.parts.items()
-            }
-            for values in values_of_measures
-        ]
 
-    def _values(
-        self, algorithm: Algorithm, step: int, measures: Sequence[Measure], after_batch: Callable[[], None]
+    def _pass(
+        self,
+        algorithm: Algorithm,
+        step: int,
+        measures: Sequence[Measure],
+        after_batch: Callable[[], None],
+        forward: Callable[[Tensor], Tensor],
     ) -> list[dict[str, np.ndarray]]:
-        """Per measure and domain: one float64 per image of the domain, NaN for an image that belongs to no part."""
         indices = self._indices(shuffled=algorithm.batch_dependent)
         seed = seed_hash("evaluate", self.seed, step)
         results: list[dict[str, list[Tensor]]] = [{domain: [] for domain in self.parts} for _ in measures]
         with Progress("evaluating", sum(map(len, indices.values())), "images", bar_only=True) as progress:
             for batch in self.loader(indices, seed):
-                logits = algorithm.predict(batch.images)
+                outputs = forward(batch.images)
                 for measure, result in zip(measures, results, strict=True):
-                    result[batch.domain].append(measure(logits, batch.labels))
+                    result[batch.domain].append(measure(outputs, batch.labels))
                 progress.add(len(batch.labels))
                 after_batch()
         return [
-            {domain: self._by_image(domain, indices[domain], values) for domain, values in result.items()}
+            {domain: self._by_image(domain, indices[domain], rows) for domain, rows in result.items()}
             for result in results
         ]
 
@@ -131,9 +176,9 @@ class Evaluator:
                 np.random.RandomState(seed_hash("evaluated together", self.seed, domain)).shuffle(images)
         return indices
 
-    def _by_image(self, domain: str, images: np.ndarray, values: list[Tensor]) -> np.ndarray:
-        """The values of all batches of a domain, put at the indices of their images."""
-        by_image = np.full(len(self.dataset.domains[domain]), np.nan)
-        if values:
-            by_image[images] = torch.cat(values).cpu()
+    def _by_image(self, domain: str, images: np.ndarray, batches: list[Tensor]) -> np.ndarray:
+        """The rows of all batches of a domain, put at the indices of their images."""
+        rows = torch.cat(batches).cpu().numpy() if batches else np.empty(0)
+        by_image = np.zeros((len(self.dataset.domains[domain]), *rows.shape[1:]), rows.dtype)
+        by_image[images] = rows
         return by_image
