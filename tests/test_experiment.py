@@ -97,6 +97,12 @@ def test_the_metrics_of_a_record_are_the_means_since_the_record_before(train):
         for folder in (train("trainer.steps=5", f"trainer.eval_every={every}") for every in (1, 2))
     )
     assert pairs == pytest.approx({0: single[0], 2: (single[1] + single[2]) / 2, 4: (single[3] + single[4]) / 2})
+    assert min(single.values()) > 0
+
+
+def test_a_run_under_the_name_of_another_choice_is_refused(compose):
+    with pytest.raises(UserError, match="algorithm.name=irm: that is the name of another algorithm"):
+        prepare(compose("split.target=15", "algorithm=erm", "algorithm.name=irm"))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_says_where(compose, tmp_path):

@@ -49,6 +49,7 @@ TESTS: Mapping[str, Sequence[str]] = {  # package: the tests that cover it
         "tests/test_launch.py",
         "tests/test_mistakes.py",
         "tests/test_resume.py",
+        "tests/test_shown.py",
         "tests/test_stop.py",
         "tests/test_user_classes.py",
         "tests/wiring",
