@@ -7,6 +7,7 @@ import shlex
 
 import torch
 from helpers import REPOSITORY, in_case
+from PIL import Image
 from torch import nn
 
 from gsdg.analysis import __main__ as analysis_commands
@@ -20,6 +21,12 @@ def commands(program: str) -> list[str]:
     """The README's commands that begin with these words."""
     lines = [line.split("#")[0].strip() for line in README.replace("\\\n", " ").splitlines() if line.startswith("    ")]
     return [line for line in lines if line.startswith(program)]
+
+
+def python_block(word: str) -> str:
+    """The README's only block of Python that has this word."""
+    (code,) = [code for code in re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL) if word in code]
+    return code
 
 
 FLAGS = README.split("## From the release's command line")[1].split("\n## ")[0]
@@ -66,7 +73,7 @@ def test_a_translated_flag_is_a_real_override(compose):
 
 
 def test_the_lines_for_your_own_loop_train():
-    (code,) = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+    code = python_block("surgery")
     torch.manual_seed(0)
     model, targets = nn.Linear(6, 3), torch.randint(3, (3, 8))
     images = torch.randn(3, 8, 6)
@@ -76,3 +83,12 @@ def test_the_lines_for_your_own_loop_train():
     loader = [list(zip(images, targets, strict=True))] * 20
     exec(code, {"model": model, "loader": loader, "loss": loss, "optimizer": optimizer})
     assert sum(loss(model(x), y) for x, y in zip(images, targets, strict=True)).item() < before - 0.1
+
+
+def test_the_lines_that_load_a_run_predict(train, tmp_path):
+    folder, photo = train("trainer.steps=1"), tmp_path / "photo.png"
+    Image.new("RGB", (30, 20)).save(photo)
+    names = {}
+    exec(python_block("gsdg.load").replace("runs/4f2d99ea7668", str(folder)).replace("photo.jpg", str(photo)), names)
+    assert names["labels"][0] in names["predictor"].classes
+    assert names["probabilities"].shape == (1, 10)
