@@ -125,7 +125,11 @@ def test_a_mistake_in_a_group_is_refused_before_data_loads():
             "unknown key optimizer.groups[0].lrr. Did you mean `lr`? Valid here",
         ),
         ("groups", [{"lr": 1}], "optimizer.groups[0].match is missing"),
-        ("groups", [{"match": "head"}], "optimizer.groups[0].match: found 'head' (str), expected list of str."),
+        (
+            "groups",
+            [{"match": "head"}],
+            "optimizer.groups[0].match: found 'head' (str), expected a list, such as [a, b].",
+        ),
         ("groups", [{"match": ["head"], "lr": "x"}], "optimizer.groups[0].lr: found 'x' (str), expected float."),
         (
             "groups",

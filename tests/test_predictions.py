@@ -26,7 +26,7 @@ AUGMENTED = ("trainer.augment=sources", "dataset.augment=photos", "trainer.evalu
 def test_the_scores_in_a_record_are_those_of_the_predictions_of_the_weights_that_were_kept(more, tmp_path):
     """Also with an algorithm whose predictions depend on the batch, with random transforms, and of averaged weights."""
     pytest.importorskip("sklearn")
-    run = observe(EVERY, "trainer.evaluate_last=true", *more)
+    run = observe(EVERY, "trainer.evaluate_last=true", "trainer.keep=last", *more)
     name, lines = ("model_averaged.pt", "averaged.jsonl") if EMA in more else ("model.pt", "records.jsonl")
     record = run.lines(lines)[-1]
     run.algorithm.model.load_state_dict(torch.load(run.folder / name, weights_only=True))

@@ -40,7 +40,7 @@ RUN = shlex.split(f"""
     dataset=image_folder split.target=b device=cpu algorithm=erm optimizer.lr=1e-3 model=convnet_2ch
     model.backbone.channels=3 model.mean=[0.5,0.5,0.5] model.std=[0.2,0.2,0.2] model.dropout=0.3
     trainer.augment=sources trainer.workers=0 trainer.batch_size=2 trainer.eval_batch_size=2 trainer.log_every=1
-    trainer.eval_every=5 trainer.checkpoint_every=7 trainer.steps={STEPS}
+    trainer.eval_every=5 trainer.checkpoint_every=7 trainer.steps={STEPS} trainer.keep=last
 """)
 VARIANTS = [
     ("algorithm=erm",),

@@ -117,7 +117,7 @@ def test_weights_count_by_their_content(compose, tmp_path):
 
 
 def test_weights_that_are_not_there_are_refused_before_the_run_has_an_id(compose, tmp_path):
-    with pytest.raises(UserError, match=r"model\.weights=.*/none\.pth: no such file\. Valid: imagenet"):
+    with pytest.raises(UserError, match=r"model\.weights=.*/none\.pth: no such file\. Valid: pretrained or imagenet"):
         prepare(compose("model=resnet18", f"model.weights={tmp_path / 'none.pth'}", "split.target=15"))
 
 

@@ -47,7 +47,7 @@ def test_a_sweep_over_presets_or_without_values_is_refused(refusal):
         ("experiment=choice(swad,quickstart)", "one `experiment=` per command"),
         ("seed=interval(0,1)", "an interval is not a list of values"),
         ("seed=range(3,3)", "seed=range(3,3) has no values, so the sweep has no runs"),
-        ("model=glob(zz*)", "glob(PATTERN) chooses among the files of model: convnet, "),
+        ("model=glob(zz*)", "glob(PATTERN) chooses among the files of model: clip_b16, "),
     ):
         assert message in refusal(from_command_line, [override, "device=cpu"]), override
 
