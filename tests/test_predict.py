@@ -67,7 +67,7 @@ def test_every_algorithm_predicts_what_it_recorded(train):
     """ARM and MTL from the same batches: they predict an image from those beside it."""
     for algorithm in sorted(choices("algorithm")):
         with in_case(algorithm):
-            few = ("trainer.steps=3", "trainer.eval_every=2", "dataset.domains=[0,15,30]")
+            few = ("trainer.steps=3", "trainer.eval_every=2", "dataset.domains=[0,15,30,45]")
             folder = train(f"algorithm={algorithm}", *few)
             predictor = gsdg.load(folder)
             dataset, parts = data_of(folder)
