@@ -14,7 +14,8 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ class Logits(nn.Module):
     def __init__(self, predictor: Predictor) -> None:
         super().__init__()
         self.algorithm = predictor.algorithm
+        self.eval()  # as the algorithm is; else exporters warn
 
     def forward(self, images: Tensor) -> Tensor:
         return self.algorithm.predict(images)
@@ -64,10 +66,9 @@ def _state_dict(predictor: Predictor, file: Path) -> None:
 
 
 def _safetensors(predictor: Predictor, file: Path) -> None:
-    save = _needs("safetensors.torch", "safetensors").save_file
-    loaded = _needs("safetensors.torch", "safetensors").load_file
-    save({name: tensor.contiguous() for name, tensor in predictor.algorithm.model.state_dict().items()}, file)
-    _check_state(predictor, loaded(file))
+    library = _needs("safetensors.torch", "safetensors")
+    library.save_file({name: t.contiguous() for name, t in predictor.algorithm.model.state_dict().items()}, file)
+    _check_state(predictor, library.load_file(file))
 
 
 def _check_state(predictor: Predictor, state: dict[str, Tensor]) -> None:
@@ -126,29 +127,25 @@ def _example(predictor: Predictor, count: int) -> Tensor:
 
 def _check_logits(predictor: Predictor, run: Callable[[Tensor], np.ndarray]) -> None:
     images = _example(predictor, SIZES[1])
-    expected, found = predictor.logits(images).numpy(), run(images)
-    error = np.abs(found - expected).max() / max(1.0, np.abs(expected).max())
+    expected = predictor.logits(images).numpy()
+    error = np.abs(run(images) - expected).max() / max(1.0, np.abs(expected).max())
     if not error <= TOLERANCE:
         raise UserError(f"the exported program's logits differ from the model's by {error:.1e} of the largest.")
 
 
-class _explained:
-    """Turns an exporter's error into a UserError that names the algorithm."""
-
-    def __init__(self, predictor: Predictor) -> None:
-        self.algorithm = type(predictor.algorithm).__name__
-
-    def __enter__(self) -> None:
-        for name in ("torch.onnx", "torch.export", "onnxscript"):
-            logging.getLogger(name).setLevel(logging.ERROR)
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, Exception) and not isinstance(error, UserError):
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise UserError(
-                f"the prediction of {self.algorithm} cannot be exported as a program: {reason}\n"
-                "Its weights can: --to state_dict or --to safetensors."
-            ) from error
+@contextmanager
+def _explained(predictor: Predictor) -> Generator[None]:
+    """Turn an exporter's error into a UserError that names the algorithm; log no exporter's warnings."""
+    for name in ("torch.onnx", "torch.export", "onnxscript"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        yield
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"the prediction of {type(predictor.algorithm).__name__} cannot be exported as a program: {reason}\n"
+            "Its weights can: --to state_dict or --to safetensors."
+        ) from error
 
 
 def _needs(module: str, package: str):

@@ -359,8 +359,9 @@ class Trainer:
     def _finish(self, session: _Session) -> None:
         """Keep the last weights and mark the run as done; only then remove the checkpoints, from which it resumes."""
         states = {"": session.algorithm.model.state_dict}
-        if self.averaging and (mean := self.averaging.mean(self.evaluations[-1])):
-            states["averaged"] = self.averaging.averaged(mean).model.state_dict
+        averaging = self.averaging
+        if averaging and (mean := averaging.mean(self.evaluations[-1])):
+            states["averaged"] = lambda: averaging.averaged(mean).model.state_dict()  # copies the model: only if kept
         session.kept.finish(self.steps - 1, states)
         session.folder.set_status(state="done", step=self.steps)
         session.saver.checkpoints.remove()
