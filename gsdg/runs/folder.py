@@ -212,7 +212,7 @@ class RunFolder:
 
     def _remove_leftovers(self) -> None:
         """Remove the temporary files of processes that were killed while they wrote."""
-        for entry in [*self.path.glob(".*"), *self.path.glob("checkpoints/.*")]:
+        for entry in [*self.path.glob(".*"), *self.path.glob("*/.*")]:
             if entry.name != ".guard":
                 with contextlib.suppress(OSError):  # on NFS, a file that another process has open cannot be removed
                     entry.unlink()

@@ -175,7 +175,9 @@ class Run:
         kept.after_evaluation(record, lambda: f"{kind} {step}")
 
     def write(self, path, state):
-        self.change(lambda: path.write_text(state))
+        temporary = path.with_name(f".{path.name}.{self.left}.part")  # of each process another; a kill leaves it
+        temporary.write_text(state)
+        self.change(lambda: os.replace(temporary, path))
 
     def change(self, make):
         if self.left == 0:
