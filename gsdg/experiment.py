@@ -38,7 +38,7 @@ from gsdg.data.split import Split
 from gsdg.data.transforms_batched import Batched
 from gsdg.data.transforms_exact import Exact
 from gsdg.data.workers import fitting_workers
-from gsdg.evaluate import Evaluator
+from gsdg.evaluation import Evaluator
 from gsdg.head_only import check_phase
 from gsdg.models.backbone import canonical_weights, with_declared_images
 from gsdg.models.weights import check_weights_file, weights_source

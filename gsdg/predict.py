@@ -27,7 +27,7 @@ from gsdg.data.cache.builder import resize_short_side
 from gsdg.data.image_io import UNREADABLE, as_rgb, open_image, reason
 from gsdg.data.source import data_source
 from gsdg.data.walk import images_in
-from gsdg.experiment import SUPPLIED, TRANSFORMS
+from gsdg.experiment import SUPPLIED, TRANSFORMS, Plan, prepare
 from gsdg.models.weights_files import fitted, read_state
 from gsdg.runs.weights_index import INDEX, find_weights
 from gsdg.runtime import choose_device
@@ -158,6 +158,21 @@ def load(run: str | Path, weights: str = "", *, device: str = "auto") -> Predict
         batch_size=trainer["eval_batch_size"],
         about=row,
     )
+
+
+def plan_of(config: dict, *, data_dir: str | None = None, batch_size: int | None = None) -> Plan:
+    """The plan of a finished run, to read its images and to evaluate it again.
+
+    Args:
+        config: of the run.
+        data_dir: where the data sets lie now; None: where they lay for the run.
+        batch_size: images per forward pass of an evaluation; None: the run's.
+    """
+    changed = {key: value for key, value in config.items() if key != "soup"}
+    changed["model"] = {**config["model"], "weights": None}  # the file that training started from may be gone
+    changed["data_dir"] = data_dir or config["data_dir"]
+    changed["trainer"] = {**config["trainer"], "eval_batch_size": batch_size or config["trainer"]["eval_batch_size"]}
+    return prepare(changed)
 
 
 def _untrained(config: dict, classes: int) -> Algorithm:

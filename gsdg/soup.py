@@ -28,7 +28,7 @@ from torch import Tensor
 
 from gsdg.config.identity import VERSION, hash_identity, identity
 from gsdg.data.dataset import DomainDataset
-from gsdg.evaluate import DomainMeans
+from gsdg.evaluation import DomainMeans
 from gsdg.experiment import Plan, evaluator_of, prepare, read_images
 from gsdg.models.weights_files import State, read_state
 from gsdg.predict import Predictor, load

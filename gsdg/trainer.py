@@ -22,7 +22,7 @@ from gsdg.algorithms import Algorithm
 from gsdg.algorithms.base import explain_batchnorm_error
 from gsdg.averaging import Averaging
 from gsdg.data.loader import TrainBatches, train_loader
-from gsdg.evaluate import DomainMeans, Evaluator
+from gsdg.evaluation import DomainMeans, Evaluator
 from gsdg.head_only import HeadOnly
 from gsdg.metrics import check_metrics
 from gsdg.runs.checkpoint import random_states, restore_random_states

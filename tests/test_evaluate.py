@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from gsdg.algorithms import Algorithm
 from gsdg.data.digits import RotatedDigits
 from gsdg.data.transforms_exact import Exact
-from gsdg.evaluate import Evaluator
+from gsdg.evaluation import Evaluator
 from gsdg.types import ImageSpec
 
 SPEC = ImageSpec(28, 1, (0.0,), (1.0,))

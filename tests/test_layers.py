@@ -17,10 +17,10 @@ LAYERS = [  # from the base upward: a module imports only from its own layer and
     {"gsdg.data", "gsdg.models", "gsdg.surgery", "gsdg.runs"},
     {"gsdg.algorithms"},
     {"gsdg.averaging"},
-    {"gsdg.evaluate", "gsdg.head_only", "gsdg.optimizer_groups", "gsdg.runtime", "gsdg.trainer"},
+    {"gsdg.adaptation", "gsdg.evaluation", "gsdg.head_only", "gsdg.optimizer_groups", "gsdg.runtime", "gsdg.trainer"},
     {"gsdg.experiment"},
     {"gsdg.predict", "gsdg.sweep", "gsdg.analysis"},
-    {"gsdg.export", "gsdg.soup"},
+    {"gsdg.evaluate", "gsdg.export", "gsdg.soup"},
     {"gsdg.cli"},
 ]
 SEPARATE = [LAYERS[3], LAYERS[8]]  # packages of one layer that never import one another

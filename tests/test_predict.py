@@ -16,7 +16,7 @@ from PIL import Image
 import gsdg
 from gsdg.data.source import data_source
 from gsdg.data.split import Split
-from gsdg.evaluate import Evaluator
+from gsdg.evaluation import Evaluator
 from gsdg.predict import main
 from gsdg.utils.errors import UserError
 from gsdg.utils.json_files import read_json, write_json

@@ -11,7 +11,7 @@ from PIL import Image
 from test_evaluate import DATASET, AlwaysThree, evaluator
 
 from gsdg.data.image_io import as_rgb
-from gsdg.evaluate.predictions import features, load_images, predict
+from gsdg.evaluation.predictions import features, load_images, predict
 from gsdg.metrics import METRICS
 from gsdg.metrics.predictions import classes_of, outcomes_of, read_predictions, summary, write_predictions
 

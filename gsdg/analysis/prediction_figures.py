@@ -76,7 +76,7 @@ def feature_maps(features: np.ndarray, predictions: pd.DataFrame, how: Embedding
     Of more than MOST_POINTS images, as many are drawn at random.
 
     Args:
-        features: [N, F], see `gsdg.evaluate.predictions.features`.
+        features: [N, F], see `gsdg.evaluation.predictions.features`.
         predictions: the N rows of the same images.
         how: pca (scikit-learn's PCA) or tsne (van der Maaten and Hinton, JMLR 2008; scikit-learn's, started from PCA).
         seed: of the drawn images and of t-SNE.

@@ -1,4 +1,4 @@
-"""Evaluation: metrics per domain and part in one pass over the images, and the predictions for single images."""
+"""`python -m gsdg.evaluate RUN...`: metrics, predictions for single images, and figures of finished runs.
 
-from gsdg.evaluate.evaluator import DomainMeans as DomainMeans
-from gsdg.evaluate.evaluator import Evaluator as Evaluator
+`gsdg.evaluation` makes the passes over the images; the trainer uses it too.
+"""

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from gsdg.metrics.definitions import METRICS, Outcomes, recall_per_class
+from gsdg.metrics.definitions import METRICS, Outcomes, confusion_matrix, recall_per_class
 from gsdg.utils.errors import UserError, listing, not_installed
 from gsdg.utils.json_files import replace_file
 from gsdg.utils.text import align_columns
@@ -22,6 +22,7 @@ from gsdg.utils.text import align_columns
 FIRST = ["file", "domain", "part", "label", "prediction"]
 PREFIX = "p_"  # of the columns with probabilities
 SMALLEST = np.finfo(np.float32).tiny  # below, a probability has lost its digits: its nll is that of this one, 87.3
+MEANINGS = [f"{metric.name}: {metric.explained}" for metric in METRICS.values()]
 SUMMARY = ["domain", "part", "images", *METRICS, "worst_class_name"]
 
 
@@ -104,8 +105,29 @@ def summary_text(table: pd.DataFrame) -> str:
         for row in [of_part.loc[of_part["accuracy"].idxmin()]]
         if len(of_part) > 1
     ]
-    meanings = [f"{metric.name}: {metric.explained}" for metric in METRICS.values()]
-    return "\n".join([*align_columns([header, *rows]), *worst, "", *meanings])
+    return "\n".join([*align_columns([header, *rows]), *worst])
+
+
+def class_summary(frame: pd.DataFrame) -> pd.DataFrame:
+    """Per domain, part and class with images: their number, recall, precision (NaN: never predicted) and F1."""
+    classes = classes_of(frame)
+    rows = []
+    for domain, part, of_part in by_part(frame):
+        outcomes = outcomes_of(of_part)
+        counts = confusion_matrix(outcomes.labels, outcomes.predictions, len(classes))
+        for index in np.flatnonzero(counts.sum(axis=1)):
+            hits, images, predicted = counts[index, index], counts[index].sum(), counts[:, index].sum()
+            precision = hits / predicted if predicted else np.nan
+            rows.append(
+                [domain, part, classes[index], images, hits / images, precision, 2 * hits / (images + predicted)]
+            )
+    return pd.DataFrame(rows, columns=["domain", "part", "class", "images", "recall", "precision", "f1"])
+
+
+def confusion_counts(frame: pd.DataFrame) -> pd.DataFrame:
+    """The number of images per domain, part, label and prediction, where it is not 0."""
+    keys = ["domain", "part", "label", "prediction"]
+    return frame.assign(images=1).groupby(keys, observed=True, sort=False)["images"].sum().reset_index()
 
 
 def confident_errors(frame: pd.DataFrame, most: int = 12) -> pd.DataFrame:

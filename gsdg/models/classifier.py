@@ -9,7 +9,8 @@ Deliberate deviations: the heads that are not DomainBed's (`heads.py`), and the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from typing import Literal, get_args
 
 import torch
@@ -129,6 +130,14 @@ class Classifier(nn.Module):
             return True
         affine = list(layer.parameters()) or list(self.featurizer.parameters())
         return self.selects and not any(parameter.requires_grad for parameter in affine)
+
+
+@contextmanager
+def head_inputs(model: Classifier) -> Generator[list[Tensor]]:
+    """Inside, the list gets the features [B, F] that the head is given in each forward pass, float32."""
+    inputs: list[Tensor] = []
+    with model.dropout.register_forward_hook(lambda *call: inputs.append(call[2].float())):
+        yield inputs
 
 
 def image_spec(*, size: int, mean: Sequence[float], std: Sequence[float]) -> ImageSpec:

@@ -171,8 +171,8 @@ def test_real_pacs_images_are_drawn(pacs_root, tmp_path, compose):
 
     from gsdg.config.schema import build
     from gsdg.data.transforms_exact import Exact
-    from gsdg.evaluate import Evaluator
-    from gsdg.evaluate.predictions import features, load_images, predict
+    from gsdg.evaluation import Evaluator
+    from gsdg.evaluation.predictions import features, load_images, predict
     from gsdg.experiment import prepare
 
     options = ["model=convnet", "model.mean=[0,0,0]", "model.std=[1,1,1]", "+model.backbone.channels=3"]

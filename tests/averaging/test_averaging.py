@@ -23,7 +23,7 @@ from gsdg.averaging import EMA, SWA, SWAD
 from gsdg.averaging.valley import LossValley, ReleasedValley
 from gsdg.averaging.weights import WeightMean, Weights, with_mean
 from gsdg.config.identity import run_id
-from gsdg.evaluate import Evaluator
+from gsdg.evaluation import Evaluator
 from gsdg.experiment import prepare, run
 from gsdg.runs.folder import RunFolder
 from gsdg.utils.errors import UserError

@@ -112,7 +112,6 @@ def test_the_text_of_the_summary_names_the_worst_domain_of_each_part_with_severa
     assert [line for line in lines if line.startswith("worst domain")] == [
         "worst domain, out: sketch (accuracy 50.0 %)"
     ]
-    assert any(line.startswith("ece: expected calibration error") for line in lines)
 
 
 def test_the_most_confident_errors_come_first(frame):

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from gsdg import experiment
 from gsdg.data.loader import TrainBatches
-from gsdg.evaluate import Evaluator
+from gsdg.evaluation import Evaluator
 from gsdg.trainer import Trainer
 from gsdg.types import Batch
 

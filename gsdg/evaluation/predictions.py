@@ -12,15 +12,15 @@ import pandas as pd
 from PIL import Image
 from torch import Tensor
 
-from gsdg.algorithms import Algorithm
 from gsdg.data.dataset import Domain, DomainDataset
 from gsdg.data.image_io import as_rgb
-from gsdg.evaluate.evaluator import Evaluator, predicted
+from gsdg.evaluation.evaluator import Evaluator, Predicts, predicted
 from gsdg.metrics.predictions import predictions_frame
+from gsdg.models.classifier import head_inputs
 from gsdg.utils.text import printable
 
 
-def predict(algorithm: Algorithm, evaluator: Evaluator, step: int = 0) -> pd.DataFrame:
+def predict(algorithm: Predicts, evaluator: Evaluator, step: int = 0) -> pd.DataFrame:
     """The frame of predictions (`gsdg.metrics.predictions`) for the evaluator's parts, in their order.
 
     Probabilities are the softmax of the logits, float32. An image in two parts has two rows. If the model has more
@@ -45,9 +45,17 @@ def predict(algorithm: Algorithm, evaluator: Evaluator, step: int = 0) -> pd.Dat
     return pd.concat(frames, ignore_index=True)
 
 
-def features(algorithm: Algorithm, evaluator: Evaluator, step: int = 0) -> np.ndarray:
-    """The features [rows, F] of the model, in the order of the rows of `predict`. Args: see there."""
-    (values,) = evaluator.per_image(algorithm, step, [_outputs], forward=algorithm.model.featurize)
+def features(algorithm: Predicts, evaluator: Evaluator, step: int = 0) -> np.ndarray:
+    """What the model's head is given [rows, F], in the order of the rows of `predict`. Args: see there."""
+    with head_inputs(algorithm.model) as inputs:
+
+        def forward(images: Tensor) -> Tensor:
+            algorithm.predict(images)
+            last = inputs[-1]
+            inputs.clear()
+            return last
+
+        (values,) = evaluator.per_image(algorithm, step, [_outputs], forward=forward)
     parts = evaluator.parts.items()
     return np.concatenate([values[name][images] for name, p in parts for images in p.values() if len(images)])
 

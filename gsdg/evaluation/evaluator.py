@@ -7,23 +7,38 @@ Deviation: there a batch mixes images of the in and the out part.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gsdg.algorithms import Algorithm
 from gsdg.data import Transform
 from gsdg.data.dataset import DomainDataset
 from gsdg.data.loader import EvaluationLoader
 from gsdg.metrics import METRICS, Outcomes
+from gsdg.models.classifier import Classifier
 from gsdg.utils.progress import Progress
 from gsdg.utils.seeding import seed_hash
 
 DomainMeans = dict[str, dict[str, float]]  # {domain: {part: value of a metric}}
 Measure = Callable[[Tensor, Tensor], Tensor]  # outputs [B, ...], labels [B] -> one row per image [B, ...]
+
+
+class Predicts(Protocol):
+    """What is evaluated: an Algorithm, or one with test-time adaptation (`gsdg.adaptation.Adaptation`)."""
+
+    training: bool
+
+    @property
+    def batch_dependent(self) -> bool: ...
+    @property
+    def model(self) -> Classifier: ...
+    def train(self, mode: bool = ...) -> Any: ...
+    def predict(self, images: Tensor) -> Tensor: ...
 
 
 def predicted(logits: Tensor, labels: Tensor) -> Tensor:
@@ -80,12 +95,18 @@ class Evaluator:
             dataset, transforms, batch_size=batch_size, workers=workers, device=device, memory_format=memory_format
         )
 
-    def __call__(self, algorithm: Algorithm, step: int, after_batch: Callable[[], None] = lambda: None) -> DomainMeans:
+    def __call__(self, algorithm: Predicts, step: int, after_batch: Callable[[], None] = lambda: None) -> DomainMeans:
         """{domain: {part: accuracy in [0, 1]}}; a part without images is left out.
 
         `after_batch` is called after every batch, because a pass can take minutes; it may raise to end the pass.
         """
         return self.measure(algorithm, step, ["accuracy"], after_batch)["accuracy"]
+
+    def with_parts(self, parts: Mapping[str, Mapping[str, np.ndarray]]) -> Evaluator:
+        """An evaluator of other parts of the same domains, with the same worker processes."""
+        other = copy.copy(self)
+        other.parts = parts
+        return other
 
     def close(self) -> None:
         """End the worker processes, which live on between evaluations."""
@@ -93,7 +114,7 @@ class Evaluator:
 
     def measure(
         self,
-        algorithm: Algorithm,
+        algorithm: Predicts,
         step: int,
         metrics: Sequence[str],
         after_batch: Callable[[], None] = lambda: None,
@@ -125,7 +146,7 @@ class Evaluator:
     @torch.no_grad()
     def per_image(
         self,
-        algorithm: Algorithm,
+        algorithm: Predicts,
         step: int,
         measures: Sequence[Measure],
         after_batch: Callable[[], None] = lambda: None,
@@ -139,7 +160,7 @@ class Evaluator:
             forward: images [B, C, H, W] -> the outputs that the measures get; None: the algorithm's logits.
         """
         was_training = algorithm.training
-        algorithm.eval()
+        algorithm.train(False)
         try:
             return self._pass(algorithm, step, measures, after_batch, forward or algorithm.predict)
         finally:
@@ -147,7 +168,7 @@ class Evaluator:
 
     def _pass(
         self,
-        algorithm: Algorithm,
+        algorithm: Predicts,
         step: int,
         measures: Sequence[Measure],
         after_batch: Callable[[], None],
