@@ -2,18 +2,19 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import photos
+from helpers import REPOSITORY, photos
 
 pytest.importorskip("sklearn", reason="pip install 'gsdg[metrics]'")
 pytest.importorskip("pyarrow", reason="pip install 'gsdg[metrics]'")
 
 from gsdg.evaluate.__main__ import main
-from gsdg.evaluate.files import drawn
 from gsdg.evaluate.images import Settings, images_of
 from gsdg.evaluate.passes import Evaluation, with_rows
 from gsdg.metrics import METRICS
@@ -96,6 +97,9 @@ def test_figures_are_written_in_the_chosen_format(evaluated, train):
 
 @pytest.mark.parametrize("algorithm", ["erm", "arm"])
 def test_drawn_rows_have_the_features_of_their_own_images(train, algorithm):
+    pytest.importorskip("matplotlib", reason="pip install 'gsdg[plots]'")
+    from gsdg.evaluate.figures import drawn
+
     run = train(*DIGITS, f"algorithm={algorithm}")
     predictor = load(run, device="cpu")
     images = images_of(predictor, run, Settings(None, None, None), None)
@@ -263,3 +267,19 @@ def test_an_accuracy_that_is_not_the_recorded_one_is_a_warning_that_names_both(e
     text = evaluated(run, "--no-figures")[1]
     assert "warning: the accuracies differ from the run's record" in text
     assert "30 out: 50.00 % recorded, " in text
+
+
+@pytest.mark.parametrize(
+    ("library", "extra"), [("sklearn", "metrics"), ("pyarrow", "metrics"), ("matplotlib", "plots")]
+)
+def test_a_missing_library_is_named_before_the_images_are_read(tmp_path, library, extra):
+    """In a process of its own in which the library cannot be imported; without figures, matplotlib is not needed."""
+    code = f"import sys; sys.modules[{library!r}] = None; from gsdg.evaluate.__main__ import main; sys.exit(main())"
+    call = [sys.executable, "-c", code, "no_run"]
+    done = subprocess.run(call, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"pip install 'gsdg[{extra}]'" in done.stderr
+    assert "Traceback" not in done.stderr
+    if library == "matplotlib":
+        without = subprocess.run([*call, "--no-figures"], cwd=REPOSITORY, capture_output=True, text=True)
+        assert "there is no run in this folder" in without.stderr

@@ -12,6 +12,8 @@ from torch import nn
 
 from gsdg.analysis import __main__ as analysis_commands
 from gsdg.data import __main__ as data_commands
+from gsdg.evaluate import __main__ as evaluate_command
+from gsdg.evaluate import images
 from gsdg.sweep import __main__ as sweep_commands
 
 README = (REPOSITORY / "README.md").read_text()
@@ -61,6 +63,10 @@ def test_every_command_parses_and_its_overrides_compose(compose):
     for command in commands("python -m analysis"):
         with in_case(command):
             analysis_commands.parse_arguments(shlex.split(command)[3:])
+    for command in commands("python -m gsdg.evaluate"):
+        with in_case(command):
+            options = evaluate_command.parse(shlex.split(command)[3:])
+            images.compose(options.overrides, adapt=options.adapt, config_dir=None)
     assert len(commands("python launch.py")) >= 5
     assert len(commands("python -m gsdg.data")) >= 4
 

@@ -14,16 +14,14 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
 import pandas as pd
 
 from gsdg import __version__
-from gsdg.analysis.prediction_figures import Embedding
 from gsdg.config.messages import explain
-from gsdg.evaluate.files import write_figures, write_tables
 from gsdg.evaluate.images import Settings, compose, images_of
 from gsdg.evaluate.passes import Evaluation
+from gsdg.evaluate.tables import write_tables
 from gsdg.evaluation import DomainMeans
 from gsdg.metrics.definitions import import_sklearn_metrics
 from gsdg.metrics.predictions import MEANINGS, summary_text
@@ -36,10 +34,10 @@ from gsdg.utils.text import let_streams_print_any_text
 def main(arguments: Sequence[str] | None = None) -> int:
     """Evaluate each run and print its metrics. Returns the exit status: 2 if a run could not be evaluated."""
     let_streams_print_any_text()
-    options = _parse(arguments)
+    options = parse(arguments)
     status, tables = 0, []
     try:
-        check_libraries()
+        check_libraries(figures=not options.no_figures)
         settings = compose(options.overrides, adapt=options.adapt, config_dir=options.config_dir)
     except Exception as error:
         return _print_or_raise(error)
@@ -61,7 +59,8 @@ def _print_or_raise(error: Exception) -> int:
     return 2
 
 
-def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The options; `runs` are folders, `overrides` the words key=value."""
     parser = argparse.ArgumentParser(
         prog="python -m gsdg.evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -73,7 +72,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--batch-size", type=_positive, metavar="N", help="images per forward pass (default: the run's)"
     )
-    parser.add_argument("--map", choices=get_args(Embedding), default="pca", help="of the features (default: pca)")
+    parser.add_argument("--map", choices=("pca", "tsne"), default="pca", help="of the features (default: pca)")
     parser.add_argument("--format", choices=("png", "pdf", "svg"), default="png", help="of the figures (default: png)")
     parser.add_argument("--no-figures", action="store_true", help="only the tables")
     parser.add_argument("-o", "--out", type=Path, default=Path("evaluation"), help="folder (default: evaluation)")
@@ -96,13 +95,15 @@ def _positive(text: str) -> int:
     return value
 
 
-def check_libraries() -> None:
-    """UserError if a library that every evaluation needs is missing: found before the pass over the images."""
+def check_libraries(*, figures: bool) -> None:
+    """UserError if a library is missing that the evaluation needs in the end."""
     import_sklearn_metrics("python -m gsdg.evaluate")
     try:
         import pyarrow  # noqa: F401
     except ImportError:
         raise not_installed("predictions.parquet", "pyarrow", "metrics") from None
+    if figures:
+        from gsdg.analysis import style  # noqa: F401
 
 
 def evaluate(run: Path, settings: Settings, options: argparse.Namespace) -> pd.DataFrame:
@@ -115,6 +116,8 @@ def evaluate(run: Path, settings: Settings, options: argparse.Namespace) -> pd.D
         frame = evaluation.predictions()
         table = write_tables(folder, frame, _about(run, predictor, evaluation))
         if not options.no_figures:
+            from gsdg.evaluate.figures import write_figures  # needs matplotlib
+
             write_figures(folder, evaluation, frame, options.format, options.map)
     finally:
         images.evaluator.close()

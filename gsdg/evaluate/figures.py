@@ -1,8 +1,7 @@
-"""The files of an evaluation. predictions.parquet has a row per image, and all other files are made from such rows."""
+"""The figures of an evaluation. Needs matplotlib (extra `plots`)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,20 +11,7 @@ from gsdg.analysis import prediction_figures, style
 from gsdg.analysis.prediction_figures import MOST_POINTS, Embedding
 from gsdg.evaluate.passes import Evaluation
 from gsdg.evaluation.predictions import load_images
-from gsdg.metrics.predictions import class_summary, confident_errors, confusion_counts, summary, write_predictions
-from gsdg.utils.json_files import write_json
-
-
-def write_tables(folder: Path, frame: pd.DataFrame, about: Mapping) -> pd.DataFrame:
-    """Write predictions.parquet, metrics.csv, classes.csv, confusion.csv and evaluation.json; returns the metrics."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_predictions(frame, folder / "predictions.parquet")
-    table = summary(frame)
-    table.to_csv(folder / "metrics.csv", index=False)
-    class_summary(frame).to_csv(folder / "classes.csv", index=False)
-    confusion_counts(frame).to_csv(folder / "confusion.csv", index=False)
-    write_json(folder / "evaluation.json", dict(about))
-    return table
+from gsdg.metrics.predictions import confident_errors
 
 
 def write_figures(folder: Path, evaluation: Evaluation, frame: pd.DataFrame, form: str, how: Embedding) -> None:
