@@ -228,6 +228,7 @@ def prepare(raw: DictConfig | dict, build: Callable[..., Any] = build) -> Plan:
     named_device(config["device"])
     algorithm, trainer = build(config["algorithm"]), build(config["trainer"])
     check_sources(config["algorithm"]["name"], algorithm, split.sources(source.domains))
+    check_updates(config["algorithm"]["name"], algorithm, trainer)
     check_held_out(trainer, split)
     if selects_parameters(config, trainer):
         nodes = {key: config[key] for key in ("model", "algorithm", "optimizer")}
@@ -274,6 +275,20 @@ def check_sources(name: str, algorithm: Algorithm, sources: list[str]) -> None:
         raise UserError(
             f"algorithm={name} needs {algorithm.min_domains} source domains or more, found {listing(sources)}.\n"
             "Choose fewer targets (split.target), more domains (dataset.domains), or another algorithm."
+        )
+
+
+def check_updates(name: str, algorithm: Algorithm, trainer: Trainer) -> None:
+    """UserError if the algorithm's own updates leave no room for a schedule or a limit of the gradient."""
+    if trainer.scheduler and algorithm.sets_learning_rate:
+        raise UserError(
+            f"algorithm={name} sets the learning rate itself, so trainer/scheduler is refused.\nLeave it out, or "
+            "choose another algorithm."
+        )
+    if trainer.clip_norm is not None and algorithm.several_updates:
+        raise UserError(
+            f"algorithm={name} makes several updates per step, and trainer.clip_norm would shorten the gradient of the "
+            "first one only.\nLeave it out, or choose another algorithm."
         )
 
 

@@ -29,8 +29,9 @@ from gsdg.runs.checkpoint import random_states, restore_random_states
 from gsdg.runs.folder import RunFolder
 from gsdg.runs.kept_weights import Keep, KeptWeights, held_out_accuracy
 from gsdg.runs.saver import Saver
+from gsdg.schedules import Schedule, Scheduler, build_scheduler
 from gsdg.types import Batch
-from gsdg.utils.errors import UserError, listing
+from gsdg.utils.errors import UserError, check_range, listing
 from gsdg.utils.progress import clock_time, tracked
 from gsdg.utils.stop_signals import Signals
 
@@ -151,6 +152,10 @@ class Trainer:
         keep: which weights are kept (gsdg/runs/kept_weights.py): `selected`, `last`, `every` evaluation's, or `none`.
             None: the selected ones, or the last ones where no image is held out. Changes no result.
         averaging: an average of the weights, evaluated in addition to the weights. Does not change the training.
+        scheduler: the learning rate's course (see schedules.py); None: the optimizer's own throughout. The records then
+            have its mean as metric `lr`, that of the first parameter group.
+        clip_norm: the largest 2-norm of all gradients together, after any surgery, > 0: longer ones are shortened to
+            it, before the update. None: any length. The metric `grad_norm` is the length before.
         head_only_steps: the first so many updates change the head only (see head_only.py), >= 0 and < `steps`.
         metrics: what evaluations record, names of `gsdg.metrics.METRICS`; the accuracy always, listed or not. Changes
             no result, so a run that is done records further metrics only if it is run again (force=true).
@@ -172,6 +177,8 @@ class Trainer:
     workers: int | None
     keep: Keep | None = None
     averaging: Averaging | None = None
+    scheduler: Schedule | Scheduler | None = None
+    clip_norm: float | None = None
     head_only_steps: int = 0
     metrics: Sequence[str] = ("accuracy",)
 
@@ -186,7 +193,10 @@ class Trainer:
                 f"trainer.head_only_steps: found {self.head_only_steps}, expected 0 or more and less than "
                 f"trainer.steps={self.steps}. To train the head alone: model.train_only=head."
             )
+        check_range("trainer", "(0, inf)", clip_norm=self.clip_norm)
         check_metrics(self.metrics, "trainer.metrics")
+        if isinstance(self.scheduler, Schedule):
+            self.scheduler.check(self.steps)
         if self.averaging:
             self.averaging.check(self.evaluations)
 
@@ -229,6 +239,9 @@ class Trainer:
         if self.averaging:
             self.averaging.setup(algorithm, self.evaluations)
             parts["averaging"] = self.averaging
+        scheduler = build_scheduler(self.scheduler, optimizer, self.steps) if self.scheduler else None
+        if scheduler:
+            parts["scheduler"] = scheduler
         saver = Saver(parts, folder, signals or Signals(), self.steps)
         kept = KeptWeights(self.keep, folder, saver.checkpoints.write, algorithm.domains, about)
         session = _Session(algorithm, evaluator, folder, saver, kept, means, throughput)
@@ -256,6 +269,9 @@ class Trainer:
             metrics = self._train_step(step, minibatches, algorithm, optimizer, parameters)
             if self.averaging:
                 self.averaging.after_step(step)
+            if scheduler:
+                metrics["lr"] = torch.tensor(optimizer.param_groups[0]["lr"], dtype=torch.float64)
+                scheduler.step()
             means.add(metrics)
             throughput.tick(step + 1)
             folder.progress(step + 1)
@@ -286,6 +302,8 @@ class Trainer:
         check_now = parameters[0].device.type == "cpu" or self._reports(step)
         if check_now:
             check_finite(metrics, step, algorithm)
+        if self.clip_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.clip_norm, metrics["grad_norm"])
         with explain_batchnorm_error():  # some algorithms forward once more
             step_metrics = algorithm.step(optimizer) or {}  # a user's step may return nothing
         later = step_metrics.keys() - metrics.keys()  # losses of a further forward pass

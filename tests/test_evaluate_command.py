@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -35,7 +36,8 @@ TINY = (
 @pytest.fixture
 def evaluated(tmp_path, capsys, monkeypatch):
     """A function that calls the command, and returns its exit status, stdout and stderr."""
-    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()  # a relative data_dir is not that of the run
+    monkeypatch.chdir(tmp_path / "here")
 
     def evaluated(*words):
         status = main([*map(str, words), "--device", "cpu"])
@@ -73,7 +75,7 @@ def test_on_its_own_images_a_run_has_the_accuracy_and_the_metrics_of_its_record(
 def test_the_files_of_an_evaluation_agree(evaluated, train):
     run = train(*DIGITS)
     evaluated(run, "--no-figures")
-    folder = run.parents[1] / "evaluation" / run.name
+    folder = run.parents[1] / "here/evaluation" / run.name
     frame = read_predictions(folder / "predictions.parquet")
     classes, counts = (pd.read_csv(folder / f"{name}.csv", dtype=str) for name in ("classes", "confusion"))
     keys = ["domain", "part", "label"]
@@ -91,7 +93,7 @@ def test_figures_are_written_in_the_chosen_format(evaluated, train):
     pytest.importorskip("matplotlib", reason="pip install 'gsdg[plots]'")
     run = train(*DIGITS)
     evaluated(run, "--format", "svg", "-o", "elsewhere")
-    names = {path.name for path in (run.parents[1] / "elsewhere" / run.name).glob("*.svg")}
+    names = {path.name for path in (run.parents[1] / "here/elsewhere" / run.name).glob("*.svg")}
     assert names == {"confusion.svg", "reliability.svg", "errors.svg", "features.svg"}
 
 
@@ -183,7 +185,7 @@ def test_an_adaptation_starts_anew_in_each_domain_and_its_settings_have_an_effec
     frames = {}
     for name, call in calls.items():
         assert evaluated(run, *call, "-o", name)[0] == 0
-        (file,) = (tmp_path / name).rglob("predictions.parquet")
+        (file,) = Path(name).rglob("predictions.parquet")
         frames[name] = read_predictions(file).query("domain == 'c'").reset_index(drop=True)
     pd.testing.assert_frame_equal(frames["together"], frames["alone"])
     for name in ("other", "none"):

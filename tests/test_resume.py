@@ -36,8 +36,11 @@ def steps_logged(runs_dir: Path) -> int:
     return max([int(step) for log in logs for step in re.findall(r"step (\d+)/", log)], default=0)
 
 
-# The head first, a frozen layer, and learning rates of its own for each group.
+# The head first, a frozen layer, learning rates of its own for each group, all on a schedule.
 PARTS = (
+    "trainer/scheduler=cosine",
+    "trainer.scheduler.warmup_steps=9",
+    "trainer.clip_norm=0.5",
     "algorithm=grad_surgery",
     "trainer.head_only_steps=13",
     "model.freeze=[featurizer.0.*]",

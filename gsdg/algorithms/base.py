@@ -60,6 +60,9 @@ class Algorithm(nn.Module, ABC):
         batch_dependent: True if the prediction for an image depends on the other images of its batch.
         no_surgery: why `algorithm/surgery=...` is refused, as text for the error message; "" for subclasses of
             `DomainLosses`, which support it.
+        sets_learning_rate: whether `step` sets the optimizer's learning rate; then trainer/scheduler is refused.
+        several_updates: whether `step` makes several optimizer steps; then trainer.clip_norm is refused, which shortens
+            the gradient of the first one only.
         acts_on_features: the part of the algorithm that has an effect on the featurizer alone, as text for the message
             that refuses a model whose featurizer does not train; "" if there is no such part.
         model: the model to train, after `setup`.
@@ -70,6 +73,8 @@ class Algorithm(nn.Module, ABC):
     needs: ClassVar[str] = ""
     batch_dependent: ClassVar[bool] = False
     no_surgery: ClassVar[str] = ""
+    sets_learning_rate: ClassVar[bool] = False
+    several_updates: ClassVar[bool] = False
     acts_on_features: ClassVar[str] = ""
 
     model: Classifier

@@ -55,6 +55,7 @@ class EQRM(DomainLosses):
     """
 
     min_domains = 2
+    sets_learning_rate = True
 
     def __init__(
         self,

@@ -40,6 +40,7 @@ class Fish(Algorithm):
     """
 
     min_domains = 2
+    several_updates = True
     no_surgery = "it makes an optimizer step after each domain's gradient, so no two gradients are of the same weights"
 
     def __init__(self, *, meta_lr: float, shuffle: bool = False) -> None:

@@ -44,6 +44,7 @@ class SagNet(Algorithm):
         adversary_weight: w, weight of the adversary's loss, >= 0; with 0 the adversary makes no optimizer step.
     """
 
+    several_updates = True
     no_surgery = "one training step consists of three optimizer steps"
     acts_on_features = "has an adversary that trains the featurizer alone"
 

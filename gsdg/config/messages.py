@@ -92,7 +92,7 @@ def _unknown_key(error: Exception) -> str | None:
 def _choice_missing(key: str) -> str | None:
     """For `search.hparams_seed=3` without a search, or `hydra.launcher.partition=gpu` with Hydra's own launcher."""
     group = key.rpartition(".")[0].replace(".", "/")
-    if group in ("search", "trainer/averaging", "algorithm/surgery"):
+    if group in ("search", "trainer/averaging", "trainer/scheduler", "algorithm/surgery"):
         return (
             f"{key}: choose a {group} first, one of: {listing(f'{group}={name}' for name in sorted(choices(group)))}."
         )

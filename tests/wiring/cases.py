@@ -326,6 +326,39 @@ AVERAGING = {
     ),
 }
 
+SCHEDULER = {
+    **node("trainer.scheduler", "Constant", "trainer/scheduler=constant", warmup_steps=weights(1, 2)),
+    **node(
+        "trainer.scheduler", "Cosine", "trainer/scheduler=cosine", final=weights(0.0, 0.5), warmup_steps=weights(0, 2)
+    ),
+    **node(
+        "trainer.scheduler",
+        "Polynomial",
+        "trainer/scheduler=polynomial",
+        power=weights(1.0, 2.0),
+        final=weights(0.0, 0.5),
+        warmup_steps=weights(0, 2),
+    ),
+    **node(
+        "trainer.scheduler",
+        "Steps",
+        "trainer/scheduler=steps",
+        "trainer.scheduler.milestones=[0.3]",
+        milestones=weights([0.3], [0.9]),
+        gamma=weights(0.1, 0.5),
+        warmup_steps=weights(0, 2),
+    ),
+    **node(
+        "trainer.scheduler",
+        "OneCycle",
+        "trainer/scheduler=one_cycle",
+        "trainer.scheduler.rise=0.7",
+        rise=weights(0.7, 0.9),
+        start=weights(25.0, 10.0),
+        end=weights(1.0, 1e4),
+    ),
+}
+
 CASES: dict[str, Effect] = {
     **ALGORITHMS,
     **SURGERY_OF_LOSSES,
@@ -334,6 +367,9 @@ CASES: dict[str, Effect] = {
     **DATA,
     **MODEL,
     **AVERAGING,
+    **SCHEDULER,
+    "trainer.clip_norm (Trainer)": gradients(None, 0.01),
+    "trainer.scheduler (Trainer)": weights(None, {"_target_": "gsdg.schedules.Constant", "warmup_steps": 2}),
     "trainer.head_only_steps (Trainer)": weights(0, 1),
     "seed": initial(0, 1),
 }
