@@ -8,7 +8,6 @@ would train it again.
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -34,6 +33,7 @@ from gsdg.runs.removal import (
     unneeded_code,
 )
 from gsdg.utils.errors import UserError, plural
+from gsdg.utils.terminal import closed_pipe_is_no_error
 
 SHOWN = 20  # runs that `remove` lists
 REMOVED_WITH_RECORDS_KEPT = ("checkpoints", "weights")  # kinds of inventory.KINDS
@@ -45,17 +45,18 @@ def main(arguments: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else arguments
     options = parser().parse_args(arguments)
     options.arguments = arguments
-    try:
-        return options.command(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # the reader of a pipe has ended, such as `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except OSError as error:
-        print(f"error: {error.strerror or error}: {error.filename or options.runs_dir}", file=sys.stderr)
-        return 2
+    with closed_pipe_is_no_error():
+        try:
+            return options.command(options)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            print(f"error: {error.strerror or error}: {error.filename or options.runs_dir}", file=sys.stderr)
+            return 2
+    return 0
 
 
 def parser() -> argparse.ArgumentParser:

@@ -48,7 +48,7 @@ def prefetch(configs: Sequence[dict], say: Say = print) -> None:
     for config in _distinct(configs, _model_key):
         if _weights_key(config) not in unavailable:
             with _collected(problems):
-                _build(config, max(class_counts, default=1))
+                _build(config, max(class_counts))
     if problems := list(dict.fromkeys(problems)):
         raise UserError("not everything is here:\n" + "\n".join(map(_item, problems)))
     say("everything is here: jobs need no internet")

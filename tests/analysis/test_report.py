@@ -373,6 +373,12 @@ def test_a_reader_sees_the_old_page_until_the_new_one_is_complete(runs, drawn, m
     assert (tmp_path / "index.html").read_text() != "old"
 
 
+def test_the_folder_of_the_page_is_made_with_those_above_it(runs, drawn, tmp_path):
+    write_evaluated(runs)
+    assert write_page(tmp_path / "papers" / "2026", *read(runs)) == tmp_path / "papers" / "2026" / "index.html"
+    assert (tmp_path / "papers" / "2026" / "index.html").is_file()
+
+
 # ---- figures: which rows --------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,8 @@ from analysis_folders import write_evaluated, write_files, write_lines
 from helpers import REPOSITORY
 
 from gsdg.analysis.__main__ import main
-from gsdg.analysis.tables import read_published, report
+from gsdg.analysis.read.frames import read_runs
+from gsdg.analysis.tables import read_published, report, summary
 from gsdg.utils.errors import UserError
 
 ERM = [("photo", 0, 0.8), ("photo", 1, 0.9), ("art", 0, 0.7), ("art", 1, 0.6)]
@@ -115,6 +116,9 @@ def test_several_selections_are_several_tables_and_an_unknown_one_lists_the_vali
     tables = report(tmp_path, ("last", "oracle")).split("\n\n")
     titles = [table.splitlines()[0] for table in tables]
     assert titles == ["toy, last", "toy, oracle", "read: 6 runs: 5 done | 1 failed"]
+    results = summary(read_runs(tmp_path), ("last", "oracle"))
+    frames = (results.cells, results.chosen, results.missing, results.draws)
+    assert all(list(frame.index) == list(range(len(frame))) and len(frame) > 1 for frame in frames)
     names = "training_domain, leave_one_domain_out, oracle, oracle_best, last"
     with pytest.raises(UserError, match=f"best_of_all.*\n.*{names}"):
         report(tmp_path, ["best_of_all"])

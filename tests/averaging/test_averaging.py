@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import random
+import re
 from collections import Counter
 from pathlib import Path
 from signal import SIGUSR2
@@ -411,7 +412,10 @@ def assert_equal_weights(folder: Path, other: Path, name: str) -> None:
     assert all(torch.equal(weights[key], of_other[key]) for key in weights)
 
 
-def test_a_run_trains_and_is_recorded_as_it_would_be_without_and_rows_say_what_was_averaged(plan, drawing, tmp_path):
+def test_a_run_trains_and_is_recorded_as_it_would_be_without_and_rows_say_what_was_averaged(
+    plan, drawing, tmp_path, caplog
+):
+    caplog.set_level("INFO", "gsdg.trainer")
     run(plan("plain"), signals=child())
     plain, rows = only_run(tmp_path / "plain"), {}
     assert not (plain / "averaged.jsonl").exists()
@@ -428,6 +432,8 @@ def test_a_run_trains_and_is_recorded_as_it_would_be_without_and_rows_say_what_w
     }
     assert facts["ema"] == [("ema", step, 0, step, step + 1) for step in (0, 5, 10, 11)]
     assert facts["swa"] == [("swa", 5, 4, 4, 1), ("swa", 10, 4, 10, 4), ("swa", 11, 4, 10, 4)]
+    titles = re.findall(r"^(step \d+/12  averaged \(ema\))  mean ", "\n".join(caplog.messages), re.MULTILINE)
+    assert titles == [f"step {step + 1}/12  averaged (ema)" for step in (0, 5, 10, 11)]
     (row,) = rows["swad"]
     assert (row["step"], row["converged"]) == (11, True)
     assert row["n"] == row["end"] - row["start"] + 1

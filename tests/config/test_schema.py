@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from helpers import in_case
 from hydra.errors import InstantiationException
 
-from gsdg.config.schema import build, check, coerce
+from gsdg.config.schema import _positional_arguments, build, check, coerce
 from gsdg.utils.errors import UserError
 
 ACCEPTED = [  # (value, type, the value of that type)
@@ -108,3 +108,10 @@ def test_a_partial_raises_the_error_of_its_constructor():
     chunk = {"_target_": "gsdg.surgery.Chunk", "n_parts": 0}
     with pytest.raises(UserError, match="n_parts is 0"):
         build({"_target_": "collections.UserDict", "_partial_": True, "a": chunk})
+
+
+def test_only_a_callable_that_lists_its_arguments_says_which_its_caller_passes():
+    node = {"_target_": "gsdg.models.convnet", "_partial_": True}
+    assert _positional_arguments(node, Callable[[str], Any] | None, "model.backbone") == {"weights": "passed by model"}
+    for hint in (int, Callable[..., Any]):
+        assert _positional_arguments(node, hint, "model.backbone") == {}

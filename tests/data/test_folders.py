@@ -106,8 +106,9 @@ def test_a_folder_that_may_not_be_listed_is_named(root):
     write_image(root / "photo" / "cat" / "closed" / "0.jpg")
     (root / "photo" / "cat" / "closed").chmod(0)
     for folder in (root, *root.parents):
-        if folder.stat().st_uid == 0 and folder != Path("/"):
-            folder.chmod(folder.stat().st_mode | 0o055)
+        mode = folder.stat().st_mode
+        if folder.stat().st_uid == 0 and folder != Path("/") and mode & 0o055 != 0o055:
+            folder.chmod(mode | 0o055)
     reader, writer = os.pipe()
     if not (pid := os.fork()):
         os.setuid(65534)

@@ -258,6 +258,7 @@ def test_augmented_evaluation_follows_its_seed_and_every_batch_has_its_own(digit
 def test_a_batch_size_below_1_is_refused_and_a_step_outside_the_run_is_an_index_error(marked):
     with pytest.raises(UserError, match="at least 1 image of each source domain"):
         raw(marked, batch_size=0)
+    assert raw(marked, batch_size=1)
     for step in (-1, 400):
         with pytest.raises(IndexError):
             raw(marked)[step]

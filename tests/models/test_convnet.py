@@ -80,3 +80,10 @@ def test_the_mlp_is_one_hidden_layer_on_the_flattened_image():
     assert features == 5
     with pytest.raises(UserError, match="found inputs=12 and width=0"):
         ours.mlp(None, inputs=12, width=0)
+
+
+def test_the_mlp_starts_from_a_file(tmp_path):
+    trained = ours.mlp(None, inputs=12, width=5)[0].state_dict()
+    torch.save(trained, tmp_path / "mlp.pt")
+    loaded = ours.mlp(str(tmp_path / "mlp.pt"), inputs=12, width=5)[0].state_dict()
+    assert all(torch.equal(loaded[name], trained[name]) for name in trained)

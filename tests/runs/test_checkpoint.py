@@ -65,6 +65,7 @@ DAMAGE = {
     "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
     "one bit": flip_a_bit,
     "of another kind": lambda path: torch.save([1, 2], path),
+    "a Python object": lambda path: torch.save({"step": 10, "x": Path("x")}, path),  # unpickling it could run any code
 }
 
 

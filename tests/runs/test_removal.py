@@ -10,12 +10,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from desk import FIRST, Desk, config, script
 from helpers import REPOSITORY, in_case
 
 from gsdg.runs.__main__ import main
+from gsdg.runs.describe import age
 from gsdg.runs.in_use import Queue, parse_squeue
 from gsdg.runs.inventory import parse_duration, read_inventory, read_run
 from gsdg.runs.removal import remove_runs
@@ -445,6 +447,29 @@ def test_a_folder_that_is_not_there_is_a_message(tmp_path, capsys):
         assert main([*command, "--runs-dir", str(tmp_path / "none")]) == 2
         assert "--runs-dir FOLDER" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(desk, runs):
+    """As with `| head`. Without a buffer the closed pipe is noticed by the first line, else at the end."""
+    command = f"{sys.executable} -m gsdg.runs list --runs-dir {desk.runs_dir} | true; exit ${{PIPESTATUS[0]}}"
+    for unbuffered in ("", "1"):
+        environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+        done = subprocess.run(["bash", "-c", command], cwd=REPOSITORY, env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), unbuffered
+
+
+def test_the_age_of_a_run_is_short(monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 10 * DAY)
+    ages = {
+        -5: "0 s",
+        99: "99 s",
+        100: "2 min",
+        5999: "100 min",
+        6000: "1.7 h",
+        2 * DAY - 1: "48.0 h",
+        2 * DAY: "2.0 days",
+    }
+    assert {seconds: age(SimpleNamespace(last_seen=10 * DAY - seconds)) for seconds in ages} == ages
 
 
 def test_nothing_is_imported_that_takes_seconds():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 from desk import config
 
@@ -11,7 +12,8 @@ from gsdg.sweep.folder import FrozenRun
 
 
 def test_every_change_is_a_line_and_a_state_of_before_is_none(desk, monkeypatch):
-    monkeypatch.setattr(following, "EVERY", 0.0)
+    slept: list[float] = []
+    monkeypatch.setattr(following, "time", SimpleNamespace(sleep=slept.append))
     targets = {"r0": "sketch", "r1": "photo", "r2": "art"}
     runs = [FrozenRun(name, [], config(target)) for name, target in targets.items()]
     for name in ("r0", "r2"):
@@ -38,3 +40,4 @@ def test_every_change_is_a_line_and_a_state_of_before_is_none(desk, monkeypatch)
         "[2/3] run r1, target photo, erm: done",
         "[3/3] run r2, target art, erm: failed: out of memory",
     ]
+    assert slept == [following.EVERY] * 3, "before each further read, not after the last"

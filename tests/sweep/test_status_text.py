@@ -77,6 +77,9 @@ def test_a_few_hundred_runs_fit_a_screen(sweep):
     assert "and 80 more reasons" in text
     every = status_text.status(sweep, many, every=True)
     assert all(each.run_id in every for each in many)
+    most = status_text.MAX_ROWS
+    text = status_text.status(sweep, [*many[:most], *many[100 : 100 + most]])
+    assert "more" not in text, "lists of MAX_ROWS rows are complete"
 
 
 def test_a_key_has_its_last_word_if_that_is_unique_and_varies_also_if_some_runs_lack_it():

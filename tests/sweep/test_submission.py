@@ -102,7 +102,9 @@ def test_every_run_is_in_a_task_with_what_it_needs(cluster, submit, plans, tmp_p
     options = cluster.options(101)
     assert (options["chdir"], options["array"], options["requeue"]) == (str(tmp_path), "0-2%3", "")
     assert {run.config["device"] for run in sweep.runs()} == {"cuda"}
-    assert "note:" not in capsys.readouterr().out, "the shell has no variables of SLURM"
+    printed = capsys.readouterr().out
+    assert f"follow it:  python -m gsdg.sweep status s --watch --runs-dir {tmp_path / 'runs'}" in printed.splitlines()
+    assert "note:" not in printed, "the shell has no variables of SLURM"
 
 
 def test_a_task_that_asks_for_a_gpu_in_any_way_trains_on_nothing_else(cluster, submit):

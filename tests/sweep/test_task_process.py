@@ -329,3 +329,24 @@ def test_a_child_starts_no_more_threads_than_its_share_of_the_cores(pack, monkey
                 monkeypatch.setenv(name, value)
         work.side_by_side = side_by_side
         assert work._child_environment(0).get("OMP_NUM_THREADS") == threads, (allotted, side_by_side, chosen)
+
+
+# ---- before the task is queued again ------------------------------------------------------------------------------
+
+
+def test_a_job_waits_until_slurms_controller_answers_or_the_time_is_over(tmp_path, monkeypatch):
+    calls, program = tmp_path / "calls", tmp_path / "scontrol"
+    program.write_text(
+        f'#!/bin/sh\necho "$@" >> {calls}\n[ "$(wc -l < {calls})" -gt 2 ] && state=UP || state=DOWN\n'
+        'echo "Slurmctld(primary) at c0 is $state"\n'
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    task_process._wait_for_controller(60.0)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    task_process._wait_for_controller(0.0)
+    assert not calls.exists(), "outside of SLURM, and without time, nothing is asked"
+    task_process._wait_for_controller(60.0)
+    assert calls.read_text() == "ping\n" * 3
