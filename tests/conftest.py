@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from functools import lru_cache
@@ -103,6 +104,29 @@ def train(compose, tmp_path):
         return tmp_path / "runs" / plan.run_id
 
     return train
+
+
+@pytest.fixture(scope="session")
+def finished_runs() -> dict:
+    """The runs that `trained` has made so far in this test process: {overrides: folder}."""
+    return {}
+
+
+@pytest.fixture
+def trained(compose, tmp_path, tmp_path_factory, finished_runs):
+    """Like `train`, but equal overrides are trained once per test process: every test gets a copy of the run."""
+    from gsdg.experiment import prepare, run
+
+    def trained(*overrides: str) -> Path:
+        if overrides not in finished_runs:
+            plan = prepare(compose(*SMALL, *overrides, f"runs_dir={tmp_path_factory.mktemp('finished')}"))
+            run(plan)
+            finished_runs[overrides] = Path(plan.config["runs_dir"], plan.run_id)
+        folder = tmp_path / "runs" / finished_runs[overrides].name
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that differs in settings that are not part of the id
+        return shutil.copytree(finished_runs[overrides], folder)
+
+    return trained
 
 
 @pytest.fixture

@@ -53,10 +53,10 @@ PROGRAMS = ("onnx", "torch_export")
 
 
 @pytest.mark.parametrize("form", FORMATS)
-def test_the_exported_file_has_the_models_logits_for_any_number_of_images(train, tmp_path, form, capsys, request):
+def test_the_exported_file_has_the_models_logits_for_any_number_of_images(trained, tmp_path, form, capsys, request):
     if form in PROGRAMS:
         request.getfixturevalue("exporter")
-    folder, file = train(*FEW), tmp_path / "out"
+    folder, file = trained(*FEW), tmp_path / "out"
     expected = gsdg.load(folder).logits(torch.from_numpy(IMAGES)).numpy()
     assert main([str(folder), "--to", form, "--output", str(file)]) == 0, capsys.readouterr().err
     assert LOADERS[form](file) == pytest.approx(expected, abs=1e-5)
@@ -67,16 +67,16 @@ def test_the_exported_file_has_the_models_logits_for_any_number_of_images(train,
     assert sorted(path.name for path in tmp_path.glob("*out*")) == ["out", "out.json"]
 
 
-def test_a_program_with_other_logits_is_not_left(train, tmp_path, monkeypatch, exporter):
-    predictor = gsdg.load(train(*FEW))
+def test_a_program_with_other_logits_is_not_left(trained, tmp_path, monkeypatch, exporter):
+    predictor = gsdg.load(trained(*FEW))
     monkeypatch.setattr("gsdg.export.Logits.forward", lambda self, images: self.algorithm.predict(images) * 1.001)
     with pytest.raises(UserError, match="logits differ from the model's by"):
         export(predictor, "torch_export", tmp_path / "out.pt2")
     assert not list(tmp_path.glob("*out*"))
 
 
-def test_what_cannot_be_exported_says_so(train, tmp_path, capsys, monkeypatch, exporter):
-    folder = train(*FEW)
+def test_what_cannot_be_exported_says_so(trained, tmp_path, capsys, monkeypatch, exporter):
+    folder = trained(*FEW)
     predictor = gsdg.load(folder)
 
     class Branches(nn.Module):

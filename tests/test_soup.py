@@ -12,14 +12,15 @@ from gsdg.analysis.selection import every_draw
 from gsdg.soup import Ingredient, greedy, main, mean_state
 from gsdg.utils.json_files import read_json, read_lines, write_json
 
-FEW = ("trainer.steps=17", "trainer.batch_size=8", "optimizer.lr=0.003", "seed=1", "dataset.domains=[0,15,30]")
+FEW = ("trainer.steps=17", "trainer.batch_size=8", "trainer.eval_every=16", "optimizer.lr=0.003", "seed=1")
+FEW = (*FEW, "dataset.domains=[0,15,30]")
 
 
 @pytest.fixture
-def three(train):
+def three(trained):
     """The folders of three runs of ERM on digits that differ in weight decay and dropout."""
     changes = ("optimizer.weight_decay=0.0", "optimizer.weight_decay=0.01", "model.dropout=0.3")
-    return [train("algorithm=erm", *FEW, change) for change in changes]
+    return [trained("algorithm=erm", *FEW, change) for change in changes]
 
 
 def soup_of(folders, *words):
@@ -72,10 +73,10 @@ def test_the_same_soup_is_one_run_and_other_ingredients_are_another(three, caplo
     assert len(list(folder.parent.glob("*/config.json"))) == 2
 
 
-def test_the_soups_of_two_targets_are_one_method(train):
+def test_the_soups_of_two_targets_are_one_method(trained):
     both = []
     for target in (0, 15):
-        runs = [train("algorithm=erm", *FEW, f"split.target={target}", f"optimizer.lr={lr}") for lr in (0.001, 0.003)]
+        runs = [trained("algorithm=erm", *FEW, f"split.target={target}", f"optimizer.lr={lr}") for lr in (0.001, 0.003)]
         for order in (runs, runs[::-1]):
             assert main([*map(str, order)]) == 0
         both += runs
@@ -118,15 +119,14 @@ def test_greedy_of_real_runs_is_not_worse_than_its_best_run_on_held_out_images(t
         assert torch.allclose(tensor, mean, rtol=1e-6, atol=1e-9)
 
 
-def test_runs_that_do_not_belong_in_one_soup_are_refused(three, train, capsys):
-    other = train("algorithm=erm", *FEW, "split.target=30")
-    split = train("algorithm=erm", *FEW, "split.trial_seed=1")
-    nothing = train("algorithm=erm", *FEW, "trainer.keep=none")
+def test_runs_that_do_not_belong_in_one_soup_are_refused(three, trained, capsys):
+    other = trained("algorithm=erm", *FEW, "split.target=30")
+    split = trained("algorithm=erm", *FEW, "split.trial_seed=1")
     for words, message in {
         (three[0],): "a soup needs 2 runs or more, found 1",
         (three[0], other): "differ in split, so the mean of their weights is no model",
         (three[0], split, "--how", "greedy"): "selects by held-out images, but the runs have several split.trial_seed",
-        (three[0], nothing.parent): "there is no run in this folder",
+        (three[0], three[0].parent): "there is no run in this folder",
     }.items():
         with in_case(words):
             assert main(list(map(str, words))) == 2

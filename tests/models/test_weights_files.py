@@ -14,7 +14,8 @@ from gsdg.models.weights_files import fitted, read_state
 from gsdg.utils.errors import UserError
 from gsdg.utils.json_files import read_json, write_json
 
-FEW = ("algorithm=erm", "trainer.steps=9")
+FEW = ("algorithm=erm", "trainer.steps=9", "dataset.domains=[0,15,30]")
+ONE_STEP = ("algorithm=erm", "trainer.steps=1", "optimizer.lr=0.0")  # a step that changes no weights
 
 
 @pytest.fixture
@@ -104,13 +105,13 @@ def test_a_file_of_another_network_is_refused_under_its_prefix_too(net):
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_is_a_start_with_its_selected_weights_and_its_head(train, start, caplog):
-    first = train(*FEW, "trainer.keep=every")
+def test_a_run_is_a_start_with_its_selected_weights_and_its_head(trained, train, start, caplog):
+    first = trained(*FEW, "trainer.keep=every")
     (row,) = [row for row in read_json(first / "weights.json")["weights"] if row["selected"]]
     plan = start(f"model.weights={first}")
     assert plan.config["model"]["weights"] == str(first / row["file"])
     with caplog.at_level(logging.INFO):
-        second = train("trainer.steps=1", "optimizer.lr=0.0", "algorithm=erm", f"model.weights={first}")
+        second = train(*ONE_STEP, f"model.weights={first}")
     assert "its head is kept, because the classes are the same" in caplog.text
     (file,) = second.glob("weights/*")
     assert equal(torch.load(file), torch.load(first / row["file"]))
@@ -124,8 +125,8 @@ def test_a_run_is_a_start_with_its_selected_weights_and_its_head(train, start, c
         (None, "has no head"),
     ],
 )
-def test_the_head_is_new_where_the_classes_differ_or_are_not_known(train, change, said, caplog, tmp_path):
-    first = train(*FEW, "trainer.keep=last")
+def test_the_head_is_new_where_the_classes_differ_or_are_not_known(trained, train, change, said, caplog, tmp_path):
+    first = trained(*FEW, "trainer.keep=last")
     file = first / "model.pt"
     if change:
         write_json(first / "weights.json", change(read_json(first / "weights.json")))
@@ -134,7 +135,7 @@ def test_the_head_is_new_where_the_classes_differ_or_are_not_known(train, change
         file = tmp_path / "backbone.pt"
         torch.save(state, file)
     with caplog.at_level(logging.INFO):
-        second = train("trainer.steps=1", "optimizer.lr=0.0", "algorithm=erm", f"model.weights={file}")
+        second = train(*ONE_STEP, f"model.weights={file}")
     assert re.search(said, caplog.text)
     assert "the model gets a new" in caplog.text
     before, after = torch.load(first / "model.pt"), torch.load(next(second.glob("weights/*")))
@@ -142,8 +143,8 @@ def test_the_head_is_new_where_the_classes_differ_or_are_not_known(train, change
     assert not torch.equal(before["head.weight"], after["head.weight"])
 
 
-def test_the_run_id_has_the_content_of_the_weights_not_their_place(train, start, tmp_path):
-    first = train(*FEW, "trainer.keep=last")
+def test_the_run_id_has_the_content_of_the_weights_not_their_place(trained, start, tmp_path):
+    first = trained(*FEW, "trainer.keep=last")
     copy = tmp_path / "elsewhere.pt"
     copy.write_bytes((first / "model.pt").read_bytes())
     ids = [start(f"model.weights={place}").run_id for place in (first, first / "model.pt", copy)]
@@ -153,8 +154,8 @@ def test_the_run_id_has_the_content_of_the_weights_not_their_place(train, start,
     assert start(f"model.weights={copy}").run_id != ids[0]
 
 
-def test_a_run_that_is_not_done_or_has_no_weights_is_no_start(train, start, tmp_path):
-    folder = train("trainer.steps=1", "trainer.keep=none")
+def test_a_run_that_is_not_done_or_has_no_weights_is_no_start(trained, start, tmp_path):
+    folder = trained(*ONE_STEP, "trainer.keep=none")
     with pytest.raises(UserError, match=r"kept no weights; it has: \(none\)"):
         start(f"model.weights={folder}")
     write_json(folder / "status.json", {"state": "stopped"})
@@ -164,8 +165,8 @@ def test_a_run_that_is_not_done_or_has_no_weights_is_no_start(train, start, tmp_
         start(f"model.weights={tmp_path / 'nothing'}")
 
 
-def test_a_run_of_an_older_version_starts_from_its_last_weights(train, start):
-    folder = train("trainer.steps=1", "trainer.keep=last")
+def test_a_run_of_an_older_version_starts_from_its_last_weights(trained, start):
+    folder = trained(*ONE_STEP, "trainer.keep=last")
     (folder / "weights.json").unlink()
     assert start(f"model.weights={folder}").config["model"]["weights"] == str(folder / "model.pt")
 

@@ -1,7 +1,6 @@
 """`trainer.keep`: which weights a run keeps, in which files, and that a kill at any moment changes nothing of it."""
 
 import itertools
-import json
 import os
 import random
 import signal
@@ -11,7 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import in_case
+from helpers import SMALL, assert_same, in_case
 
 from gsdg.analysis.read.frames import read_runs
 from gsdg.analysis.selection import _means, every_draw
@@ -27,11 +26,11 @@ OPTIONS = (*OPTIONS, "dataset.domains=[0,15,30]", "trainer.evaluate=fast")
 
 
 @pytest.fixture
-def weights_of(train):
+def weights_of(trained):
     """A function that makes a run of OPTIONS and more, and returns its folder, weights.json and {file: state dict}."""
 
     def weights_of(*overrides):
-        folder = train(*OPTIONS, *overrides)
+        folder = trained(*OPTIONS, *overrides)
         files = [*folder.glob("weights/*"), *folder.glob("model*")]
         return folder, read_json(folder / "weights.json"), {str(f.relative_to(folder)): torch.load(f) for f in files}
 
@@ -43,11 +42,6 @@ def same_tensors(first, second):
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
-def without_kept(folder):
-    """Remove the run, so that the next one with other `trainer.keep`, which has the same id, is made again."""
-    (folder / "status.json").unlink()
-
-
 def test_the_selected_weights_are_those_of_the_step_that_tables_report(weights_of):
     folder, _, every = weights_of("trainer.keep=every")
     rows = every_draw(read_runs([folder.parent]).finished(), "training_domain")
@@ -55,7 +49,6 @@ def test_the_selected_weights_are_those_of_the_step_that_tables_report(weights_o
     steps = [record["step"] for record in read_lines(folder / "records.jsonl")]
     assert step not in (steps[0], steps[-1]), "choose OPTIONS with a best step in the middle"
     assert sorted(every) == sorted(f"weights/step_{step}.pt" for step in steps)
-    without_kept(folder)
 
     _, index, kept = weights_of()  # trainer.keep=null
     assert list(kept) == [f"weights/step_{step}.pt"]
@@ -73,11 +66,9 @@ def test_last_every_and_none(weights_of):
     folder, index, last = weights_of("trainer.keep=last")
     assert list(last) == ["model.pt"]
     assert [(row["file"], row["step"], row["last"]) for row in index["weights"]] == [("model.pt", 63, True)]
-    without_kept(folder)
     _, index, every = weights_of("trainer.keep=every")
     assert same_tensors(last["model.pt"], every["weights/step_63.pt"])
     assert sum(row["selected"] for row in index["weights"]) == 1
-    without_kept(folder)
     _, index, none = weights_of("trainer.keep=none")
     assert (index, none) == ({}, {})
 
@@ -87,7 +78,6 @@ def test_averaged_weights_are_selected_by_their_own_accuracy(weights_of):
     rows = every_draw(read_runs([folder.parent]).finished(), "training_domain").set_index("algorithm")["step"]
     selected = {row["averaging"]: row["step"] for row in index["weights"] if row["selected"]}
     assert selected == {None: rows["erm"], "ema": rows["erm+ema"]}
-    without_kept(folder)
     _, _, only = weights_of("trainer/averaging=ema", "trainer.averaging.decay=0.5")
     names = {f"weights/step_{selected[None]}.pt", f"weights/averaged_step_{selected['ema']}.pt"}
     assert only.keys() == names
@@ -223,23 +213,17 @@ def test_a_run_that_is_killed_at_any_change_of_a_file_keeps_the_same_weights(tmp
 
 
 @pytest.mark.slow
-def test_kill_minus_nine(launch, tmp_path):
-    words = ("split.target=15", *OPTIONS, "trainer.checkpoint_every=20", "trainer.steps=160", "device=cpu")
-    words = (*words, "trainer.workers=0", "trainer/averaging=ema", "trainer.averaging.decay=0.9")
-    assert launch(*words).returncode == 0
-    (undisturbed,) = launch.runs_dir.glob("*/weights.json")
+def test_kill_minus_nine(launch, train, tmp_path):
+    words = (*OPTIONS, "trainer.checkpoint_every=20", "trainer.steps=96")
+    words = (*words, "trainer/averaging=ema", "trainer.averaging.decay=0.9")
+    undisturbed = train(*words)
     launch.runs_dir = tmp_path / "killed"
-    for evaluations in (3, 9, 14):
-        process = launch.start(*words)
-        records = launch.runs_dir / undisturbed.parent.name / "records.jsonl"
-        while len(read_lines(records)) < evaluations and process.poll() is None:
+    folder = launch.runs_dir / undisturbed.name
+    for evaluations in (3, 8):
+        process = launch.start(*SMALL, *words)
+        while len(read_lines(folder / "records.jsonl")) < evaluations and process.poll() is None:
             time.sleep(0.01)
         os.kill(process.pid, signal.SIGKILL)
         process.communicate()
-    assert launch(*words).returncode == 0
-    folder = records.parent
-    assert json.loads((folder / "weights.json").read_text()) == json.loads(undisturbed.read_text())
-    files = sorted(file.name for file in folder.glob("weights/*"))
-    assert files == sorted(file.name for file in undisturbed.parent.glob("weights/*"))
-    for name in files:
-        assert same_tensors(*(torch.load(run / "weights" / name) for run in (folder, undisturbed.parent)))
+    train(*words, f"runs_dir={launch.runs_dir}")
+    assert_same(undisturbed, folder)
