@@ -23,6 +23,8 @@ from gsdg.utils.json_files import read_json, read_lines, write_json
 from gsdg.utils.seeding import seed_hash
 
 FEW = ("algorithm=erm", "trainer.steps=9", "dataset.domains=[0,15,30]")
+# The small network of the digits, for photos.
+NET = ("model=convnet_2ch", "model.backbone.channels=3", "model.mean=[0.5,0.4,0.3]", "model.std=[0.2,0.3,0.4]")
 
 
 def data_of(folder):
@@ -62,7 +64,7 @@ def few_photos(tmp_path):
     """Overrides of a data set with four domains of 8 photos, whose losses are recorded: more exact than accuracies."""
     photos(tmp_path / "photos", domains="abcd", each=4)
     data = ("dataset=image_folder", f"data_dir={tmp_path}", "dataset.root=photos", "dataset.domains=[a,b,c,d]")
-    return (*data, "split.target=b", "model=mlp", "model.image_size=21", "trainer.metrics=[accuracy,nll]")
+    return (*data, "split.target=b", *NET, "trainer.metrics=[accuracy,nll]")
 
 
 @pytest.mark.slow

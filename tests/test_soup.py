@@ -20,7 +20,7 @@ FEW = (*FEW, "dataset.domains=[0,15,30]")
 def three(trained):
     """The folders of three runs of ERM on digits that differ in weight decay and dropout."""
     changes = ("optimizer.weight_decay=0.0", "optimizer.weight_decay=0.01", "model.dropout=0.3")
-    return [trained("algorithm=erm", *FEW, change) for change in changes]
+    return sorted(trained("algorithm=erm", *FEW, change) for change in changes)
 
 
 def soup_of(folders, *words):

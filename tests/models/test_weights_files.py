@@ -1,11 +1,16 @@
 """Weights as a start: a run, a file under any prefix, safetensors; which head stays; what a file must not be."""
 
+import itertools
 import logging
+import os
 import pickle
 import re
+import shlex
+from pathlib import Path
 
 import pytest
 import torch
+from helpers import in_case
 from torch import nn
 
 from gsdg.experiment import prepare
@@ -56,6 +61,14 @@ def test_of_two_copies_the_one_with_the_shorter_name_is_taken(net):
     assert equal(fitted(net, twice, "file", ignore=""), state)
 
 
+def test_of_two_networks_whose_names_are_equally_long_the_first_in_the_file_is_taken(net):
+    """Such as MoCo's encoder_q and encoder_k: never a choice that differs from process to process."""
+    state = net.state_dict()
+    for prefixes in itertools.permutations(("net_a.", "net_b.", "net_c.")):
+        three = {prefix + name: t + i for i, prefix in enumerate(prefixes) for name, t in state.items()}
+        assert equal(fitted(net, three, "file", ignore=""), state)
+
+
 def test_a_training_checkpoint_with_one_state_dict_in_it_is_read(net, tmp_path):
     content = {"args": {"lr": 0.1}, "model_input_shape": (1, 28, 28), "model_dict": net.state_dict()}
     torch.save(content, tmp_path / "model.pkl")
@@ -75,22 +88,60 @@ def test_safetensors_are_read_and_a_damaged_file_is_named(net, tmp_path):
         read_state(file)
 
 
+RAN = "code of the file was run"
+
+
 class Malicious:
+    """Its pickle calls a function with RAN."""
+
+    def __init__(self, function):
+        self.function = function
+
     def __reduce__(self):
-        return print, ("code of the file was run",)
+        return self.function, (RAN,)
 
 
-def test_code_in_a_file_is_refused_and_not_run(tmp_path, capsys, net):
-    torch.save({"model_dict": net.state_dict(), "args": Malicious()}, tmp_path / "m.pkl")
-    with pytest.raises(UserError, match="holds Python objects, not only tensors.*could run any code") as error:
-        read_state(tmp_path / "m.pkl")
+def test_code_in_a_file_is_refused_and_not_run(tmp_path, capsys, net, monkeypatch):
+    """The message has a command for a user who trusts the file; it works for any name of the file."""
+    monkeypatch.chdir(tmp_path)
+    contents = {"a.pt": ({"model_dict": net.state_dict(), "args": Malicious(print)}, {})}
+    contents["it's $HOME \"b\".pt"] = (contents["a.pt"][0], {"_use_new_zipfile_serialization": False})
+    contents["blocked by torch.pt"] = ({"model_dict": Malicious(os.mkdir)}, {})
+    for name, (content, options) in contents.items():
+        with in_case(name):
+            torch.save(content, name, **options)
+            with pytest.raises(UserError, match="holds Python objects, not only tensors.*could run any code") as error:
+                read_state(Path(name))
     assert capsys.readouterr().out == ""
-    command = str(error.value).split('python -c "')[1].split('"')[0]
-    exec(command.replace("'weights.pt'", f"'{tmp_path / 'weights.pt'}'"))  # for a user who trusts the file
-    assert equal(read_state(tmp_path / "weights.pt"), net.state_dict())
-    (tmp_path / "p.pt").write_bytes(pickle.dumps(Malicious()))
-    with pytest.raises(UserError, match=r"p\.pt"):
-        read_state(tmp_path / "p.pt")
+    assert not Path(RAN).exists()
+    Path("raw.pt").write_bytes(pickle.dumps(Malicious(os.mkdir)))
+    with pytest.raises(UserError, match="raw.pt holds Python objects") as error:
+        read_state(Path("raw.pt"))
+    assert not Path(RAN).exists()
+
+    with pytest.raises(UserError) as error:
+        read_state(Path("it's $HOME \"b\".pt"))
+    command = shlex.split(str(error.value).split("save its state dict: ")[1].splitlines()[0])
+    assert command[:2] == ["python", "-c"]
+    exec(command[2])
+    assert equal(read_state(Path("weights.pt")), net.state_dict())
+
+
+def test_a_damaged_file_or_one_of_another_type_is_named(net, tmp_path):
+    """Not as one that holds code: its advice to trust the file would be wrong."""
+    file = tmp_path / "w.pt"
+    contents = {"a picture": b"\x89PNG" + bytes(range(200)), "text": b"hello", "empty": b""}
+    for options in ({}, {"_use_new_zipfile_serialization": False}):
+        torch.save(net.state_dict(), file, **options)
+        whole = file.read_bytes()
+        contents |= {(*options, share): whole[: int(len(whole) * share)] for share in (0.001, 0.01, 0.5, 0.999)}
+    for name, content in contents.items():
+        with in_case(name):
+            file.write_bytes(content)
+            with pytest.raises(UserError, match=r"w.pt \(\d+ bytes\) can't be read as a state dict: it is truncated"):
+                read_state(file)
+    with pytest.raises(UserError, match="weights file .*nothing.pt is missing"):
+        read_state(tmp_path / "nothing.pt")
 
 
 def test_a_file_of_another_network_is_refused_under_its_prefix_too(net):
@@ -120,7 +171,7 @@ def test_a_run_is_a_start_with_its_selected_weights_and_its_head(trained, train,
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda index: index | {"classes": ["other", *index["classes"][1:]]}, r"other classes \(other, 1, 2, ..\)"),
+        (lambda index: index | {"classes": ["other", *index["classes"][1:]]}, r"on other classes, or in another order \(other, 1, 2, ..\)"),
         (lambda index: {}, "nothing says which classes its head has"),
         (None, "has no head"),
     ],
