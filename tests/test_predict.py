@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import shutil
 import subprocess
 import sys
 
@@ -91,7 +92,7 @@ def test_probabilities_features_and_preprocessed_images_belong_together(trained)
     folder = trained(*FEW)
     predictor = gsdg.load(folder)
     domain = data_of(folder)[0].domains["15"]
-    images = [domain.load(i) for i in range(70)]  # more than a batch
+    images = [domain.load(i) for i in range(70)]
     labels, probabilities = predictor.predict(images)
     assert probabilities.shape == (70, 10)
     assert probabilities.dtype == np.float32
@@ -109,11 +110,41 @@ def test_probabilities_features_and_preprocessed_images_belong_together(trained)
 
 def test_without_a_head_the_label_is_that_of_the_highest_of_all_features(trained):
     predictor = gsdg.load(trained(*FEW, "model.head=none"))
-    labels, probabilities = predictor.predict(torch.rand(40, 1, 28, 28))
-    logits = predictor.logits(torch.rand(40, 1, 28, 28))
+    images = torch.rand(40, 1, 28, 28)
+    labels, probabilities = predictor.predict(images)
+    logits = predictor.logits(images)
     assert (logits.shape, probabilities.shape) == ((40, 64), (40, 10))
-    assert set(labels) <= {*predictor.classes, ""}
-    assert (probabilities.sum(1) < 1).all()
+    names = [*predictor.classes, *[""] * 54]
+    assert labels == [names[index] for index in logits.argmax(1)]
+    assert "" in labels
+    assert np.allclose(probabilities, logits.softmax(1)[:, :10])
+
+
+def test_images_are_predicted_in_batches_of_the_runs_evaluation(trained, monkeypatch):
+    """So that batch-dependent predictions are those of the evaluation, and memory suffices."""
+    predictor, sizes = gsdg.load(trained(*FEW)), []
+    predict = predictor.algorithm.predict
+    monkeypatch.setattr(predictor.algorithm, "predict", lambda images: sizes.append(len(images)) or predict(images))
+    predictor.predict(torch.zeros(130, 1, 28, 28))
+    assert sizes == [64, 64, 2]
+    with pytest.raises(UserError, match="there are no images to predict"):
+        predictor.predict([])
+
+
+def test_what_a_run_read_may_be_gone_when_its_weights_are_loaded(train, few_photos, tmp_path):
+    """Its images, and the weights that it started from. Then its classes are those in weights.json."""
+    words = ("algorithm=erm", "trainer.steps=1", *few_photos)
+    first = train(*words)
+    second = train(*words, f"model.weights={first}")
+    shutil.rmtree(first)
+    shutil.rmtree(tmp_path / "photos")
+    predictor = gsdg.load(second)
+    assert predictor.classes == ("x", "y")
+    (file,) = (second / "weights").iterdir()
+    file.unlink()
+    with pytest.raises(UserError, match=rf"the weights file {file} is missing") as error:
+        gsdg.load(second)
+    assert "model.weights" not in str(error.value)
 
 
 def test_loading_and_predicting_leave_random_numbers_and_the_run_as_they_are(trained):
@@ -219,8 +250,8 @@ def test_the_command_says_where_one_image_alone_is_not_enough(trained, images, c
     assert "predicts from several images together" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("transform", ["exact", "batched"])
-def test_the_loss_of_images_from_their_files_is_the_recorded_one(train, few_photos, tmp_path, transform):
+@pytest.mark.parametrize(("transform", "precision"), [("exact", "bf16"), ("batched", "float32")])
+def test_the_loss_of_images_from_their_files_is_the_recorded_one(train, few_photos, tmp_path, transform, precision):
     """Also with an alpha channel, an EXIF orientation, 16 bits, a palette: as training reads them."""
     place = tmp_path / "photos" / "b" / "x"
     image = Image.open(place / "0.png")
@@ -232,8 +263,8 @@ def test_the_loss_of_images_from_their_files_is_the_recorded_one(train, few_phot
     image.convert("RGB").save(place / "exif.jpg", exif=exif)
     Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 200).save(place / "bits.png")
     image.convert("RGB").quantize(16).save(place / "palette.png")
-    options = ("algorithm=erm", "trainer.steps=2", "dataset.short_side=30", "dataset.cache=off")
-    folder = train(*few_photos, *options, f"trainer.transform={transform}")
+    options = ("algorithm=erm", "trainer.steps=2", "dataset.short_side=30", "dataset.cache=off", "model.dropout=0.5")
+    folder = train(*few_photos, *options, f"trainer.transform={transform}", f"trainer.precision={precision}")
     dataset, parts = data_of(folder)
     domain, predictor = dataset.domains["b"], gsdg.load(folder)
     probabilities = predictor.predict(domain.files).probabilities

@@ -65,9 +65,9 @@ def classes_of(weights: Path) -> Sequence[str] | None:
 
 
 def lacks_weights(folder: RunFolder, keep: str | None) -> bool:
-    """Whether a finished run has not kept the weights that `trainer.keep` asks for."""
-    rows = rows_of(folder.path)
-    steps = {row["step"] for row in rows if not row["averaging"]}
+    """Whether a finished run has not kept the weights, other than averaged ones, that `trainer.keep` asks for."""
+    rows = [row for row in rows_of(folder.path) if not row["averaging"]]
+    steps = {row["step"] for row in rows}
     kept = {
         "selected": any(row["selected"] for row in rows),
         "last": any(row["last"] for row in rows),

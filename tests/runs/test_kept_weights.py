@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import time
+from contextlib import suppress
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,7 @@ from gsdg.analysis.read.frames import read_runs
 from gsdg.analysis.selection import _means, every_draw
 from gsdg.runs.folder import EVALUATION_FILES, RunFolder
 from gsdg.runs.kept_weights import KeptWeights, held_out_accuracy
-from gsdg.runs.weights_index import find_weights
+from gsdg.runs.weights_index import find_weights, lacks_weights
 from gsdg.utils.errors import UserError
 from gsdg.utils.json_files import read_json, read_lines
 
@@ -141,10 +142,23 @@ class Run:
     def __init__(self, path, accuracies, checkpoint_every, keep):
         self.folder, self.accuracies, self.every, self.keep = RunFolder(path), accuracies, checkpoint_every, keep
         self.checkpoint = 0  # steps done
+        self.part = "out"
 
     def start(self, changes_until_kill=None):
-        """Resume from the last checkpoint and go on to the end, or until a kill."""
+        """Resume from the last checkpoint and go on to the end, or until a kill. Whether it was killed.
+
+        After a kill, what selection picks at the checkpoint is there: a resume may diverge from what the kill undid.
+        """
         self.left = changes_until_kill
+        with suppress(Killed):
+            self.go_on()
+            return False
+        if self.keep != "last":
+            for kind, step in self.selected_at_checkpoint().items():
+                assert (self.folder.path / "weights" / f"{'averaged_' if kind else ''}step_{step}.pt").exists()
+        return True
+
+    def go_on(self):
         with self.folder.acquire():
             kept = KeptWeights(self.keep, self.folder, self.write, ["a", "b"], {"classes": ["x"]})
             self.folder.keep_lines_before(self.checkpoint)
@@ -159,10 +173,12 @@ class Run:
 
     def evaluate(self, kept, kind, step):
         values = self.accuracies[step][bool(kind)]
-        record = {"step": step, "accuracy": {"a": {"out": values}, "b": {"out": values}}}
+        record = {"step": step, "accuracy": {"a": {self.part: values}, "b": {self.part: values}}}
         record |= {"averaging": "ema"} if kind else {}
         self.change(lambda: self.folder.append(EVALUATION_FILES[bool(kind)], record))
         kept.after_evaluation(record, lambda: f"{kind} {step}")
+        texts, index = self.files()
+        assert sorted(row["file"] for row in index.get("weights", ())) == sorted(f"weights/{name}" for name in texts)
 
     def write(self, path, state):
         temporary = path.with_name(f".{path.name}.{self.left}.part")  # of each process another; a kill leaves it
@@ -181,35 +197,67 @@ class Run:
         return {k: max(range(len(steps)), key=lambda s: steps[s][k]) for k in (0, 1)} if steps else {}
 
     def files(self):
-        files = [*self.folder.path.glob("weights/*"), *self.folder.path.glob("model*")]
+        files = [*self.folder.path.glob("weights/[!.]*"), *self.folder.path.glob("model*")]
         texts = {file.name: file.read_text() for file in files}
         return texts, read_json(self.folder.path / "weights.json")
 
 
 @pytest.mark.parametrize("keep", ["selected", "every", "last", None])
-def test_a_run_that_is_killed_at_any_change_of_a_file_keeps_the_same_weights(tmp_path, keep):
-    """And what selection picks at the checkpoint is always there: a resume may diverge from what the kill undid."""
+def test_a_run_that_is_killed_at_any_change_of_a_file_keeps_the_same_weights(tmp_path, keep, monkeypatch):
+    """And if it is killed a second time after that."""
+    monkeypatch.setattr(os, "fsync", lambda file: None)  # most of the test's time; the kill is not a power failure
     draw = random.Random(str(keep))
     for case in range(2):
         accuracies = [(draw.choice([0.1, 0.2, 0.3]), draw.random()) for _ in range(5)]
         every = draw.choice([1, 2, 3])
         undisturbed = Run(tmp_path / f"{case}", accuracies, every, keep)
         undisturbed.start()
+        assert keep == "every" or len(undisturbed.files()[0]) == 2
         for kill_after in itertools.count():
             run = Run(tmp_path / f"{case}-{kill_after}", accuracies, every, keep)
-            try:
-                run.start(kill_after)
-                break
-            except Killed:
-                pass
             with in_case(keep, case=case, kill_after=kill_after, accuracies=accuracies, every=every):
-                if keep != "last":
-                    for kind, step in run.selected_at_checkpoint().items():
-                        name = f"{'averaged_' if kind else ''}step_{step}.pt"
-                        assert (run.folder.path / "weights" / name).exists()
-                run.start()
+                if killed := run.start(kill_after):
+                    run.start(draw.randrange(12))
+                    run.start()
                 assert run.files() == undisturbed.files()
+                assert not list(run.folder.path.glob("weights/.*"))
+            if not killed:
+                break
         assert kill_after > 10
+
+
+def test_a_start_with_another_keep_removes_and_names_what_the_earlier_one_kept_or_lacks(tmp_path, caplog):
+    run = Run(tmp_path / "run", [(0.1, 0.1), (0.2, 0.1), (0.1, 0.3)], 1, "last")
+    changes = itertools.count(1)
+    while not (tmp_path / "run" / "model_averaged.pt").exists():
+        run.start(next(changes))
+    run.keep = "selected"
+    run.start()
+    assert run.files() == ({}, {})
+    assert "trainer.keep=selected: an earlier start did not keep averaged_step_2.pt, step_1.pt" in caplog.text
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_with_every_evaluation_kept_the_last_are_found_too(tmp_path, held_out):
+    run = Run(tmp_path / "run", [(0.3, 0.1), (0.2, 0.3), (0.1, 0.2)], 1, "every")
+    run.part = "out" if held_out else "in"
+    run.start()
+    with run.folder.acquire():
+        run.folder.set_status(state="done")
+    names = {which: find_weights(run.folder.path, which)["file"] for which in ("", "averaged", "last")}
+    own, averaged = (0, 1) if held_out else (2, 2)
+    expected = {"": f"step_{own}.pt", "averaged": f"averaged_step_{averaged}.pt", "last": "step_2.pt"}
+    assert names == {which: f"weights/{name}" for which, name in expected.items()}
+    assert not any(lacks_weights(run.folder, keep) for keep in ("last", "every"))
+    assert lacks_weights(run.folder, "selected") == (not held_out)
+
+
+@pytest.mark.parametrize(("kept", "lacking"), [("last", ["selected", "every"]), ("selected", ["last", "every"])])
+def test_which_weights_a_run_lacks(tmp_path, kept, lacking):
+    """Averaged weights do not count as another evaluation's."""
+    run = Run(tmp_path / "run", [(0.3, 0.1), (0.2, 0.2)], 1, kept)
+    run.start()
+    assert [keep for keep in ("selected", "last", "every", "none", None) if lacks_weights(run.folder, keep)] == lacking
 
 
 @pytest.mark.slow
