@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from config_choices import choices
-from helpers import REPOSITORY, in_case, photos
+from helpers import REPOSITORY, in_case
 from PIL import Image
 
 import gsdg
@@ -24,8 +24,6 @@ from gsdg.utils.json_files import read_json, read_lines, write_json
 from gsdg.utils.seeding import seed_hash
 
 FEW = ("algorithm=erm", "trainer.steps=9", "dataset.domains=[0,15,30]")
-# The small network of the digits, for photos.
-NET = ("model=convnet_2ch", "model.backbone.channels=3", "model.mean=[0.5,0.4,0.3]", "model.std=[0.2,0.3,0.4]")
 
 
 def data_of(folder):
@@ -58,14 +56,6 @@ def test_the_accuracy_of_the_labels_is_the_recorded_one_to_the_image(trained, tr
             predictor = gsdg.load(folder, which)
             assert accuracies(predictor, folder) == predictor.about["accuracy"]
             assert (predictor.about["averaging"] == "ema") == (which == "averaged")
-
-
-@pytest.fixture
-def few_photos(tmp_path):
-    """Overrides of a data set with four domains of 8 photos, whose losses are recorded: more exact than accuracies."""
-    photos(tmp_path / "photos", domains="abcd", each=4)
-    data = ("dataset=image_folder", f"data_dir={tmp_path}", "dataset.root=photos", "dataset.domains=[a,b,c,d]")
-    return (*data, "split.target=b", *NET, "trainer.metrics=[accuracy,nll]")
 
 
 @pytest.mark.slow
@@ -131,9 +121,9 @@ def test_images_are_predicted_in_batches_of_the_runs_evaluation(trained, monkeyp
         predictor.predict([])
 
 
-def test_what_a_run_read_may_be_gone_when_its_weights_are_loaded(train, few_photos, tmp_path):
+def test_what_a_run_read_may_be_gone_when_its_weights_are_loaded(train, own_photos, tmp_path):
     """Its images, and the weights that it started from. Then its classes are those in weights.json."""
-    words = ("algorithm=erm", "trainer.steps=1", *few_photos)
+    words = ("algorithm=erm", "trainer.steps=1", *own_photos)
     first = train(*words)
     second = train(*words, f"model.weights={first}")
     shutil.rmtree(first)
@@ -251,7 +241,7 @@ def test_the_command_says_where_one_image_alone_is_not_enough(trained, images, c
 
 
 @pytest.mark.parametrize(("transform", "precision"), [("exact", "bf16"), ("batched", "float32")])
-def test_the_loss_of_images_from_their_files_is_the_recorded_one(train, few_photos, tmp_path, transform, precision):
+def test_the_loss_of_images_from_their_files_is_the_recorded_one(train, own_photos, tmp_path, transform, precision):
     """Also with an alpha channel, an EXIF orientation, 16 bits, a palette: as training reads them."""
     place = tmp_path / "photos" / "b" / "x"
     image = Image.open(place / "0.png")
@@ -264,7 +254,7 @@ def test_the_loss_of_images_from_their_files_is_the_recorded_one(train, few_phot
     Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 200).save(place / "bits.png")
     image.convert("RGB").quantize(16).save(place / "palette.png")
     options = ("algorithm=erm", "trainer.steps=2", "dataset.short_side=30", "dataset.cache=off", "model.dropout=0.5")
-    folder = train(*few_photos, *options, f"trainer.transform={transform}", f"trainer.precision={precision}")
+    folder = train(*own_photos, *options, f"trainer.transform={transform}", f"trainer.precision={precision}")
     dataset, parts = data_of(folder)
     domain, predictor = dataset.domains["b"], gsdg.load(folder)
     probabilities = predictor.predict(domain.files).probabilities

@@ -1,5 +1,6 @@
 """`python -m gsdg.soup`: against the mean of the weights by hand, as a run in tables, and which runs are refused."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,18 +10,17 @@ from helpers import in_case, only_run
 import gsdg
 from gsdg.analysis.read.frames import read_runs
 from gsdg.analysis.selection import every_draw
-from gsdg.soup import Ingredient, greedy, main, mean_state
+from gsdg.soup import Ingredient, evaluation_config, greedy, main, mean_state
 from gsdg.utils.json_files import read_json, read_lines, write_json
 
-FEW = ("trainer.steps=17", "trainer.batch_size=8", "trainer.eval_every=16", "optimizer.lr=0.003", "seed=1")
-FEW = (*FEW, "dataset.domains=[0,15,30]")
+FEW = ("algorithm=erm", "trainer.steps=5", "trainer.eval_every=4", "optimizer.lr=0.003", "seed=1")
 
 
 @pytest.fixture
-def three(trained):
-    """The folders of three runs of ERM on digits that differ in weight decay and dropout."""
+def three(trained, few_photos):
+    """The folders of three runs of ERM on photos that differ in weight decay and dropout."""
     changes = ("optimizer.weight_decay=0.0", "optimizer.weight_decay=0.01", "model.dropout=0.3")
-    return sorted(trained("algorithm=erm", *FEW, change) for change in changes)
+    return sorted(trained(*FEW, *few_photos, change) for change in changes)
 
 
 def soup_of(folders, *words):
@@ -55,7 +55,7 @@ def test_a_soup_predicts_what_it_recorded_and_is_a_method_in_tables(three):
     assert predictor.about["accuracy"] == record["accuracy"]
     rows = every_draw(read_runs([folder.parent, three[0].parent]).finished(), "training_domain")
     reported = rows.set_index("algorithm")["value"]
-    assert reported["erm+uniform_soup"] == record["accuracy"]["15"]["in"]
+    assert reported["erm+uniform_soup"] == record["accuracy"]["b"]["in"]
     assert len(rows) == 4
     rows = read_json(folder / "soup.json")["ingredients"]
     assert [row["run"] for row in rows] == list(map(str, three))
@@ -70,25 +70,70 @@ def test_the_same_soup_is_one_run_and_other_ingredients_are_another(three, caplo
     assert "done already" in caplog.text
     assert (folder / "records.jsonl").stat().st_mtime_ns == before
     assert main([*map(str, three[:2]), "--runs-dir", str(folder.parent)]) == 0
-    assert len(list(folder.parent.glob("*/config.json"))) == 2
+    for how in ("greedy", "restricted"):  # two names of one soup
+        assert main([*map(str, three), "--how", how, "--runs-dir", str(folder.parent)]) == 0
+    assert len(list(folder.parent.glob("*/config.json"))) == 3
 
 
-def test_the_soups_of_two_targets_are_one_method(trained):
+def test_greedy_takes_runs_of_equal_accuracy_in_the_order_of_their_names(three, monkeypatch):
+    """Not in that of the command line, of which the run id says nothing."""
+    orders = []
+    monkeypatch.setattr("gsdg.soup.greedy", lambda runs, held_out: orders.append([one.name for one in runs]) or runs)
+    for number, folders in enumerate((three, three[::-1])):
+        assert main([*map(str, folders), "--how", "greedy", "--runs-dir", str(three[0].parent / f"{number}")]) == 0
+    assert orders == [[folder.name for folder in three]] * 2
+
+
+def test_a_soup_that_was_killed_is_made_again_and_the_run_may_be_the_working_folder(three, monkeypatch):
+    folder = soup_of(three[:2])
+    write_json(folder / "status.json", {"state": "stopped"})
+    monkeypatch.chdir(three[0])
+    assert main([".", f"../{three[1].name}", "--runs-dir", str(folder.parent)]) == 0
+    assert only_run(folder.parent) == folder
+    assert len(read_lines(folder / "records.jsonl")) == 1
+    assert gsdg.load(folder).about["last"]
+
+
+def test_the_data_of_the_runs_must_be_the_same_still(train, own_photos, tmp_path, capsys):
+    """The weights that they started from may be gone: a soup needs those of its runs only."""
+    words = ("algorithm=erm", "trainer.steps=2", *own_photos)
+    start = train(*words)
+    runs = [train(*words, f"model.weights={start}", f"optimizer.lr={lr}") for lr in (0.001, 0.002)]
+    shutil.rmtree(start)
+    folder = soup_of(runs)
+    assert read_json(folder / "identity.json")["data"] == read_json(runs[0] / "identity.json")["data"]
+    shutil.copy(tmp_path / "photos/a/x/0.png", tmp_path / "photos/a/x/new.png")
+    assert main([*map(str, runs), "--runs-dir", str(tmp_path / "again")]) == 2
+    message = "was trained on other data than there are now: domain a: 8 images then, 9 now"
+    assert message in capsys.readouterr().err
+    assert evaluation_config({"model": {"weights": "w", "freeze_bn": True}, "soup": {}}) == {
+        "model": {"weights": None, "freeze_bn": False}
+    }
+
+
+def test_the_soup_of_averaged_weights(trained, few_photos):
+    words = (*FEW, *few_photos, "trainer/averaging=ema", "trainer.averaging.decay=0.5")
+    runs = [trained(*words, f"optimizer.weight_decay={value}") for value in (0.0, 0.01)]
+    soup = weights_of(soup_of(runs, "--weights", "averaged"))
+    both = [weights_of(folder, "averaged") for folder in runs]
+    assert all(torch.allclose(soup[name], (both[0][name] + both[1][name]) / 2) for name in soup)
+
+def test_the_soups_of_two_targets_are_one_method(trained, few_photos):
     both = []
-    for target in (0, 15):
-        runs = [trained("algorithm=erm", *FEW, f"split.target={target}", f"optimizer.lr={lr}") for lr in (0.001, 0.003)]
+    for target in "ab":
+        runs = [trained(*FEW, *few_photos, f"split.target={target}", f"optimizer.lr={lr}") for lr in (0.001, 0.003)]
         for order in (runs, runs[::-1]):
             assert main([*map(str, order)]) == 0
         both += runs
     rows = every_draw(read_runs([both[0].parent]).finished(), "training_domain")
     soups = rows[rows["algorithm"].str.contains("soup")]
     assert list(soups["algorithm"]) == ["erm+uniform_soup"] * 2
-    assert sorted(soups["target"]) == ["0", "15"]
+    assert sorted(soups["target"]) == ["a", "b"]
 
 
-def test_a_soup_is_a_start_for_another_run(three, train):
+def test_a_soup_is_a_start_for_another_run(three, train, few_photos):
     folder = soup_of(three)
-    start = train("algorithm=erm", "trainer.steps=1", "optimizer.lr=0.0", f"model.weights={folder}")
+    start = train("algorithm=erm", "trainer.steps=1", "optimizer.lr=0.0", *few_photos, f"model.weights={folder}")
     for name, tensor in weights_of(folder).items():
         assert torch.equal(weights_of(start)[name], tensor)
 
@@ -119,11 +164,12 @@ def test_greedy_of_real_runs_is_not_worse_than_its_best_run_on_held_out_images(t
         assert torch.allclose(tensor, mean, rtol=1e-6, atol=1e-9)
 
 
-def test_runs_that_do_not_belong_in_one_soup_are_refused(three, trained, capsys):
-    other = trained("algorithm=erm", *FEW, "split.target=30")
-    split = trained("algorithm=erm", *FEW, "split.trial_seed=1")
+def test_runs_that_do_not_belong_in_one_soup_are_refused(three, trained, few_photos, capsys):
+    other = trained(*FEW, *few_photos, "split.target=c")
+    split = trained(*FEW, *few_photos, "split.trial_seed=1")
     for words, message in {
         (three[0],): "a soup needs 2 runs or more, found 1",
+        (three[0], f"{three[0]}/."): "a run is named twice, so it would count twice",
         (three[0], other): "differ in split, so the mean of their weights is no model",
         (three[0], split, "--how", "greedy"): "selects by held-out images, but the runs have several split.trial_seed",
         (three[0], three[0].parent): "there is no run in this folder",

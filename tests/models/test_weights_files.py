@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import in_case
+from helpers import SMALL, in_case
 from torch import nn
 
 from gsdg.experiment import prepare
@@ -19,7 +19,7 @@ from gsdg.models.weights_files import fitted, read_state
 from gsdg.utils.errors import UserError
 from gsdg.utils.json_files import read_json, write_json
 
-FEW = ("algorithm=erm", "trainer.steps=9", "dataset.domains=[0,15,30]")
+FEW = ("algorithm=erm", "trainer.steps=5", "trainer.eval_every=4")
 ONE_STEP = ("algorithm=erm", "trainer.steps=1", "optimizer.lr=0.0")  # a step that changes no weights
 
 
@@ -30,9 +30,9 @@ def net():
 
 
 @pytest.fixture
-def start(compose):
+def start(compose, few_photos):
     """A function: overrides -> the plan of a run that starts from weights."""
-    return lambda *overrides: prepare(compose("split.target=15", "device=cpu", *overrides))
+    return lambda *overrides: prepare(compose(*SMALL, *few_photos, *overrides))
 
 
 def equal(first, second):
@@ -45,12 +45,12 @@ def equal(first, second):
 @pytest.mark.parametrize("prefix", ["", "featurizer.", "module.", "module.encoder.", "featurizer.network."])
 def test_a_network_is_found_under_any_prefix_and_the_rest_is_named(net, prefix, tmp_path, caplog):
     state = net.state_dict()
-    others = {"head.weight": torch.ones(2), "queue": torch.ones(1)} if prefix else {}
+    others = {"0.weight": torch.ones(2), "queue": torch.ones(1)} if prefix else {}
     torch.save({prefix + name: tensor for name, tensor in state.items()} | others, tmp_path / "w.pt")
     with caplog.at_level(logging.INFO):
         loaded = convnet(str(tmp_path / "w.pt"))[0]
     assert equal(loaded.state_dict(), state)
-    assert ("left out 2 others (head.weight, queue)" in caplog.text) == bool(prefix)
+    assert ("left out 2 others (0.weight, queue)" in caplog.text) == bool(prefix)
 
 
 def test_of_two_copies_the_one_with_the_shorter_name_is_taken(net):
@@ -70,11 +70,11 @@ def test_of_two_networks_whose_names_are_equally_long_the_first_in_the_file_is_t
 
 
 def test_a_training_checkpoint_with_one_state_dict_in_it_is_read(net, tmp_path):
-    content = {"args": {"lr": 0.1}, "model_input_shape": (1, 28, 28), "model_dict": net.state_dict()}
+    content = {"args": {"lr": 0.1}, "empty": {}, "model_input_shape": (1, 28, 28), "model_dict": net.state_dict()}
     torch.save(content, tmp_path / "model.pkl")
     assert equal(read_state(tmp_path / "model.pkl"), net.state_dict())
     torch.save(content | {"ema": net.state_dict()}, tmp_path / "two.pkl")
-    with pytest.raises(UserError, match="found a dict of args, model_input_shape, model_dict, ema"):
+    with pytest.raises(UserError, match="found a dict of args, empty, model_input_shape, model_dict"):
         read_state(tmp_path / "two.pkl")
 
 
@@ -149,20 +149,31 @@ def test_a_file_of_another_network_is_refused_under_its_prefix_too(net):
     state["featurizer.0.weight"] = state["featurizer.0.weight"][:, :, :2]
     with pytest.raises(UserError, match=r"1 of another shape: 0.weight \(32, 1, 2, 3\) instead of \(32, 1, 3, 3\)"):
         fitted(net, state, "file", ignore="")
+    more = {**net.state_dict(), "extra.weight": torch.ones(1)}
     with pytest.raises(UserError, match="1 unexpected: extra.weight"):
-        fitted(net, {**net.state_dict(), "extra.weight": torch.ones(1)}, "file", ignore="")
+        fitted(net, more, "file", ignore="")
+    assert equal(fitted(net, more, "file", ignore="extra."), net.state_dict())
+    del more["0.bias"], more["extra.weight"]
+    with pytest.raises(UserError, match="1 missing: 0.bias"):
+        fitted(net, more, "file", ignore="")
+
+
+def test_a_file_from_before_batchnorm_counted_its_batches_is_found_under_a_prefix():
+    net = nn.Sequential(nn.BatchNorm1d(2))
+    state = {f"module.{name}": tensor for name, tensor in net.state_dict().items() if "tracked" not in name}
+    assert fitted(net, state, "file", ignore="").keys() == {"0.weight", "0.bias", "0.running_mean", "0.running_var"}
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
-def test_a_run_is_a_start_with_its_selected_weights_and_its_head(trained, train, start, caplog):
-    first = trained(*FEW, "trainer.keep=every")
+def test_a_run_is_a_start_with_its_selected_weights_and_its_head(trained, train, start, few_photos, caplog):
+    first = trained(*FEW, *few_photos, "trainer.keep=every")
     (row,) = [row for row in read_json(first / "weights.json")["weights"] if row["selected"]]
     plan = start(f"model.weights={first}")
     assert plan.config["model"]["weights"] == str(first / row["file"])
     with caplog.at_level(logging.INFO):
-        second = train(*ONE_STEP, f"model.weights={first}")
+        second = train(*ONE_STEP, *few_photos, f"model.weights={first}")
     assert "its head is kept, because the classes are the same" in caplog.text
     (file,) = second.glob("weights/*")
     assert equal(torch.load(file), torch.load(first / row["file"]))
@@ -171,13 +182,14 @@ def test_a_run_is_a_start_with_its_selected_weights_and_its_head(trained, train,
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda index: index | {"classes": ["other", *index["classes"][1:]]}, r"on other classes, or in another order \(other, 1, 2, ..\)"),
+        (lambda index: index | {"classes": ["other", *index["classes"][1:]]}, r"on other classes, or in another order \(other, y\)"),
+        (lambda index: index | {"classes": index["classes"][::-1]}, r"in another order \(y, x\)"),
         (lambda index: {}, "nothing says which classes its head has"),
         (None, "has no head"),
     ],
 )
-def test_the_head_is_new_where_the_classes_differ_or_are_not_known(trained, train, change, said, caplog, tmp_path):
-    first = trained(*FEW, "trainer.keep=last")
+def test_the_head_is_new_where_the_classes_differ_or_are_not_known(trained, train, few_photos, change, said, caplog, tmp_path):
+    first = trained(*FEW, *few_photos, "trainer.keep=last")
     file = first / "model.pt"
     if change:
         write_json(first / "weights.json", change(read_json(first / "weights.json")))
@@ -186,7 +198,7 @@ def test_the_head_is_new_where_the_classes_differ_or_are_not_known(trained, trai
         file = tmp_path / "backbone.pt"
         torch.save(state, file)
     with caplog.at_level(logging.INFO):
-        second = train(*ONE_STEP, f"model.weights={file}")
+        second = train(*ONE_STEP, *few_photos, f"model.weights={file}")
     assert re.search(said, caplog.text)
     assert "the model gets a new" in caplog.text
     before, after = torch.load(first / "model.pt"), torch.load(next(second.glob("weights/*")))
@@ -194,8 +206,8 @@ def test_the_head_is_new_where_the_classes_differ_or_are_not_known(trained, trai
     assert not torch.equal(before["head.weight"], after["head.weight"])
 
 
-def test_the_run_id_has_the_content_of_the_weights_not_their_place(trained, start, tmp_path):
-    first = trained(*FEW, "trainer.keep=last")
+def test_the_run_id_has_the_content_of_the_weights_not_their_place(trained, start, few_photos, tmp_path):
+    first = trained(*FEW, *few_photos, "trainer.keep=last")
     copy = tmp_path / "elsewhere.pt"
     copy.write_bytes((first / "model.pt").read_bytes())
     ids = [start(f"model.weights={place}").run_id for place in (first, first / "model.pt", copy)]
@@ -205,8 +217,8 @@ def test_the_run_id_has_the_content_of_the_weights_not_their_place(trained, star
     assert start(f"model.weights={copy}").run_id != ids[0]
 
 
-def test_a_run_that_is_not_done_or_has_no_weights_is_no_start(trained, start, tmp_path):
-    folder = trained(*ONE_STEP, "trainer.keep=none")
+def test_a_run_that_is_not_done_or_has_no_weights_is_no_start(trained, start, few_photos, tmp_path):
+    folder = trained(*ONE_STEP, *few_photos, "trainer.keep=none")
     with pytest.raises(UserError, match=r"kept no weights; it has: \(none\)"):
         start(f"model.weights={folder}")
     write_json(folder / "status.json", {"state": "stopped"})
@@ -214,10 +226,12 @@ def test_a_run_that_is_not_done_or_has_no_weights_is_no_start(trained, start, tm
         start(f"model.weights={folder}")
     with pytest.raises(UserError, match="no such file. Valid: .*a finished run"):
         start(f"model.weights={tmp_path / 'nothing'}")
+    with pytest.raises(UserError, match="this folder is not that of a run. Valid: .*a finished run"):
+        start(f"model.weights={tmp_path}")
 
 
-def test_a_run_of_an_older_version_starts_from_its_last_weights(trained, start):
-    folder = trained(*ONE_STEP, "trainer.keep=last")
+def test_a_run_of_an_older_version_starts_from_its_last_weights(trained, start, few_photos):
+    folder = trained(*ONE_STEP, *few_photos, "trainer.keep=last")
     (folder / "weights.json").unlink()
     assert start(f"model.weights={folder}").config["model"]["weights"] == str(folder / "model.pt")
 
