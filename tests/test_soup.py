@@ -8,6 +8,7 @@ import torch
 from helpers import in_case, only_run
 
 import gsdg
+from gsdg.analysis.__main__ import main as analysis
 from gsdg.analysis.read.frames import read_runs
 from gsdg.analysis.selection import every_draw
 from gsdg.soup import Ingredient, evaluation_config, greedy, main, mean_state
@@ -164,20 +165,55 @@ def test_greedy_of_real_runs_is_not_worse_than_its_best_run_on_held_out_images(t
         assert torch.allclose(tensor, mean, rtol=1e-6, atol=1e-9)
 
 
-def test_runs_that_do_not_belong_in_one_soup_are_refused(three, trained, few_photos, capsys):
-    other = trained(*FEW, *few_photos, "split.target=c")
-    split = trained(*FEW, *few_photos, "split.trial_seed=1")
+@pytest.fixture
+def variant(three):
+    """A function that copies the first run with another value at a dotted key of one of its JSON files."""
+
+    def variant(file, key, value):
+        copy = three[0].with_name(f"with_{key}")
+        shutil.copytree(three[0], copy)
+        content = read_json(copy / file)
+        *parents, leaf = key.split(".")
+        node = content
+        for parent in parents:
+            node = node[int(parent) if isinstance(node, list) else parent]
+        node[leaf] = value
+        write_json(copy / file, content)
+        return copy
+
+    return variant
+
+
+OTHERS = {"model.head": "cosine", "dataset.augment": "none", "split.target": ["c"], "algorithm.name": "irm"}
+OTHERS |= {"trainer.transform": "batched", "trainer.augment": "sources"}
+
+
+def test_runs_that_differ_where_the_mean_of_weights_has_no_meaning_are_refused(three, variant, capsys):
+    for key, value in OTHERS.items():
+        with in_case(key):
+            other = variant("config.json", key, value)
+            assert main([str(three[0]), str(other)]) == 2
+            part = key if key.startswith(("trainer", "algorithm")) else key.partition(".")[0]
+            message = capsys.readouterr().err
+            assert f"{three[0].name} and {other.name} differ in {part}, so the mean of their weights is" in message
+    command = message.partition("python -m ")[2].split()
+    assert analysis(command[1:]) == 0
+    assert "augment" in capsys.readouterr().out
+
+
+def test_runs_that_do_not_belong_in_one_soup_are_refused(three, variant, capsys):
+    trial = variant("config.json", "split.trial_seed", 1)
+    nothing = variant("weights.json", "weights.0.held_out_accuracy", None)
+    running = variant("status.json", "state", "running")
     for words, message in {
         (three[0],): "a soup needs 2 runs or more, found 1",
         (three[0], f"{three[0]}/."): "a run is named twice, so it would count twice",
-        (three[0], other): "differ in split, so the mean of their weights is no model",
-        (three[0], split, "--how", "greedy"): "selects by held-out images, but the runs have several split.trial_seed",
+        (three[0], trial, "--how", "greedy"): "selects by held-out images, but the runs have several split.trial_seed",
+        (three[0], nothing, "--how", "restricted"): f"held-out accuracy, and {nothing.name} held nothing out",
         (three[0], three[0].parent): "there is no run in this folder",
+        (three[0], running): "the run is not done, its state is running",
     }.items():
         with in_case(words):
             assert main(list(map(str, words))) == 2
             assert message in capsys.readouterr().err
-    assert main([str(three[0]), str(split), "--device", "cpu"]) == 0
-    write_json(three[1] / "status.json", {"state": "running"})
-    assert main([str(three[0]), str(three[1])]) == 2
-    assert "the run is not done, its state is running" in capsys.readouterr().err
+    assert main([str(three[0]), str(trial), "--device", "cpu"]) == 0
