@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -232,6 +233,28 @@ def test_mistakes_on_the_command_line_have_messages(trained, images, tmp_path, c
     }.items():
         assert main(words) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_closed_pipe_and_any_name_of_a_file_are_no_errors(trained, images, monkeypatch, tmp_path):
+    """`python -m gsdg.predict ... | head`, and a name that is no UTF-8."""
+    name = os.fsdecode(bytes(images) + b"/a\xff.png")
+    (images / "a.png").rename(name)
+    out = io.TextIOWrapper((tmp_path / "out").open("wb"), "utf-8")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert main([str(trained(*FEW)), name]) == 0
+    out.close()
+    assert b"a\\udcff.png," in (tmp_path / "out").read_bytes()
+    out = (tmp_path / "out").open("w")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr("gsdg.predict._write_csv", lambda *arguments: os.write(read_end_closed(), b"x"))
+    assert main([str(trained(*FEW)), str(images)]) == 0
+
+
+def read_end_closed():
+    """The file descriptor of a pipe whose reader has ended."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
 
 
 def test_the_command_says_where_one_image_alone_is_not_enough(trained, images, capsys):

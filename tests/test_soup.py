@@ -11,6 +11,7 @@ import gsdg
 from gsdg.analysis.__main__ import main as analysis
 from gsdg.analysis.read.frames import read_runs
 from gsdg.analysis.selection import every_draw
+from gsdg.evaluate import Evaluator
 from gsdg.soup import Ingredient, evaluation_config, greedy, main, mean_state
 from gsdg.utils.json_files import read_json, read_lines, write_json
 
@@ -63,6 +64,21 @@ def test_a_soup_predicts_what_it_recorded_and_is_a_method_in_tables(three):
     assert all(row["chosen"] for row in rows)
 
 
+def test_what_is_recorded_of_a_soup_is_measured_with_its_weights(three, monkeypatch):
+    """Of so few photos the accuracy is often equal with other weights."""
+    measured, measure = [], Evaluator.measure
+
+    def spy(self, algorithm, *arguments):
+        measured.append(algorithm.model.head.weight.clone())
+        return measure(self, algorithm, *arguments)
+
+    monkeypatch.setattr(Evaluator, "measure", spy)
+    folder = soup_of(three, "--how", "greedy")
+    assert torch.equal(measured[-1], weights_of(folder)["head.weight"])
+    best = max(three, key=lambda folder: gsdg.load(folder).about["held_out_accuracy"])
+    assert torch.equal(measured[0], weights_of(best)["head.weight"])
+
+
 def test_the_same_soup_is_one_run_and_other_ingredients_are_another(three, caplog):
     folder = soup_of(three)
     before = (folder / "records.jsonl").stat().st_mtime_ns
@@ -74,6 +90,11 @@ def test_the_same_soup_is_one_run_and_other_ingredients_are_another(three, caplo
     for how in ("greedy", "restricted"):  # two names of one soup
         assert main([*map(str, three), "--how", how, "--runs-dir", str(folder.parent)]) == 0
     assert len(list(folder.parent.glob("*/config.json"))) == 3
+    (file,) = (three[0] / "weights").iterdir()
+    state = torch.load(file)
+    torch.save(state | {"head.bias": state["head.bias"] + 1}, file)  # the same run with other weights
+    assert main([*map(str, three), "--runs-dir", str(folder.parent)]) == 0
+    assert len(list(folder.parent.glob("*/config.json"))) == 4
 
 
 def test_greedy_takes_runs_of_equal_accuracy_in_the_order_of_their_names(three, monkeypatch):
@@ -110,6 +131,13 @@ def test_the_data_of_the_runs_must_be_the_same_still(train, own_photos, tmp_path
     assert evaluation_config({"model": {"weights": "w", "freeze_bn": True}, "soup": {}}) == {
         "model": {"weights": None, "freeze_bn": False}
     }
+
+
+def test_a_soup_of_the_draws_of_a_search_is_no_draw(three):
+    for draw, folder in enumerate(three):
+        config = read_json(folder / "config.json")
+        write_json(folder / "config.json", config | {"search": {"hparams_seed": draw}})
+    assert "search" not in read_json(soup_of(three) / "config.json")
 
 
 def test_the_soup_of_averaged_weights(trained, few_photos):
@@ -211,6 +239,7 @@ def test_runs_that_do_not_belong_in_one_soup_are_refused(three, variant, capsys)
         (three[0], trial, "--how", "greedy"): "selects by held-out images, but the runs have several split.trial_seed",
         (three[0], nothing, "--how", "restricted"): f"held-out accuracy, and {nothing.name} held nothing out",
         (three[0], three[0].parent): "there is no run in this folder",
+        (*three, "--device", "gpu"): "device=gpu cannot be used here",
         (three[0], running): "the run is not done, its state is running",
     }.items():
         with in_case(words):

@@ -15,7 +15,7 @@ from torch import nn
 
 from gsdg.experiment import prepare
 from gsdg.models import convnet
-from gsdg.models.weights_files import fitted, read_state
+from gsdg.models.weights_files import fitted, load_head, read_state
 from gsdg.utils.errors import UserError
 from gsdg.utils.json_files import read_json, write_json
 
@@ -162,6 +162,20 @@ def test_a_file_from_before_batchnorm_counted_its_batches_is_found_under_a_prefi
     net = nn.Sequential(nn.BatchNorm1d(2))
     state = {f"module.{name}": tensor for name, tensor in net.state_dict().items() if "tracked" not in name}
     assert fitted(net, state, "file", ignore="").keys() == {"0.weight", "0.bias", "0.running_mean", "0.running_var"}
+
+
+def test_a_head_of_another_kind_is_new_and_one_without_parameters_is_left_alone(tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    kept = nn.Linear(3, 2)
+    torch.save({f"head.{name}": tensor for name, tensor in kept.state_dict().items()}, tmp_path / "w.pt")
+    for head, message in ((nn.Linear(6, 2), "another kind of head"), (nn.Identity(), ""), (nn.Linear(3, 2), "is kept")):
+        with in_case(head):
+            caplog.clear()
+            load_head(head, "~/w.pt", ["x", "y"], ["x", "y"])
+            assert message in caplog.text
+            assert bool(message) == bool(caplog.text)
+    assert equal(head.state_dict(), kept.state_dict())
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
