@@ -218,7 +218,9 @@ def _record(
     index = read_json(ingredients[0].folder / INDEX)
     with folder.acquire(steps=1):
         folder.write("config.json", config)
-        folder.write("identity.json", {"version": VERSION, "config": identity(config), "data": tasting.data, "weights": {}})
+        folder.write(
+            "identity.json", {"version": VERSION, "config": identity(config), "data": tasting.data, "weights": {}}
+        )
         folder.write("soup.json", {"ingredients": [_described(one, one in chosen) for one in ingredients]})
         folder.append("environment.jsonl", environment(config))
         accuracy = tasting.accuracy(state)

@@ -78,7 +78,7 @@ def test_launch_says_what_is_wrong_with_weights_to_start_from(bad, few_photos, t
     words = ("algorithm=erm", "trainer.steps=1", "trainer.workers=0", "device=cpu", *few_photos)
     for fault, (weights, message) in bad.items():
         with in_case(fault):
-            done = launch_here(*words, f"runs_dir={tmp_path / 'runs'}", f"model.weights=\'{weights}\'")
+            done = launch_here(*words, f"runs_dir={tmp_path / 'runs'}", f"model.weights='{weights}'")
             assert done.returncode == 1
             assert message in done.stderr
             assert done.stderr.startswith("error: ")

@@ -147,6 +147,7 @@ def test_the_soup_of_averaged_weights(trained, few_photos):
     both = [weights_of(folder, "averaged") for folder in runs]
     assert all(torch.allclose(soup[name], (both[0][name] + both[1][name]) / 2) for name in soup)
 
+
 def test_the_soups_of_two_targets_are_one_method(trained, few_photos):
     both = []
     for target in "ab":

@@ -181,7 +181,11 @@ def load_head(head: nn.Module, weights: str | None, before: Sequence[str] | None
     elif before is None:
         log.info("%s: nothing says which classes its head has, so the model gets a new one", path)
     elif list(before) != list(classes):
-        log.info("%s was trained on other classes, or in another order (%s): the model gets a new head", path, _few(list(before)))
+        log.info(
+            "%s was trained on other classes, or in another order (%s): the model gets a new head",
+            path,
+            _few(list(before)),
+        )
     elif _mismatches(head.state_dict(), inside):
         log.info("%s has another kind of head: the model gets a new one", path)
     else:

@@ -105,7 +105,7 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path, capsys, net, monkeypatc
     """The message has a command for a user who trusts the file; it works for any name of the file."""
     monkeypatch.chdir(tmp_path)
     contents = {"a.pt": ({"model_dict": net.state_dict(), "args": Malicious(print)}, {})}
-    contents["it's $HOME \"b\".pt"] = (contents["a.pt"][0], {"_use_new_zipfile_serialization": False})
+    contents['it\'s $HOME "b".pt'] = (contents["a.pt"][0], {"_use_new_zipfile_serialization": False})
     contents["blocked by torch.pt"] = ({"model_dict": Malicious(os.mkdir)}, {})
     for name, (content, options) in contents.items():
         with in_case(name):
@@ -120,7 +120,7 @@ def test_code_in_a_file_is_refused_and_not_run(tmp_path, capsys, net, monkeypatc
     assert not Path(RAN).exists()
 
     with pytest.raises(UserError) as error:
-        read_state(Path("it's $HOME \"b\".pt"))
+        read_state(Path('it\'s $HOME "b".pt'))
     command = shlex.split(str(error.value).split("save its state dict: ")[1].splitlines()[0])
     assert command[:2] == ["python", "-c"]
     exec(command[2])
@@ -196,13 +196,18 @@ def test_a_run_is_a_start_with_its_selected_weights_and_its_head(trained, train,
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (lambda index: index | {"classes": ["other", *index["classes"][1:]]}, r"on other classes, or in another order \(other, y\)"),
+        (
+            lambda index: index | {"classes": ["other", *index["classes"][1:]]},
+            r"on other classes, or in another order \(other, y\)",
+        ),
         (lambda index: index | {"classes": index["classes"][::-1]}, r"in another order \(y, x\)"),
         (lambda index: {}, "nothing says which classes its head has"),
         (None, "has no head"),
     ],
 )
-def test_the_head_is_new_where_the_classes_differ_or_are_not_known(trained, train, few_photos, change, said, caplog, tmp_path):
+def test_the_head_is_new_where_the_classes_differ_or_are_not_known(
+    trained, train, few_photos, change, said, caplog, tmp_path
+):
     first = trained(*FEW, *few_photos, "trainer.keep=last")
     file = first / "model.pt"
     if change:
