@@ -1,5 +1,6 @@
 """`python -m gsdg.export`: every format, loaded by its own library, has the logits of the model."""
 
+import errno
 import json
 import sys
 
@@ -138,3 +139,12 @@ def test_where_the_file_cannot_be_written_the_message_says_so(trained, tmp_path,
     for place in (tmp_path, tmp_path / "no" / "out", tmp_path / ("x" * 300)):
         assert main([".", "--to", form, "--output", str(place)]) == 2
         assert f"error: cannot write {place}: " in capsys.readouterr().err
+
+
+def test_a_full_disk_is_not_called_a_model_that_cannot_be_exported(trained, monkeypatch, tmp_path, capsys, exporter):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(torch.export, "export", full)
+    assert main([str(trained(*FEW)), "--to", "torch_export", "--output", str(tmp_path / "out")]) == 2
+    assert f"error: cannot write {tmp_path / 'out'}: No space left on device" in capsys.readouterr().err
