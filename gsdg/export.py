@@ -54,26 +54,35 @@ def export(predictor: Predictor, form: str, file: Path) -> None:
         os.replace(part, file)
     finally:
         part.unlink(missing_ok=True)
-    spec = predictor.algorithm.model.spec
-    about = {"classes": predictor.classes, "image": spec._asdict(), "weights": predictor.about}
+    about = {
+        "classes": predictor.classes,
+        "image": predictor.algorithm.model.spec._asdict(),
+        "batch_dependent": predictor.batch_dependent,
+        "weights": predictor.about,
+    }
     file.with_name(f"{file.name}.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
 def _state_dict(predictor: Predictor, file: Path) -> None:
-    state = predictor.algorithm.model.state_dict()
-    torch.save(state, file)
+    with file.open("wb") as opened:  # given a name only, torch raises a RuntimeError where it cannot write
+        torch.save(_tensors(predictor), opened)
     _check_state(predictor, read_state(file))
 
 
 def _safetensors(predictor: Predictor, file: Path) -> None:
     library = _needs("safetensors.torch", "safetensors")
-    library.save_file({name: t.contiguous() for name, t in predictor.algorithm.model.state_dict().items()}, file)
+    file.write_bytes(library.save(_tensors(predictor)))
     _check_state(predictor, library.load_file(file))
 
 
+def _tensors(predictor: Predictor) -> dict[str, Tensor]:
+    """The classifier's state dict on the CPU."""
+    return {name: tensor.cpu().contiguous() for name, tensor in predictor.algorithm.model.state_dict().items()}
+
+
 def _check_state(predictor: Predictor, state: dict[str, Tensor]) -> None:
-    expected = predictor.algorithm.model.state_dict()
-    wrong = [name for name in expected if name not in state or not torch.equal(expected[name].cpu(), state[name].cpu())]
+    expected = _tensors(predictor)
+    wrong = [name for name in expected if name not in state or not torch.equal(expected[name], state[name])]
     if wrong or len(state) != len(expected):
         raise UserError(f"the exported file does not hold the model's tensors: {listing(wrong[:3])}.")
 
@@ -140,6 +149,8 @@ def _explained(predictor: Predictor) -> Generator[None]:
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         yield
+    except OSError:  # the disk
+        raise
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
@@ -163,8 +174,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", default="", help="selected, last, averaged, or a file in the run's folder")
     parser.add_argument("--output", type=Path, help="the file (default: <run id>.<ending of the format>)")
     options = parser.parse_args(arguments)
-    file = options.output or Path(f"{options.run.name}.{ENDINGS[options.to]}")
+    file = options.output or Path(f"{options.run.absolute().name}.{ENDINGS[options.to]}")
     try:
+        if file.is_dir():
+            raise UserError(f"cannot write {file}: it is a folder; --output names the file.")
         if not file.parent.is_dir():
             raise UserError(f"cannot write {file}: there is no folder {file.parent}.")
         export(load(options.run, options.weights, device="cpu"), options.to, file)

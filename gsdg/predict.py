@@ -33,6 +33,8 @@ from gsdg.runs.weights_index import INDEX, find_weights
 from gsdg.runtime import choose_device
 from gsdg.utils.errors import UserError, plural
 from gsdg.utils.json_files import read_json
+from gsdg.utils.terminal import closed_pipe_is_no_error
+from gsdg.utils.text import let_streams_print_any_text
 
 Picture = str | Path | Image.Image | np.ndarray  # the path of an image, an image, or an array [h, w, 3] uint8
 
@@ -191,12 +193,16 @@ def _untrained(config: dict, classes: int) -> Algorithm:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Predict, print a table, and return the exit status: 1 if an image could not be read, 2 for a mistake."""
     options = _parser().parse_args(arguments)
-    try:
-        predictor = load(options.run, options.weights, device=options.device)
-        return _predict(predictor, _files(options.images), options.format)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    let_streams_print_any_text()
+    status = 0
+    with closed_pipe_is_no_error():
+        try:
+            predictor = load(options.run, options.weights, device=options.device)
+            status = _predict(predictor, _files(options.images), options.format)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            status = 2
+    return status
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -36,6 +37,7 @@ from gsdg.runs.checkpoint import Checkpoints
 from gsdg.runs.folder import RunFolder
 from gsdg.runs.kept_weights import KeptWeights, held_out_accuracy
 from gsdg.runs.provenance import environment
+from gsdg.runs.reuse import data_digests, differences
 from gsdg.runs.weights_index import INDEX, find_weights
 from gsdg.utils.digest import file_digest
 from gsdg.utils.errors import UserError, listing
@@ -63,6 +65,7 @@ class Ingredient:
 
 def read_ingredient(folder: Path, weights: str) -> Ingredient:
     """UserError: the folder holds no finished run, or none with such weights."""
+    folder = Path(os.path.abspath(folder.expanduser()))  # `.` has no name
     row = find_weights(folder, weights)
     return Ingredient(folder, read_json(folder / "config.json"), row, read_state(folder / row["file"]))
 
@@ -82,7 +85,7 @@ def _mean(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def greedy(ingredients: Sequence[Ingredient], held_out: Callable[[State], float]) -> list[Ingredient]:
-    """The ingredients of the greedy soup. held_out: the held-out accuracy of weights."""
+    """The ingredients of the greedy soup; equal runs in the order given. held_out: the held-out accuracy of weights."""
     chosen: list[Ingredient] = []
     best = -1.0
     for ingredient in sorted(ingredients, key=lambda one: -one.row["held_out_accuracy"]):
@@ -98,6 +101,8 @@ def check_alike(ingredients: Sequence[Ingredient], how: How) -> None:
     first = ingredients[0]
     if len(ingredients) < 2:
         raise UserError("a soup needs 2 runs or more, found 1.\nName more run folders, such as runs/a1b2* runs/c3d4*.")
+    if len({one.folder.resolve() for one in ingredients}) < len(ingredients):
+        raise UserError(f"a run is named twice, so it would count twice: {listing(one.name for one in ingredients)}.")
     for other in ingredients[1:]:
         if keys := [key for key in SAME if _part(first.config, key) != _part(other.config, key)]:
             raise UserError(
@@ -128,26 +133,49 @@ def _part(config: dict, key: str) -> Any:
 
 def make_soup(folders: Sequence[Path], how: How, weights: str, *, runs_dir: Path | None, device: str) -> Path:
     """Average, evaluate and record; returns the folder of the soup, which is left as it is if it exists already."""
-    ingredients = [read_ingredient(folder, weights) for folder in folders]
+    # By name: the result and the run id do not depend on the order on the command line.
+    ingredients = sorted((read_ingredient(folder, weights) for folder in folders), key=lambda one: one.name)
+    how = "uniform" if how == "uniform" else "greedy"  # restricted is another name for it
     check_alike(ingredients, how)
     config = soup_config(ingredients, how)
-    runs = (runs_dir or folders[0].parent).absolute()
+    runs = (runs_dir or ingredients[0].folder.parent).absolute()
     folder = RunFolder(runs / hash_identity(identity(config)))
     if folder.status.get("state") == "done":
         log.info("done already: %s", folder.path)
         return folder.path
-    plan = prepare({key: value for key, value in config.items() if key != "soup"} | {"runs_dir": str(runs)})
-    tasting = Tasting(load(ingredients[0].folder, weights, device=device), plan, read_images(plan))
+    plan = prepare(evaluation_config(config) | {"runs_dir": str(runs)})
+    dataset = read_images(plan)
+    check_data(ingredients, dataset)
+    tasting = Tasting(load(ingredients[0].folder, weights, device=device), plan, dataset)
     chosen = ingredients if how == "uniform" else greedy(ingredients, tasting.held_out)
     _record(folder, config, ingredients, chosen, tasting)
     return folder.path
+
+
+def evaluation_config(config: dict) -> dict:
+    """The config of a soup for `prepare`: without the weights that the runs started from, which may be gone by now."""
+    model = {**config["model"], "weights": None}
+    if "freeze_bn" in model:
+        model["freeze_bn"] = False  # refused with random weights
+    return {key: value for key, value in config.items() if key != "soup"} | {"model": model}
+
+
+def check_data(ingredients: Sequence[Ingredient], dataset: DomainDataset) -> None:
+    """UserError if a run was trained on other images: then those held out here are not those it held out."""
+    now = {"data": data_digests(dataset)}
+    for ingredient in ingredients:
+        if phrases := differences(read_json(ingredient.folder / "identity.json"), now):
+            raise UserError(
+                f"{ingredient.name} was trained on other data than there are now: {'; '.join(phrases[:4])}.\n"
+                "Restore the data that it was trained on: the soup is evaluated on them."
+            )
 
 
 class Tasting:
     """Evaluates weights on the data of the ingredients' run."""
 
     def __init__(self, predictor: Predictor, plan: Plan, dataset: DomainDataset) -> None:
-        self.predictor, self.plan = predictor, plan
+        self.predictor, self.plan, self.data = predictor, plan, data_digests(dataset)
         self.sources = plan.split.sources(plan.source.domains)
         spec = predictor.algorithm.model.spec
         self.evaluator = evaluator_of(plan, dataset, spec, workers=0, device=predictor.device)
@@ -190,7 +218,9 @@ def _record(
     index = read_json(ingredients[0].folder / INDEX)
     with folder.acquire(steps=1):
         folder.write("config.json", config)
-        folder.write("identity.json", {"version": VERSION, "config": identity(config), "data": {}, "weights": {}})
+        folder.write(
+            "identity.json", {"version": VERSION, "config": identity(config), "data": tasting.data, "weights": {}}
+        )
         folder.write("soup.json", {"ingredients": [_described(one, one in chosen) for one in ingredients]})
         folder.append("environment.jsonl", environment(config))
         accuracy = tasting.accuracy(state)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from functools import lru_cache
@@ -18,7 +19,7 @@ import pytest
 from omegaconf import DictConfig
 
 pytest.register_assert_rewrite("helpers")  # before it is imported: its assertions then show their values
-from helpers import REPOSITORY, SMALL, Launcher  # noqa: E402
+from helpers import REPOSITORY, SMALL, Launcher, photos  # noqa: E402
 
 
 def pytest_configure(config) -> None:
@@ -103,6 +104,51 @@ def train(compose, tmp_path):
         return tmp_path / "runs" / plan.run_id
 
     return train
+
+
+@pytest.fixture(scope="session")
+def finished_runs() -> dict:
+    """The runs that `trained` has made so far in this test process: {overrides: folder}."""
+    return {}
+
+
+@pytest.fixture
+def trained(compose, tmp_path, tmp_path_factory, finished_runs):
+    """Like `train`, but equal overrides are trained once per test process: every test gets a copy of the run."""
+    from gsdg.experiment import prepare, run
+
+    def trained(*overrides: str) -> Path:
+        if overrides not in finished_runs:
+            plan = prepare(compose(*SMALL, *overrides, f"runs_dir={tmp_path_factory.mktemp('finished')}"))
+            run(plan)
+            finished_runs[overrides] = Path(plan.config["runs_dir"], plan.run_id)
+        folder = tmp_path / "runs" / finished_runs[overrides].name
+        shutil.rmtree(folder, ignore_errors=True)  # of a run that differs in settings that are not part of the id
+        return shutil.copytree(finished_runs[overrides], folder)
+
+    return trained
+
+
+def _few_photos(root: Path) -> tuple[str, ...]:
+    photos(root / "photos", domains="abcd", each=4)
+    data = ("dataset=image_folder", f"data_dir={root}", "dataset.root=photos", "dataset.domains=[a,b,c,d]")
+    net = ("model=convnet_2ch", "model.backbone.channels=3", "model.mean=[0.5,0.4,0.3]", "model.std=[0.2,0.3,0.4]")
+    return (*data, "split.target=b", *net, "trainer.metrics=[accuracy,nll]")
+
+
+@pytest.fixture(scope="session")
+def few_photos(tmp_path_factory) -> tuple[str, ...]:
+    """Overrides of a data set with four domains of 8 photos, a small network, and losses in the records.
+
+    A loss of few images is more exact than an accuracy of many. A run takes a tenth of the time of one on the digits.
+    """
+    return _few_photos(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture
+def own_photos(tmp_path) -> tuple[str, ...]:
+    """The same with its images in tmp_path/photos, for a test that changes them."""
+    return _few_photos(tmp_path)
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@
 import csv
 import io
 import json
+import os
+import shutil
 import subprocess
 import sys
 
@@ -19,7 +21,7 @@ from gsdg.data.split import Split
 from gsdg.evaluation import Evaluator
 from gsdg.predict import main
 from gsdg.utils.errors import UserError
-from gsdg.utils.json_files import read_json, write_json
+from gsdg.utils.json_files import read_json, read_lines, write_json
 from gsdg.utils.seeding import seed_hash
 
 FEW = ("algorithm=erm", "trainer.steps=9", "dataset.domains=[0,15,30]")
@@ -46,29 +48,23 @@ def accuracies(predictor, folder):
 
 
 @pytest.mark.parametrize("transform", ["exact", "batched"])
-@pytest.mark.parametrize("which", ["selected", "last", "averaged", "weights/step_8.pt"])
-def test_the_accuracy_of_the_labels_is_the_recorded_one_to_the_image(train, transform, which):
-    average = ["trainer/averaging=ema", "trainer.averaging.decay=0.5"]
-    keep = "last" if which == "last" else "every"
-    folder = train(
-        "trainer.steps=17",
-        "dataset.domains=[0,15,30]",
-        f"trainer.transform={transform}",
-        f"trainer.keep={keep}",
-        *average,
-    )
-    predictor = gsdg.load(folder, which)
-    assert accuracies(predictor, folder) == predictor.about["accuracy"]
-    assert (predictor.about["averaging"] == "ema") == (which == "averaged")
+def test_the_accuracy_of_the_labels_is_the_recorded_one_to_the_image(trained, transform):
+    average = ("trainer/averaging=ema", "trainer.averaging.decay=0.5")
+    options = ("trainer.steps=17", "dataset.domains=[0,15,30]", f"trainer.transform={transform}", *average)
+    folder = trained(*options, "trainer.keep=every")
+    for which in ("", "selected", "averaged", "weights/step_8.pt"):
+        with in_case(which):
+            predictor = gsdg.load(folder, which)
+            assert accuracies(predictor, folder) == predictor.about["accuracy"]
+            assert (predictor.about["averaging"] == "ema") == (which == "averaged")
 
 
 @pytest.mark.slow
-def test_every_algorithm_predicts_what_it_recorded(train):
+def test_every_algorithm_predicts_what_it_recorded(train, few_photos):
     """ARM and MTL from the same batches: they predict an image from those beside it."""
     for algorithm in sorted(choices("algorithm")):
         with in_case(algorithm):
-            few = ("trainer.steps=3", "trainer.eval_every=2", "dataset.domains=[0,15,30,45]")
-            folder = train(f"algorithm={algorithm}", *few)
+            folder = train(f"algorithm={algorithm}", "trainer.steps=2", "trainer.eval_every=2", *few_photos)
             predictor = gsdg.load(folder)
             dataset, parts = data_of(folder)
             transforms = dict.fromkeys(parts, predictor.transform)
@@ -78,14 +74,16 @@ def test_every_algorithm_predicts_what_it_recorded(train):
             evaluator = Evaluator(
                 dataset, parts, transforms, seed=seed, memory_format=torch.contiguous_format, **options
             )
-            assert evaluator(predictor.algorithm, predictor.about["step"]) == predictor.about["accuracy"]
+            (record,) = [row for row in read_lines(folder / "records.jsonl") if row["step"] == predictor.about["step"]]
+            measured = evaluator.measure(predictor.algorithm, record["step"], ["accuracy", "nll"])
+            assert measured == {"accuracy": record["accuracy"], **record["scores"]}
 
 
-def test_probabilities_features_and_preprocessed_images_belong_together(train):
-    folder = train(*FEW)
+def test_probabilities_features_and_preprocessed_images_belong_together(trained):
+    folder = trained(*FEW)
     predictor = gsdg.load(folder)
     domain = data_of(folder)[0].domains["15"]
-    images = [domain.load(i) for i in range(70)]  # more than a batch
+    images = [domain.load(i) for i in range(70)]
     labels, probabilities = predictor.predict(images)
     assert probabilities.shape == (70, 10)
     assert probabilities.dtype == np.float32
@@ -101,17 +99,45 @@ def test_probabilities_features_and_preprocessed_images_belong_together(train):
     assert torch.allclose(predictor.algorithm.model.head(features).softmax(1), torch.from_numpy(probabilities))
 
 
-def test_without_a_head_the_label_is_that_of_the_highest_of_all_features(train):
-    predictor = gsdg.load(train(*FEW, "model.head=none"))
-    labels, probabilities = predictor.predict(torch.rand(40, 1, 28, 28))
-    logits = predictor.logits(torch.rand(40, 1, 28, 28))
-    assert (logits.shape, probabilities.shape) == ((40, 64), (40, 10))
-    assert set(labels) <= {*predictor.classes, ""}
-    assert (probabilities.sum(1) < 1).all()
+def test_without_a_head_the_label_is_that_of_the_highest_of_all_features(trained, monkeypatch):
+    predictor = gsdg.load(trained(*FEW, "model.head=none"))
+    images = torch.rand(40, 1, 28, 28)
+    logits = predictor.logits(images)
+    assert logits.shape == (40, 64)
+    assert np.allclose(predictor.predict(images).probabilities, logits.softmax(1)[:, :10])
+    monkeypatch.setattr(predictor, "logits", lambda images: torch.eye(64)[[3, 10, 9]])
+    assert predictor.predict(images).labels == ["3", "", "9"]
 
 
-def test_loading_and_predicting_leave_random_numbers_and_the_run_as_they_are(train):
-    folder = train(*FEW, "algorithm=dann")  # its discriminator is initialised at random
+def test_images_are_predicted_in_batches_of_the_runs_evaluation(trained, monkeypatch):
+    """So that batch-dependent predictions are those of the evaluation, and memory suffices."""
+    predictor, sizes = gsdg.load(trained(*FEW)), []
+    predict = predictor.algorithm.predict
+    monkeypatch.setattr(predictor.algorithm, "predict", lambda images: sizes.append(len(images)) or predict(images))
+    predictor.predict(torch.zeros(130, 1, 28, 28))
+    assert sizes == [64, 64, 2]
+    with pytest.raises(UserError, match="there are no images to predict"):
+        predictor.predict([])
+
+
+def test_what_a_run_read_may_be_gone_when_its_weights_are_loaded(train, own_photos, tmp_path):
+    """Its images, and the weights that it started from. Then its classes are those in weights.json."""
+    words = ("algorithm=erm", "trainer.steps=1", *own_photos)
+    first = train(*words)
+    second = train(*words, f"model.weights={first}")
+    shutil.rmtree(first)
+    shutil.rmtree(tmp_path / "photos")
+    predictor = gsdg.load(second)
+    assert predictor.classes == ("x", "y")
+    (file,) = (second / "weights").iterdir()
+    file.unlink()
+    with pytest.raises(UserError, match=rf"the weights file {file} is missing") as error:
+        gsdg.load(second)
+    assert "model.weights" not in str(error.value)
+
+
+def test_loading_and_predicting_leave_random_numbers_and_the_run_as_they_are(trained):
+    folder = trained(*FEW, "algorithm=dann")  # its discriminator is initialised at random
     before = {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -123,8 +149,8 @@ def test_loading_and_predicting_leave_random_numbers_and_the_run_as_they_are(tra
     assert before == {file: file.stat().st_mtime_ns for file in folder.rglob("*")}
 
 
-def test_a_run_of_an_older_version_gets_its_classes_from_its_data(train):
-    folder = train(*FEW, "trainer.keep=last")
+def test_a_run_of_an_older_version_gets_its_classes_from_its_data(trained):
+    folder = trained(*FEW, "trainer.keep=last")
     recorded = gsdg.load(folder).about["accuracy"]
     (folder / "weights.json").unlink()
     predictor = gsdg.load(folder)
@@ -132,8 +158,8 @@ def test_a_run_of_an_older_version_gets_its_classes_from_its_data(train):
     assert accuracies(predictor, folder) == recorded
 
 
-def test_what_is_no_finished_run_is_refused(train, tmp_path):
-    folder = train(*FEW)
+def test_what_is_no_finished_run_is_refused(trained, tmp_path):
+    folder = trained(*FEW)
     cases = {
         "there is no run in this folder": (tmp_path, ""),
         r"kept no last weights; it has: weights/step_.*(.|\n)*trainer.keep=selected \(or last": (folder, "last"),
@@ -168,8 +194,8 @@ def images(tmp_path):
     return folder
 
 
-def test_the_command_writes_what_the_predictor_says_as_csv_and_json(train, images, capsys):
-    folder = train(*FEW)
+def test_the_command_writes_what_the_predictor_says_as_csv_and_json(trained, images, capsys):
+    folder = trained(*FEW)
     files = [str(images / name) for name in ("a.png", "b.png", "more/c.png")]
     labels, probabilities = gsdg.load(folder).predict(files)
     assert main([str(folder), str(images)]) == 0
@@ -184,8 +210,8 @@ def test_the_command_writes_what_the_predictor_says_as_csv_and_json(train, image
     assert list(rows[1]["probabilities"]) == list("0123456789")
 
 
-def test_unreadable_images_are_named_and_the_others_predicted(train, images, capsys):
-    folder = train(*FEW)
+def test_unreadable_images_are_named_and_the_others_predicted(trained, images, capsys):
+    folder = trained(*FEW)
     (images / "b.png").write_bytes((images / "b.png").read_bytes()[:60])
     assert main([str(folder), str(images)]) == 1
     out, err = capsys.readouterr()
@@ -194,8 +220,8 @@ def test_unreadable_images_are_named_and_the_others_predicted(train, images, cap
     assert "1 image of 3 could not be read" in err
 
 
-def test_mistakes_on_the_command_line_have_messages(train, images, tmp_path, capsys):
-    folder = train(*FEW)
+def test_mistakes_on_the_command_line_have_messages(trained, images, tmp_path, capsys):
+    folder = trained(*FEW)
     (tmp_path / "empty").mkdir()
     for words, message in {
         (str(folder), str(tmp_path / "empty")): "error: no images in",
@@ -207,23 +233,53 @@ def test_mistakes_on_the_command_line_have_messages(train, images, tmp_path, cap
         assert message in capsys.readouterr().err
 
 
-def test_the_command_says_where_one_image_alone_is_not_enough(train, images, capsys):
-    folder = train("algorithm=arm", "trainer.steps=1")
+def test_a_closed_pipe_and_any_name_of_a_file_are_no_errors(trained, images, monkeypatch, tmp_path):
+    """`python -m gsdg.predict ... | head`, and a name that is no UTF-8."""
+    name = os.fsdecode(bytes(images) + b"/a\xff.png")
+    (images / "a.png").rename(name)
+    out = io.TextIOWrapper((tmp_path / "out").open("wb"), "utf-8")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert main([str(trained(*FEW)), name]) == 0
+    out.close()
+    assert b"a\\udcff.png," in (tmp_path / "out").read_bytes()
+    out = (tmp_path / "out").open("w")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr("gsdg.predict._write_csv", lambda *arguments: os.write(read_end_closed(), b"x"))
+    assert main([str(trained(*FEW)), str(images)]) == 0
+
+
+def read_end_closed():
+    """The file descriptor of a pipe whose reader has ended."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    return writer
+
+
+def test_the_command_says_where_one_image_alone_is_not_enough(trained, images, capsys):
+    folder = trained("algorithm=arm", "trainer.steps=1")
     assert main([str(folder), str(images)]) == 0
     assert "predicts from several images together" in capsys.readouterr().err
 
 
-def test_real_images_of_any_size_are_predicted_from_their_files_as_in_the_evaluation(train, pacs_root):
-    options = ["dataset=pacs", f"data_dir={pacs_root}", "model=mlp", "model.image_size=21", "trainer.steps=3"]
-    domains = "dataset.domains=[photo,sketch,cartoon]"
-    for transform in ("exact", "batched"):
-        with in_case(transform):
-            words = [*options, domains, "split.target=photo", f"trainer.transform={transform}", "dataset.cache=off"]
-            folder = train(*words, "dataset.short_side=100")
-            dataset, parts = data_of(folder)
-            predictor = gsdg.load(folder)
-            photo = dataset.domains["photo"]
-            labels = np.array(predictor.predict(photo.files).labels)
-            right = labels == np.array([predictor.classes[label] for label in photo.labels])
-            recorded = predictor.about["accuracy"]["photo"]
-            assert {part: right[indices].mean() for part, indices in parts["photo"].items()} == recorded
+@pytest.mark.parametrize(("transform", "precision"), [("exact", "bf16"), ("batched", "float32")])
+def test_the_loss_of_images_from_their_files_is_the_recorded_one(train, own_photos, tmp_path, transform, precision):
+    """Also with an alpha channel, an EXIF orientation, 16 bits, a palette: as training reads them."""
+    place = tmp_path / "photos" / "b" / "x"
+    image = Image.open(place / "0.png")
+    alpha = Image.fromarray(np.random.RandomState(1).randint(0, 256, image.size[::-1], np.uint8))
+    image.putalpha(alpha)
+    image.save(place / "alpha.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # orientation: rotated by 90 degrees
+    image.convert("RGB").save(place / "exif.jpg", exif=exif)
+    Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 200).save(place / "bits.png")
+    image.convert("RGB").quantize(16).save(place / "palette.png")
+    options = ("algorithm=erm", "trainer.steps=2", "dataset.short_side=30", "dataset.cache=off", "model.dropout=0.5")
+    folder = train(*own_photos, *options, f"trainer.transform={transform}", f"trainer.precision={precision}")
+    dataset, parts = data_of(folder)
+    domain, predictor = dataset.domains["b"], gsdg.load(folder)
+    probabilities = predictor.predict(domain.files).probabilities
+    losses = -np.log(probabilities[np.arange(len(domain)), domain.labels])
+    (record,) = [row for row in read_lines(folder / "records.jsonl") if row["step"] == predictor.about["step"]]
+    for part, indices in parts["b"].items():
+        assert losses[indices].mean() == pytest.approx(record["scores"]["nll"]["b"][part], rel=1e-5)

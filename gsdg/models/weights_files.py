@@ -6,8 +6,11 @@ A network's tensors are found in a file under any prefix: `featurizer.` (a run's
 
 from __future__ import annotations
 
+import json
 import logging
 import pickle
+import shlex
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +32,7 @@ def read_state(path: Path) -> State:
     No code in the file is executed. UserError if the file is missing, damaged, or holds something else.
     """
     if not path.is_file():
-        raise UserError(no_such_file(path))
+        raise UserError(f"the weights file {path} is missing: it was moved or removed, or its name is misspelt")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
     state = content if _is_state(content) else _only_state_in(content)
     if state is None:
@@ -52,11 +55,21 @@ def _only_state_in(content: object) -> State | None:
 
 def _read_pickle(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError) as error:
-        if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of other pickle protocols
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # damaged files make torch raise almost anything: IndexError, struct.error, ...
+        if isinstance(error, pickle.UnpicklingError) and _names_code(str(error), path):
             raise UserError(_holds_code(path)) from error
         raise _unreadable(path, error) from error
+
+
+def _names_code(message: str, path: Path) -> bool:
+    """Whether torch refused a pickle for an object in it, from its message, and not because it is no pickle at all."""
+    if "GLOBAL" in message:
+        return True
+    with path.open("rb") as file:
+        return "Unsupported operand" in message and file.read(1) == pickle.PROTO  # another protocol than torch's
 
 
 def _read_safetensors(path: Path) -> State:
@@ -79,17 +92,19 @@ def _unreadable(path: Path, error: Exception) -> UserError:
 
 
 def _holds_code(path: Path) -> str:
+    load = f'torch.load({json.dumps(str(path))}, weights_only=False)["model_dict"]'
+    code = f'import torch; torch.save({load}, "weights.pt")'
     return (
         f"the weights file {path} holds Python objects, not only tensors and plain values. Reading them could run any "
-        "code, so it is refused.\nIf you trust the file, save its state dict: "
-        f"python -c \"import torch; torch.save(torch.load('{path}', weights_only=False)['model_dict'], 'weights.pt')\""
-        "\n(model_dict is DomainBed's name for it; of a whole network, take .state_dict() in place of ['model_dict'].)"
+        f"code, so it is refused.\nIf you trust the file, save its state dict: python -c {shlex.quote(code)}\n"
+        '(model_dict is DomainBed\'s name for it; of a whole network, take .state_dict() in place of ["model_dict"].)'
     )
 
 
 def no_such_file(path: Path) -> str:
+    found = "this folder is not that of a run" if path.is_dir() else "no such file"
     return (
-        f"model.weights={path}: no such file. Valid: pretrained or imagenet (where the model has such weights), null, "
+        f"model.weights={path}: {found}. Valid: pretrained or imagenet (where the model has such weights), null, "
         f"a finished run (runs/<id>), or the path of a state dict saved with {SAVE}"
     )
 
@@ -119,9 +134,12 @@ def fitted(net: nn.Module, state: State, source: str, *, ignore: str) -> State:
 
 
 def prefix_in(state: State, expected: State) -> str:
-    """The shortest prefix under which `state` has every expected name; "" if there is none."""
+    """The shortest prefix under which `state` has every expected name; "" if there is none.
+
+    Of prefixes of equal length, such as MoCo's `encoder_q.` and `encoder_k.`, the first in the file.
+    """
     names = [key for key in expected if not key.endswith(NOT_STORED)]
-    candidates = {key.removesuffix(names[0]) for key in state if key.endswith(names[0])} if names else set()
+    candidates = [key.removesuffix(names[0]) for key in state if key.endswith(names[0])] if names else []
     fitting = [prefix for prefix in candidates if all(prefix + name in state for name in names)]
     return min(fitting, key=len, default="")
 
@@ -163,7 +181,11 @@ def load_head(head: nn.Module, weights: str | None, before: Sequence[str] | None
     elif before is None:
         log.info("%s: nothing says which classes its head has, so the model gets a new one", path)
     elif list(before) != list(classes):
-        log.info("%s was trained on other classes (%s), so the model gets a new head", path, _few(list(before)))
+        log.info(
+            "%s was trained on other classes, or in another order (%s): the model gets a new head",
+            path,
+            _few(list(before)),
+        )
     elif _mismatches(head.state_dict(), inside):
         log.info("%s has another kind of head: the model gets a new one", path)
     else:

@@ -55,6 +55,7 @@ class KeptWeights:
         self.keep, self.folder, self.write, self.sources, self.about = keep, folder, write, sources, about
         self.best: dict[str, tuple[float, int]] = {}  # {kind: (held-out accuracy, step)}
         self.best_at_checkpoint: dict[str, tuple[float, int]] = {}
+        self.last_step: int | None = None  # known after the last step only
 
     def resume(self) -> None:
         """Find the selected steps in the records that the run keeps; remove all other files of earlier starts."""
@@ -90,6 +91,7 @@ class KeptWeights:
             states: {kind: the weights of the last step}.
         """
         self.after_checkpoint()
+        self.last_step = step
         if self.keep == "last" or (self.keep is None and not self.best):
             for kind, state in states.items():
                 self.write(self.folder.path / LAST[kind], state())
@@ -151,7 +153,7 @@ class KeptWeights:
             "file": name,
             "step": step,
             "averaging": (record or {}).get("averaging", kind or None),
-            "last": name in LAST.values(),
+            "last": step == self.last_step,
             "selected": kind in self.best and self.best[kind][1] == step,
             "held_out_accuracy": held_out_accuracy(accuracy, self.sources) if accuracy else None,
             "accuracy": accuracy,

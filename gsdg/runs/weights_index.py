@@ -45,7 +45,7 @@ def find_weights(run: Path, which: str = "") -> dict:
     if state != "done":
         found = f"the run is not done, its state is {state}" if state else "there is no run in this folder"
         raise UserError(f"{run}: {found}.\nName the folder of a finished run; python -m gsdg.runs list shows them.")
-    rows = sorted(rows_of(run), key=lambda row: not row["selected"])
+    rows = sorted(rows_of(run), key=lambda row: (not row["selected"], not row["last"]))
     for row in rows:
         roles = [role for role in ("selected", "last") if row[role]]
         names = [row["file"], *(["averaged"] if row["averaging"] else ["", *roles] if roles else [])]
@@ -65,11 +65,12 @@ def classes_of(weights: Path) -> Sequence[str] | None:
 
 
 def lacks_weights(folder: RunFolder, keep: str | None) -> bool:
-    """Whether a finished run has not kept the weights that `trainer.keep` asks for."""
-    rows = rows_of(folder.path)
+    """Whether a finished run has not kept the weights, other than averaged ones, that `trainer.keep` asks for."""
+    rows = [row for row in rows_of(folder.path) if not row["averaging"]]
+    steps = {row["step"] for row in rows}
     kept = {
         "selected": any(row["selected"] for row in rows),
         "last": any(row["last"] for row in rows),
-        "every": len(rows) >= len(folder.records()),
+        "every": all(record["step"] in steps for record in folder.records()),
     }
     return keep in kept and not kept[keep]
