@@ -28,6 +28,7 @@ from gsdg.data.image_io import UNREADABLE, as_rgb, open_image, reason
 from gsdg.data.source import data_source
 from gsdg.data.walk import images_in
 from gsdg.experiment import SUPPLIED, TRANSFORMS, Plan, prepare
+from gsdg.models.classifier import head_inputs
 from gsdg.models.weights_files import fitted, read_state
 from gsdg.runs.weights_index import INDEX, find_weights
 from gsdg.runtime import choose_device
@@ -105,11 +106,9 @@ class Predictor:
 
     def features(self, images: Sequence[Picture] | Tensor) -> Tensor:
         """[N, F] float32, on the CPU: what the model's head is given for each image."""
-        outputs: list[Tensor] = []
-        hook = self.algorithm.model.dropout.register_forward_hook(lambda *call: outputs.append(call[2].float().cpu()))
-        with hook:
+        with head_inputs(self.algorithm.model) as inputs:
             self.logits(images)
-        return torch.cat(outputs)
+        return torch.cat(inputs).cpu()
 
     def _batches(self, images: Sequence[Picture] | Tensor) -> Iterator[Tensor]:
         if not len(images):
@@ -170,11 +169,12 @@ def plan_of(config: dict, *, data_dir: str | None = None, batch_size: int | None
         data_dir: where the data sets lie now; None: where they lay for the run.
         batch_size: images per forward pass of an evaluation; None: the run's.
     """
-    changed = {key: value for key, value in config.items() if key != "soup"}
-    changed["model"] = {**config["model"], "weights": None}  # the file that training started from may be gone
-    changed["data_dir"] = data_dir or config["data_dir"]
-    changed["trainer"] = {**config["trainer"], "eval_batch_size": batch_size or config["trainer"]["eval_batch_size"]}
-    return prepare(changed)
+    model, trainer = {**config["model"], "weights": None}, dict(config["trainer"])  # its first weights may be gone
+    if "freeze_bn" in model:
+        model["freeze_bn"] = False  # refused with random weights
+    trainer["eval_batch_size"] = batch_size or trainer["eval_batch_size"]
+    changed = {"model": model, "trainer": trainer, "data_dir": data_dir or config["data_dir"]}
+    return prepare({key: value for key, value in (config | changed).items() if key != "soup"})
 
 
 def _untrained(config: dict, classes: int) -> Algorithm:

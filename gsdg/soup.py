@@ -30,9 +30,9 @@ from torch import Tensor
 from gsdg.config.identity import VERSION, hash_identity, identity
 from gsdg.data.dataset import DomainDataset
 from gsdg.evaluation import DomainMeans
-from gsdg.experiment import Plan, evaluator_of, prepare, read_images
+from gsdg.experiment import Plan, evaluator_of, read_images
 from gsdg.models.weights_files import State, read_state
-from gsdg.predict import Predictor, load
+from gsdg.predict import Predictor, load, plan_of
 from gsdg.runs.checkpoint import Checkpoints
 from gsdg.runs.folder import RunFolder
 from gsdg.runs.kept_weights import KeptWeights, held_out_accuracy
@@ -143,21 +143,13 @@ def make_soup(folders: Sequence[Path], how: How, weights: str, *, runs_dir: Path
     if folder.status.get("state") == "done":
         log.info("done already: %s", folder.path)
         return folder.path
-    plan = prepare(evaluation_config(config) | {"runs_dir": str(runs)})
+    plan = plan_of(config | {"runs_dir": str(runs)})
     dataset = read_images(plan)
     check_data(ingredients, dataset)
     tasting = Tasting(load(ingredients[0].folder, weights, device=device), plan, dataset)
     chosen = ingredients if how == "uniform" else greedy(ingredients, tasting.held_out)
     _record(folder, config, ingredients, chosen, tasting)
     return folder.path
-
-
-def evaluation_config(config: dict) -> dict:
-    """The config of a soup for `prepare`: without the weights that the runs started from, which may be gone by now."""
-    model = {**config["model"], "weights": None}
-    if "freeze_bn" in model:
-        model["freeze_bn"] = False  # refused with random weights
-    return {key: value for key, value in config.items() if key != "soup"} | {"model": model}
 
 
 def check_data(ingredients: Sequence[Ingredient], dataset: DomainDataset) -> None:

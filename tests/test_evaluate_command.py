@@ -10,6 +10,7 @@ import pandas as pd
 import pytest
 import torch
 from helpers import photos
+from tiny_backbone import tiny
 
 pytest.importorskip("sklearn", reason="pip install 'gsdg[metrics]'")
 pytest.importorskip("pyarrow", reason="pip install 'gsdg[metrics]'")
@@ -21,6 +22,7 @@ from gsdg.evaluate.passes import Evaluation, with_rows
 from gsdg.metrics import METRICS
 from gsdg.metrics.predictions import classes_of, read_predictions
 from gsdg.predict import load
+from gsdg.soup import make_soup
 from gsdg.utils.json_files import read_json, write_json
 
 DIGITS = ("algorithm=erm", "trainer.steps=9", "dataset.domains=[0,15,30]", "optimizer.lr=0.01")
@@ -119,6 +121,23 @@ def test_drawn_rows_have_the_features_of_their_own_images(train, algorithm):
 
 def images_rows(images):
     return np.concatenate([part for parts in images.evaluator.parts.values() for part in parts.values()])
+
+
+def test_the_weights_that_a_run_with_frozen_batchnorm_started_from_may_be_gone(evaluated, of_photos, tmp_path):
+    torch.save(tiny(None)[0].state_dict(), tmp_path / "start.pt")
+    run = of_photos(f"model.weights={tmp_path / 'start.pt'}", "model.freeze_bn=true")
+    (tmp_path / "start.pt").unlink()
+    status, text, _ = evaluated(run, "--no-figures")
+    assert (status, "All accuracies equal" in text) == (0, True)
+    words = ("dataset=image_folder", "dataset.root=images", f"data_dir={tmp_path / 'data'}", "--no-figures")
+    assert evaluated(run, *words)[0] == 0
+
+
+def test_with_another_batch_size_nothing_is_compared_with_the_record(evaluated, train):
+    """ARM's accuracy depends on the batches."""
+    run = train(*DIGITS, "algorithm=arm")
+    assert "record" not in evaluated(run, "--no-figures", "--batch-size", 7)[1]
+    assert read_json(Path(f"evaluation/{run.name}/evaluation.json"))["batch_size"] == 7
 
 
 # ---- another data set -----------------------------------------------------------------------------------------------
@@ -282,3 +301,10 @@ def test_a_missing_library_is_named_before_the_images_are_read(evaluated, monkey
     assert f"pip install 'gsdg[{extra}]'" in evaluated("no_run")[2]
     if library == "matplotlib":
         assert "there is no run in this folder" in evaluated("no_run", "--no-figures")[2]
+
+
+def test_a_soup_is_evaluated_like_a_run(evaluated, train):
+    runs = [train(*DIGITS, f"optimizer.lr={lr}") for lr in (0.01, 0.02)]
+    soup = make_soup(runs, "uniform", "", runs_dir=None, device="cpu")
+    status, text, _ = evaluated(soup, "--no-figures")
+    assert (status, "All accuracies equal" in text) == (0, True)

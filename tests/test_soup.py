@@ -11,7 +11,7 @@ import gsdg
 from gsdg.analysis.__main__ import main as analysis
 from gsdg.analysis.read.frames import read_runs
 from gsdg.analysis.selection import every_draw
-from gsdg.evaluate import Evaluator
+from gsdg.evaluation import Evaluator
 from gsdg.soup import Ingredient, evaluation_config, greedy, main, mean_state
 from gsdg.utils.json_files import read_json, read_lines, write_json
 
