@@ -424,7 +424,7 @@ def format_accuracy(accuracy: DomainMeans, sources: Sequence[str], first: Sequen
         sources: the source domains; every other domain is marked with `*`.
         first: the words at the start of the line.
     """
-    complete = all("out" in accuracy.get(domain, {}) for domain in sources)
+    complete = all("out" in accuracy[domain] for domain in sources)
     held_out = held_out_accuracy(accuracy, sources) if complete else None
     mean = [] if held_out is None else [f"mean {100 * held_out:.1f}"]
     words = [f"{name}{'' if name in sources else '*'} {_parts(parts)}" for name, parts in accuracy.items()]

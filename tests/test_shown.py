@@ -32,6 +32,12 @@ def test_accuracy_lines_fit_a_terminal_mark_the_target_and_have_the_selecting_me
     ]
 
 
+def test_a_line_of_just_the_width_of_a_terminal_is_not_broken():
+    word = "x" * (80 - len("a 50.0/-  "))
+    assert format_accuracy({"a": {"in": 0.5}}, ["a"], [word]) == f"{word}  a 50.0/-"
+    assert format_accuracy({"a": {"in": 0.5}}, ["a"], [f"{word}x"]) == f"{word}x\n   a 50.0/-"
+
+
 def test_a_part_that_is_not_evaluated_is_a_dash_and_there_is_no_mean():
     assert format_accuracy({"a": {"in": 0.5}, "b": {"out": 0.25}}, ["a"]) == "a 50.0/-  b* -/25.0"
     unlabelled = {"a": {"in": 0.5, "out": 0.75}, "b": {"in": 0.1, "out": 0.2, "uda": 0.3}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -255,6 +256,21 @@ def test_the_build_folder_is_empty_whatever_a_killed_process_left(data):
         assert building.parent == data
         assert list(building.iterdir()) == []
     assert list(data.iterdir()) == []
+
+
+def test_a_build_folder_that_cannot_be_made_is_named(data, monkeypatch):
+    """And not the error of removing it afterwards."""
+
+    make = Path.mkdir
+
+    def refuse(path, **options):
+        if path.name == ".PACS.building":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        make(path, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(UserError, match="Permission denied"), build_folder(data / "PACS"):
+        pass
 
 
 def test_a_lock_whose_file_was_removed_is_not_used(data, monkeypatch):

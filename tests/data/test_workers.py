@@ -227,7 +227,7 @@ def test_workers_are_limited_to_those_that_shared_memory_is_enough_for(shared_me
 
 def test_bytes_per_image_are_those_of_its_tensors(tmp_path):
     dataset = image_folders(photos(tmp_path / "photos", size=32)).read()
-    indices = {name: np.arange(4) for name in "ac"}
+    indices = {"a": np.arange(4), "c": np.arange(1)}  # a domain may have a single image
     torch.manual_seed(0)
     before = torch.get_rng_state()
     batches = TrainBatches(dataset, indices, transform=Exact(SPEC, "photos"), batch_size=4, seed=0, steps=1)
