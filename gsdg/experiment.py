@@ -49,7 +49,7 @@ from gsdg.runs.folder import RunFolder
 from gsdg.runs.provenance import environment, package_versions
 from gsdg.runs.run_log import logged_to, outcome_recorded
 from gsdg.runs.weights_index import classes_of, find_weights, is_run, lacks_weights
-from gsdg.runtime import choose_device, device_metadata, named_device
+from gsdg.runtime import choose_device, current_device, device_metadata, named_device
 from gsdg.trainer import Trainer
 from gsdg.types import ImageSpec
 from gsdg.utils.errors import UserError, listing, refuse_renamed
@@ -141,7 +141,8 @@ def _run(plan: Plan, signals: Signals, submission: str | None, patience: float) 
             folder.write("config.json", reuse.with_search(folder, plan.config))
             folder.append("environment.jsonl", start)
             log.info("run %s: %s", folder.path, summary(plan, device))
-            train(plan, folder, device, signals)
+            with current_device(device):
+                train(plan, folder, device, signals)
             log.info("done: %s", folder.path)
 
 

@@ -6,6 +6,8 @@ sweep is checked on a login node without GPUs.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 from gsdg.utils.errors import UserError
@@ -30,6 +32,11 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise unusable(name, error) from error
     return device
+
+
+def current_device(device: torch.device) -> AbstractContextManager[object]:
+    """Inside, `device` is the process's current GPU, where Triton launches kernels: `cuda:1` is not by itself."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def unusable(name: str, error: Exception) -> UserError:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
 from config_choices import CHOICES, NEEDED, PRESETS, UNAVAILABLE
 from helpers import SMALL, in_case, only_run, photos, records_without_time, status
 
+from gsdg import experiment, runtime
 from gsdg.algorithms import GradSurgery
 from gsdg.config.identity import run_id
 from gsdg.data.cache.memory_map import as_arrays
@@ -367,3 +369,21 @@ def test_workers_are_started_only_if_images_are_decoded(compose, tmp_path):
     assert workers(*tree, "trainer.transform=batched") == 0  # decoded once
     assert workers(*tree, "trainer.transform=batched", "dataset.cache=off") == usable_cores()
     assert workers("split.target=15", "trainer.workers=3") == 3
+
+
+def test_the_device_of_a_run_is_the_processs_current_gpu_while_it_trains(compose, monkeypatch):
+    """Triton launches its kernels there. Without a second GPU, this is what torch is told."""
+    entered = []
+
+    @contextmanager
+    def current_device(device):
+        entered.append(device)
+        yield
+        entered.append("left")
+
+    monkeypatch.setattr(experiment, "current_device", current_device)
+    monkeypatch.setattr(experiment, "train", lambda *arguments: entered.append("trains"))
+    run(prepare(compose(*SMALL)))
+    assert entered == [torch.device("cpu"), "trains", "left"]
+    assert runtime.current_device(torch.device("cuda:1")).idx == 1
+    assert isinstance(runtime.current_device(torch.device("cpu")), nullcontext)

@@ -226,15 +226,15 @@ def _one_ahead(
         with torch.cuda.stream(stream):
             next_ready = complete(batches), stream.record_event()
         if ready:
-            yield _hand_over(*ready)
+            yield _hand_over(*ready, device)
         ready = next_ready
     if ready:
-        yield _hand_over(*ready)
+        yield _hand_over(*ready, device)
 
 
-def _hand_over(batches: list[Batch], completed: torch.cuda.Event) -> list[Batch]:
+def _hand_over(batches: list[Batch], completed: torch.cuda.Event, device: torch.device) -> list[Batch]:
     """Make the training stream wait for the batches, and keep their memory until it has used them."""
-    training = torch.cuda.current_stream()
+    training = torch.cuda.current_stream(device)  # which may not be the process's current device
     training.wait_event(completed)
     for batch in batches:
         # The allocator must not reuse the memory for the loading stream while the training stream still reads it.

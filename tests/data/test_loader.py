@@ -135,9 +135,10 @@ class FakeStream:
 
 def test_one_step_is_completed_ahead_and_the_training_stream_waits_for_its_batch(monkeypatch):
     """The order of events on CUDA, with simulated streams; the test before uses real ones."""
-    events = []
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream(events))
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: FakeStream(events))
+    events, second_gpu = [], torch.device("cuda:1")
+    streams = {second_gpu: FakeStream(events)}  # also the training stream is that of the second GPU
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: streams[device])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[device])
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: events.append("kept"))
 
@@ -148,7 +149,7 @@ def test_one_step_is_completed_ahead_and_the_training_stream_waits_for_its_batch
     for count in (0, 1, 3):
         events.clear()
         prepared = [[Batch(torch.zeros(1), torch.zeros(1), str(i))] for i in range(count)]
-        for batches in loader._one_ahead(iter(prepared), finish, torch.device("cuda")):
+        for batches in loader._one_ahead(iter(prepared), finish, second_gpu):
             events.append(f"train on {batches[0].domain}")
         expected = ["finish 0"] * (count > 0)
         for i in range(count):
