@@ -18,8 +18,9 @@ CHOICES = [
 ]
 # Choices that cannot be prepared, because timm, an extra, is not installed.
 UNAVAILABLE = {
-    f"model={path.stem}"
-    for path in (CONF / "model").glob("*.yaml")
+    f"{group}={path.stem}"
+    for group in ("model", "optimizer")
+    for path in (CONF / group).glob("*.yaml")
     if find_spec("timm") is None and "gsdg[backbones]" in path.read_text()
 }
 PRESETS = sorted(choices("experiment"))

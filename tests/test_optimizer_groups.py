@@ -9,8 +9,9 @@ import torch
 from algorithm_cases import batches, made, ready, refusal
 from harness import compose_tiny, first_difference, observe
 
+from gsdg import optimizer_groups
 from gsdg.experiment import prepare
-from gsdg.optimizer_groups import build_optimizer, layer_scales, pop_refinements
+from gsdg.optimizer_groups import build_optimizer, layer_scales, pop_refinements, with_fused
 from gsdg.utils.errors import UserError
 
 ADAM = {"_target_": "torch.optim.AdamW", "lr": 0.01, "weight_decay": 0.3}
@@ -28,6 +29,23 @@ def settings(algorithm, **refinements) -> dict[str, tuple[float, float, float]]:
     ]
     assert len(rows) == len({name for name, _ in rows}) == sum(p.requires_grad for p in algorithm.parameters())
     return dict(rows)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1", "cpu", "meta"])
+def test_on_cuda_torchs_optimizers_use_their_fused_kernels_unless_others_are_chosen(device):
+    device = torch.device(device)
+    assert with_fused(ADAM, device).get("fused") == (True if device.type == "cuda" else None)
+    for chosen in ({"fused": False}, {"foreach": True}):
+        assert with_fused(ADAM | chosen, device) == ADAM | chosen
+    without = {"_target_": "torch.optim.RMSprop", "lr": 0.1}
+    assert with_fused(without, device) == without
+
+
+def test_the_optimizer_is_built_for_the_device_of_the_algorithm(monkeypatch):
+    seen = []
+    monkeypatch.setattr(optimizer_groups, "with_fused", lambda node, device: seen.append(device) or node | {"lr": 0.5})
+    assert build_optimizer(ADAM, ready(made("erm"))).param_groups[0]["lr"] == 0.5
+    assert seen == [torch.device("cpu")]
 
 
 def test_each_parameter_has_the_settings_of_the_first_group_that_selects_it():

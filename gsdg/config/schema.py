@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import cache, partial
+from importlib.util import find_spec
 from typing import Any, Literal, Union
 
 import hydra
@@ -22,7 +23,9 @@ from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from gsdg.config.names import how_to_give_text
-from gsdg.utils.errors import UserError, listing
+from gsdg.utils.errors import UserError, listing, not_installed
+
+EXTRAS = {"timm": "backbones"}  # libraries that a `_target_` of conf/ names, and the extra of setup.cfg that has them
 
 
 def build(node: dict, **supplied: object) -> Any:
@@ -120,6 +123,9 @@ def import_target(target: object, where: str = "") -> Any:
         with _hydra_log_disabled():
             return get_object(target)
     except Exception as error:
+        library = target.partition(".")[0]
+        if library in EXTRAS and find_spec(library) is None:
+            raise not_installed(f"{key}={target}", library, EXTRAS[library]) from None
         raise UserError(f"{key}={target} cannot be imported: {import_failure(error)}") from error
 
 

@@ -11,6 +11,7 @@ import torch
 from helpers import in_case
 from hydra.errors import InstantiationException
 
+from gsdg.config import schema
 from gsdg.config.schema import _positional_arguments, build, check, coerce
 from gsdg.utils.errors import UserError
 
@@ -88,6 +89,14 @@ def test_a_key_that_is_unknown_supplied_or_missing_is_named():
 def test_the_user_error_of_a_constructor_is_raised_unchanged():
     with pytest.raises(UserError, match="holdout_fraction"):
         build({"_target_": "gsdg.data.split.Split", "target": "a", "trial_seed": 0, "holdout_fraction": 1.0})
+
+
+def test_a_target_of_an_extra_that_is_not_installed_names_the_extra(monkeypatch):
+    monkeypatch.setitem(schema.EXTRAS, "no_such_library", "backbones")
+    with pytest.raises(
+        UserError, match=r"optimizer\._target_=no_such_library\.Lamb needs no_such_library: pip install"
+    ):
+        schema.import_target("no_such_library.Lamb", "optimizer")
 
 
 def test_a_target_that_hydra_refuses_is_refused():

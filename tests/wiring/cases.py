@@ -239,6 +239,50 @@ OPTIMIZERS = {
         dampening=weights(0.0, 0.5),
         nesterov=weights(False, True),
     ),
+    **node(
+        "optimizer",
+        "Lamb",
+        "optimizer=lamb",
+        **{key: ADAM[key] for key in ("lr", "betas", "eps")},
+        weight_decay=weights(0.0, 0.5, "trainer.steps=4"),
+        bias_correction=weights(True, False),
+        grad_averaging=weights(True, False),
+        max_grad_norm=weights(1.0, 1e-3),
+        trust_clip=weights(False, True),
+        always_adapt=weights(False, True, "optimizer.weight_decay=0"),
+        caution=weights(False, True),
+        decoupled_decay=weights(False, True),
+        corrected_weight_decay=weights(
+            False, True, "+optimizer.decoupled_decay=true", "optimizer.weight_decay=0.5", "trainer/scheduler=cosine"
+        ),
+    ),
+    **node(
+        "optimizer",
+        "Lars",
+        "optimizer=lars",
+        lr=weights(1.0, 0.1),
+        momentum=weights(0.9, 0.1),
+        dampening=weights(0.0, 0.5),
+        weight_decay=weights(0.0, 0.5),
+        nesterov=weights(False, True),
+        trust_coeff=weights(0.001, 0.01),
+        eps=weights(1e-8, 1.0),
+        trust_clip=weights(False, True, "optimizer.lr=1e-6"),
+        always_adapt=weights(False, True, "optimizer.weight_decay=0"),
+    ),
+    **node(
+        "optimizer",
+        "Lion",
+        "optimizer=lion",
+        lr=ADAM["lr"],
+        betas=weights([0.9, 0.99], [0.1, 0.99]),
+        weight_decay=ADAM["weight_decay"],
+        caution=weights(False, True),
+        corrected_weight_decay=weights(
+            False, True, "optimizer.weight_decay=0.5", "optimizer.lr=1e-2", "trainer/scheduler=cosine"
+        ),
+        maximize=weights(False, True),
+    ),
 }
 
 COLORED = {

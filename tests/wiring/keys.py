@@ -11,7 +11,7 @@ from dataclasses import fields
 from functools import cache
 
 import hydra
-from config_choices import CHOICES, CONF
+from config_choices import CHOICES, CONF, UNAVAILABLE
 from hydra.utils import get_object
 from hydra_plugins.hydra_submitit_launcher.config import LocalQueueConf, SlurmQueueConf
 from omegaconf import OmegaConf
@@ -30,7 +30,9 @@ def every_key() -> dict[str, str]:
     keys: dict[str, str] = {}
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         whole = _composed("config", SEARCH)
-        for choice in CHOICES:  # each alone, which is faster than all combinations
+        for choice in [
+            choice for choice in CHOICES if choice not in UNAVAILABLE
+        ]:  # each alone, which is faster than all combinations
             for key in _keys_below(_composed(choice.replace("=", "/"))):
                 keys.setdefault(key, choice)
     for key, value in whole.items():

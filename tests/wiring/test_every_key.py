@@ -22,7 +22,7 @@ import pytest
 import torch
 from algorithm_cases import refusal
 from cases import CASES, DIGITS, Effect
-from config_choices import NEEDED
+from config_choices import NEEDED, UNAVAILABLE
 from harness import (
     SOURCES,
     Observed,
@@ -72,7 +72,7 @@ def shows(*keys: str) -> Callable:
 
 def test_every_key_has_a_test_of_its_effect():
     keys = every_key().keys() | launcher_keys()
-    tested = CASES.keys() | SHOWN.keys()
+    tested = {key for key, effect in CASES.items() if not UNAVAILABLE & {*effect.base}} | SHOWN.keys()
     wrong = {
         "without a test: add it to cases.py, or write a test with @shows": keys - tested,
         "of no choice of any group: remove its entry": tested - keys,
@@ -105,8 +105,8 @@ def first_run(*overrides: str, **changed: object) -> Observed:
 def test_a_key_changes_its_first_event_and_nothing_before_it(key):
     effect: Effect = CASES[key]
     path, (value, other) = key.split(" ")[0], effect.values
-    if "model=timm" in effect.base:
-        pytest.importorskip("timm", reason="pip install 'gsdg[backbones]'")
+    if UNAVAILABLE & {*effect.base}:
+        pytest.skip("pip install 'gsdg[backbones]'")
     first, second = first_run(*effect.base, **{path: value}), observe(*effect.base, **{path: other})
     assert first_difference(first, second) == effect.first
     changes_a_result = effect.first != "files"
@@ -641,6 +641,25 @@ def test_foreach_and_fused_choose_torchs_implementation_of_the_update(monkeypatc
         for spy in spies.values():
             spy.reset_mock()
         observe(f"optimizer={kind}", **{f"optimizer.{key}": value})
+        assert [name for name, spy in spies.items() if spy.called] == [expected]
+
+
+TIMMS = ("Lamb", "Lars", "Lion") if "optimizer=lamb" not in UNAVAILABLE else ()
+
+
+@shows(*(f"optimizer.foreach ({kind})" for kind in TIMMS))
+@pytest.mark.parametrize("kind", map(str.lower, TIMMS))
+def test_foreach_chooses_timms_implementation_of_the_update(monkeypatch, kind):
+    module = importlib.import_module(f"timm.optim.{kind}")
+    names = f"_single_tensor_{kind}", f"_multi_tensor_{kind}"
+    spies = {name: mock.Mock(side_effect=getattr(module, name)) for name in names}
+    for name, spy in spies.items():
+        monkeypatch.setattr(module, name, spy)
+    for value, expected in zip((False, True), names, strict=True):
+        experiment.try_optimizer.cache_clear()
+        for spy in spies.values():
+            spy.reset_mock()
+        observe(f"optimizer={kind}", **{"optimizer.foreach": value})
         assert [name for name, spy in spies.items() if spy.called] == [expected]
 
 
