@@ -280,11 +280,16 @@ def check_sources(name: str, algorithm: Algorithm, sources: list[str]) -> None:
 
 
 def check_updates(name: str, algorithm: Algorithm, trainer: Trainer) -> None:
-    """UserError if the algorithm's own updates leave no room for a schedule or a limit of the gradient."""
+    """UserError if the algorithm leaves no room for a schedule, micro-batches, or a limit of the gradient."""
     if trainer.scheduler and algorithm.sets_learning_rate:
         raise UserError(
             f"algorithm={name} sets the learning rate itself, so trainer/scheduler is refused.\nLeave it out, or "
             "choose another algorithm."
+        )
+    if trainer.micro_batch_size and not algorithm.takes_micro_batches:
+        raise UserError(
+            f"trainer.micro_batch_size: algorithm={name} needs all images of a step in one forward pass.\n"
+            "It works with algorithm=erm, and with gradient surgery with algorithm.engine=micro_batch."
         )
     if trainer.clip_norm is not None and algorithm.several_updates:
         raise UserError(
@@ -403,6 +408,7 @@ def train(plan: Plan, folder: RunFolder, device: torch.device, signals: Signals)
     # The optimizer after setup: an algorithm may add parameters of its own.
     sources = plan.split.sources(plan.source.domains)
     algorithm.setup(model.to(device=device, memory_format=trainer.memory_format), sources)
+    algorithm.micro_batch_size = trainer.micro_batch_size
     optimizer = build_optimizer(plan.config["optimizer"], algorithm)
 
     # Batches.

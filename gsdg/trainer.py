@@ -156,6 +156,9 @@ class Trainer:
             have its mean as metric `lr`, that of the first parameter group.
         clip_norm: the largest 2-norm of all gradients together, after any surgery, > 0: longer ones are shortened to
             it, before the update. None: any length. The metric `grad_norm` is the length before.
+        micro_batch_size: images per forward and backward pass of ERM and of GradSurgery's engine micro_batch, whose
+            gradients are added up; None: the whole batch. Less memory, the same gradient to rounding, if BatchNorm
+            keeps its statistics; in train mode it normalises each piece for itself.
         head_only_steps: the first so many updates change the head only (see head_only.py), >= 0 and < `steps`.
         metrics: what evaluations record, names of `gsdg.metrics.METRICS`; the accuracy always, listed or not. Changes
             no result, so a run that is done records further metrics only if it is run again (force=true).
@@ -179,6 +182,7 @@ class Trainer:
     averaging: Averaging | None = None
     scheduler: Schedule | Scheduler | None = None
     clip_norm: float | None = None
+    micro_batch_size: int | None = None
     head_only_steps: int = 0
     metrics: Sequence[str] = ("accuracy",)
 
@@ -194,6 +198,7 @@ class Trainer:
                 f"trainer.steps={self.steps}. To train the head alone: model.train_only=head."
             )
         check_range("trainer", "(0, inf)", clip_norm=self.clip_norm)
+        check_range("trainer", "[1, inf)", micro_batch_size=self.micro_batch_size)
         check_metrics(self.metrics, "trainer.metrics")
         if isinstance(self.scheduler, Schedule):
             self.scheduler.check(self.steps)

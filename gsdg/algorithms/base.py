@@ -63,6 +63,8 @@ class Algorithm(nn.Module, ABC):
         sets_learning_rate: whether `step` sets the optimizer's learning rate; then trainer/scheduler is refused.
         several_updates: whether `step` makes several optimizer steps; then trainer.clip_norm is refused, which shortens
             the gradient of the first one only.
+        takes_micro_batches: whether `backward` splits a batch into pieces of `micro_batch_size` images.
+        micro_batch_size: images per forward pass of `backward`, set by the program; None: as many as there are.
         acts_on_features: the part of the algorithm that has an effect on the featurizer alone, as text for the message
             that refuses a model whose featurizer does not train; "" if there is no such part.
         model: the model to train, after `setup`.
@@ -75,6 +77,8 @@ class Algorithm(nn.Module, ABC):
     no_surgery: ClassVar[str] = ""
     sets_learning_rate: ClassVar[bool] = False
     several_updates: ClassVar[bool] = False
+    takes_micro_batches: bool = False
+    micro_batch_size: int | None = None
     acts_on_features: ClassVar[str] = ""
 
     model: Classifier

@@ -9,20 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from gsdg.algorithms.base import Algorithm
+from gsdg.algorithms.common.micro_batches import cross_entropy_terms
 from gsdg.types import Batch, join
 
 
 class ERM(Algorithm):
     """Cross-entropy on all source domains together. No hyper-parameters."""
 
+    takes_micro_batches = True
     no_surgery = "for ERM with surgery choose algorithm=grad_surgery, pcgrad, ..., and algorithm/rule"
 
     def backward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         joint = join(batches)
-        loss = F.cross_entropy(self.model(joint.images), joint.labels)
-        loss.backward()
-        return {"loss": loss.detach()}
+        total = torch.zeros((), device=joint.images.device)
+        for term in cross_entropy_terms(self.model, joint.images, joint.labels, self.micro_batch_size):
+            term.backward()
+            total = total + term.detach()
+        return {"loss": total}

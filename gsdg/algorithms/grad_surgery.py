@@ -22,9 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gsdg.algorithms.base import Algorithm
+from gsdg.algorithms.common.micro_batches import cross_entropy_terms
 from gsdg.models.classifier import Classifier
 from gsdg.surgery import Diagnostics, NormOutliers, Partition, Surgery
 from gsdg.surgery.rules.base import Rule
+from gsdg.surgery.surgery import Loss
 from gsdg.types import Batch
 
 
@@ -104,7 +106,7 @@ class GradSurgery(HoldsSurgery, Algorithm):
         self.surgery_factory = SurgeryFactory(
             partition=partition, rule=rule, outliers=outliers, storage=storage, diagnostics=self.statistics
         )
-        self.engine = engine
+        self.engine, self.takes_micro_batches = engine, engine == "micro_batch"
 
     def setup(self, model: Classifier, domains: Sequence[str]) -> None:
         super().setup(model, domains)
@@ -115,7 +117,9 @@ class GradSurgery(HoldsSurgery, Algorithm):
         losses = self._joint_losses(batches) if joint else self._losses(batches)
         return self.surgery.backward(losses, [batch.domain for batch in batches], shared_graph=joint)
 
-    def _losses(self, batches: Sequence[Batch]) -> Iterator[Tensor]:
+    def _losses(self, batches: Sequence[Batch]) -> Iterator[Loss]:
+        if size := self.micro_batch_size:
+            return (cross_entropy_terms(self.model, batch.images, batch.labels, size) for batch in batches)
         return (F.cross_entropy(self.model(batch.images), batch.labels) for batch in batches)
 
     def _joint_losses(self, batches: Sequence[Batch]) -> Iterator[Tensor]:

@@ -55,6 +55,7 @@ from gsdg.surgery.rules.precision import GRAM_EPS
 from gsdg.utils.errors import UserError, check_literal, listing
 
 Storage = Literal["full", "bf16"]
+Loss = Tensor | Iterable[Tensor]
 Combiner = PartCombiner | ElementRuleCombiner | ElementGramCombiner
 
 
@@ -116,7 +117,7 @@ class Surgery:
 
     def backward(
         self,
-        losses: Iterable[Tensor],
+        losses: Iterable[Loss],
         domains: Sequence[str] | None = None,
         *,
         shared_graph: bool = False,
@@ -129,7 +130,8 @@ class Surgery:
 
         Args:
             losses: D scalars, not scaled. Each has its own graph, or all share one with `shared_graph`. A generator is
-                asked for the next loss after the graph of the previous loss was freed.
+                asked for the next loss after the graph of the previous loss was freed. A loss may also be an iterable
+                of terms, each with its own graph, whose gradients are added up: for a large batch in pieces.
             domains: the names of the D domains, for messages.
             scaler: scales the losses and .grad. Where a gradient is not finite, .grad is NaN, at which `scaler.step`
                 skips the step.
@@ -155,7 +157,7 @@ class Surgery:
         return {"loss": self.losses.mean(), **self.metrics}
 
     def collect(
-        self, losses: Iterable[Tensor], domains: Sequence[str] | None = None, *, shared_graph: bool = False
+        self, losses: Iterable[Loss], domains: Sequence[str] | None = None, *, shared_graph: bool = False
     ) -> Tensor:
         """Run the backward pass of each loss and return the domain gradients G [D, P]; the rule is not applied.
 
@@ -230,7 +232,7 @@ class Surgery:
 
     def _fill_rows(
         self,
-        losses: Iterable[Tensor],
+        losses: Iterable[Loss],
         domains: Sequence[str] | None,
         shared_graph: bool,
         scaler: GradScaler | None,
@@ -241,12 +243,8 @@ class Surgery:
         values = []
         for loss in losses:  # no enumerate: it would keep the previous loss alive during the next forward pass
             d = len(values)
-            _check_loss(loss, d, domains)
-            values.append(loss.detach().reshape(()))
             with self._buffers.collecting(d, max(expected, d + 1), domain_name(d, domains)):
-                _run_backward(
-                    loss if scaler is None or self._scale is None else scaler.scale(loss), d, domains, shared_graph
-                )
+                values.append(self._add_gradients(loss, d, domains, shared_graph, scaler))
             del loss
         if not values or (domains is not None and len(values) != len(domains)):
             wanted = "at least 1" if domains is None else f"{len(domains)}, one for each of {listing(domains)}"
@@ -256,6 +254,29 @@ class Surgery:
         if self._scale is not None:
             self.gradients.mul_(self._scale.reciprocal())
         self._losses = torch.stack(values)
+
+    def _add_gradients(
+        self,
+        loss: Loss,
+        d: int,
+        domains: Sequence[str] | None,
+        shared_graph: bool,
+        scaler: GradScaler | None,
+    ) -> Tensor:
+        """Run the backward pass of loss d, or of each of its terms. Returns its value, 0-dim, detached and unscaled."""
+        value = None
+        for term in [loss] if isinstance(loss, Tensor) else loss:
+            _check_loss(term, d, domains)
+            detached = term.detach().reshape(())
+            value = detached if value is None else value + detached
+            scaled = term if scaler is None or self._scale is None else scaler.scale(term)
+            _run_backward(scaled, d, domains, shared_graph)
+            del term, scaled  # the graph, before the forward pass of the next term
+        if value is None:
+            raise UserError(
+                f"the loss of {domain_name(d, domains)} is an empty sequence of terms; it needs one or more"
+            )
+        return value
 
     def _check_finite(self, G: Tensor, squares: Tensor, tensors: Tensor) -> Tensor | None:
         """Check the squared norms [S, D] of pieces of the gradients, which belong to the tensors [S].

@@ -413,6 +413,8 @@ CASES: dict[str, Effect] = {
     **AVERAGING,
     **SCHEDULER,
     "trainer.clip_norm (Trainer)": gradients(None, 0.01),
+    # BatchNorm in train mode: pieces have other statistics
+    "trainer.micro_batch_size (Trainer)": gradients(None, 2, "algorithm=erm"),
     "trainer.scheduler (Trainer)": weights(None, {"_target_": "gsdg.schedules.Constant", "warmup_steps": 2}),
     "trainer.head_only_steps (Trainer)": weights(0, 1),
     "seed": initial(0, 1),
