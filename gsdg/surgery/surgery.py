@@ -264,8 +264,8 @@ class Surgery:
         scaler: GradScaler | None,
     ) -> Tensor:
         """Run the backward pass of loss d, or of each of its terms. Returns its value, 0-dim, detached and unscaled."""
-        value = None
-        for term in [loss] if isinstance(loss, Tensor) else loss:
+        value, is_one = None, isinstance(loss, Tensor) or not isinstance(loss, Iterable)
+        for term in cast("Iterable[Tensor]", [loss] if is_one else loss):
             _check_loss(term, d, domains)
             detached = term.detach().reshape(())
             value = detached if value is None else value + detached
