@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from gsdg import __version__
 from gsdg.algorithms import Algorithm
-from gsdg.algorithms.base import RENAMED
 from gsdg.config.checks import check_frozen_statistics, check_groups, check_keys, check_labels, check_preset
 from gsdg.config.hparam_search import apply, describe_draw, merge_ranges
 from gsdg.config.identity import hash_identity, identity
 from gsdg.config.places import with_absolute_places
-from gsdg.config.schema import as_dict, build, check, coerce, import_target
+from gsdg.config.schema import as_dict, build, check, coerce
 from gsdg.data import DataSource
 from gsdg.data.cache.memory_map import as_arrays, in_memory
 from gsdg.data.dataset import DomainDataset
@@ -39,7 +38,18 @@ from gsdg.data.transforms_batched import Batched
 from gsdg.data.transforms_exact import Exact
 from gsdg.data.workers import fitting_workers
 from gsdg.evaluation import Evaluator
-from gsdg.head_only import check_phase
+from gsdg.fits import (
+    EVERYTHING_TRAINS,
+    check_channels,
+    check_held_out,
+    check_sources,
+    check_stored_size,
+    check_updates,
+    refuse_surgery,
+    selects_parameters,
+    try_optimizer,
+    try_setup,
+)
 from gsdg.models.backbone import canonical_weights, with_declared_images
 from gsdg.models.weights import check_weights_file, weights_source
 from gsdg.models.weights_files import load_head
@@ -52,7 +62,7 @@ from gsdg.runs.weights_index import classes_of, find_weights, is_run, lacks_weig
 from gsdg.runtime import choose_device, current_device, device_metadata, named_device
 from gsdg.trainer import Trainer
 from gsdg.types import ImageSpec
-from gsdg.utils.errors import UserError, listing, refuse_renamed
+from gsdg.utils.errors import UserError, listing
 from gsdg.utils.machine import usable_cores
 from gsdg.utils.seeding import seed_everything, seed_hash
 from gsdg.utils.stop_signals import Signals, Stopped, end
@@ -69,10 +79,6 @@ SUPPLIED: dict[str, dict[str, str]] = {
     "algorithm": {},
     "optimizer": {"params": "taken from the algorithm"},
 }
-# The keys of the model's node that select what trains, without effect.
-EVERYTHING_TRAINS = {"train_only": "all", "freeze": [], "lora": 0, "lora_layers": ["attention"]}
-# Settings of torch's optimizers that have no effect here or make every run fail, and what they are for.
-NO_USE = {"capturable": "CUDA graphs, and no run makes one", "differentiable": "gradients of the step itself"}
 
 
 @dataclass(frozen=True)
@@ -242,84 +248,6 @@ def with_file_of_run(model: dict) -> dict:
     weights = model.get("weights")
     folder = Path(weights).expanduser() if isinstance(weights, str) else Path()
     return {**model, "weights": str(folder / find_weights(folder)["file"])} if weights and is_run(folder) else model
-
-
-def check_channels(model: dict, source: DataSource) -> None:
-    """UserError if the model has fewer input channels than the data set's images need; more channels are harmless."""
-    channels = len(model["mean"])
-    if channels >= source.channels:
-        return
-    kinds = {1: "grey images", 2: "red and green digits", 3: "colour photos"}
-    fitting = {
-        2: "convnet_2ch",
-        3: "resnet18, resnet50, efficientnet_lite0, vit_s16 or another with 3 numbers in model.mean",
-    }
-    raise UserError(
-        f"model={model['name']} looks at {channels} of 3 colour channels, dataset={source.name} has "
-        f"{kinds[source.channels]}.\nChoose a model that takes them: model={fitting[source.channels]}."
-    )
-
-
-def refuse_surgery(algorithm: dict) -> None:
-    """UserError if `algorithm/surgery` is chosen for an algorithm that has no separate loss per domain."""
-    surgery, algorithm_class = algorithm.get("surgery"), import_target(algorithm.get("_target_"), "algorithm")
-    if not hasattr(algorithm_class, "no_surgery"):
-        raise UserError(f"algorithm._target_={algorithm['_target_']} is not a subclass of gsdg.algorithms.Algorithm.")
-    if surgery is not None and algorithm_class.no_surgery:
-        raise UserError(f"algorithm={algorithm['name']} takes no algorithm/surgery: {algorithm_class.no_surgery}.")
-
-
-def check_sources(name: str, algorithm: Algorithm, sources: list[str]) -> None:
-    """UserError if there are fewer source domains than the algorithm needs."""
-    refuse_renamed(type(algorithm), vars(algorithm), RENAMED)
-    if len(sources) < algorithm.min_domains:
-        raise UserError(
-            f"algorithm={name} needs {algorithm.min_domains} source domains or more, found {listing(sources)}.\n"
-            "Choose fewer targets (split.target), more domains (dataset.domains), or another algorithm."
-        )
-
-
-def check_updates(name: str, algorithm: Algorithm, trainer: Trainer) -> None:
-    """UserError if the algorithm leaves no room for a schedule, micro-batches, or a limit of the gradient."""
-    if trainer.scheduler and algorithm.sets_learning_rate:
-        raise UserError(
-            f"algorithm={name} sets the learning rate itself, so trainer/scheduler is refused.\nLeave it out, or "
-            "choose another algorithm."
-        )
-    if trainer.micro_batch_size and not algorithm.takes_micro_batches:
-        raise UserError(
-            f"trainer.micro_batch_size: algorithm={name} needs all images of a step in one forward pass.\n"
-            "It works with algorithm=erm, and with gradient surgery with algorithm.engine=micro_batch."
-        )
-    if trainer.clip_norm is not None and algorithm.several_updates:
-        raise UserError(
-            f"algorithm={name} makes several updates per step, and trainer.clip_norm would shorten the gradient of the "
-            "first one only.\nLeave it out, or choose another algorithm."
-        )
-
-
-def check_held_out(trainer: Trainer, split: Split) -> None:
-    """UserError if the averaging or `trainer.keep` needs held-out images of the sources, but nothing is held out."""
-    if trainer.keep == "selected" and not split.holdout_fraction:
-        raise UserError(
-            "trainer.keep=selected keeps the weights with the best held-out accuracy of the sources, but "
-            "split.holdout_fraction=0.0 holds nothing out.\nSet trainer.keep=last, or hold images out (DomainBed: 0.2)."
-        )
-    if trainer.averaging and trainer.averaging.needs_losses and not split.holdout_fraction:
-        raise UserError(
-            f"trainer/averaging={trainer.averaging.name} needs the sources' held-out loss, but "
-            "split.holdout_fraction=0.0 holds nothing out.\nSet it higher (DomainBed's is 0.2)."
-        )
-
-
-def check_stored_size(config: dict) -> None:
-    """UserError if the cache would store images that are smaller than the model's input."""
-    short_side, size = config["dataset"].get("short_side"), config["model"]["image_size"]
-    if config["trainer"]["transform"] == "batched" and short_side is not None and short_side < size:
-        raise UserError(
-            f"dataset.short_side={short_side}: images would be stored smaller than model.image_size={size}.\n"
-            f"Set dataset.short_side={-(-size * 8 // 7)}: a random crop is then still as large as the model's images."
-        )
 
 
 def resolve_config(raw: DictConfig | dict) -> dict:
@@ -496,51 +424,3 @@ def summary(plan: Plan, device: torch.device) -> str:
 def evaluated_parts(trainer: Trainer, parts: dict, is_source: bool) -> dict:
     """The parts of a domain that are evaluated: `fast` leaves out the parts that are trained on."""
     return {part: parts[part] for part in parts if not (trainer.evaluate == "fast" and is_source and part == "in")}
-
-
-@cache
-def try_optimizer(text: str) -> None:
-    """UserError if the optimizer (`text`: its node as JSON) cannot be built, or cannot make a step of one number.
-
-    Trying a step finds optimizers that need a closure, before any data is loaded.
-    """
-    node = json.loads(text)
-    for key, purpose in NO_USE.items():
-        if node.get(key):
-            raise UserError(f"optimizer.{key}=true is of no use here: it is for {purpose}. Leave it out.")
-    weight = torch.zeros(1, requires_grad=True)
-    weight.grad = torch.ones(1)
-    try:
-        build(node, params=[weight]).step()
-    except Exception as error:
-        reason = str(error.__cause__ or error).splitlines()[0]
-        raise UserError(f"optimizer ({node['_target_']}): {reason}") from error
-
-
-def selects_parameters(config: dict, trainer: Trainer) -> bool:
-    """Whether settings of the run refer to parameters by name or kind, which only the built model can confirm.
-
-    False for a user's backbone, which perhaps cannot be built without its weights: there the run itself finds out.
-    """
-    model, backbone = config["model"], config["model"].get("backbone")
-    ours = isinstance(backbone, dict) and backbone["_target_"].startswith("gsdg.")
-    chosen = (EVERYTHING_TRAINS.keys() & model.keys()) | (NOTHING.keys() & config["optimizer"].keys())
-    return ours and bool(chosen or trainer.head_only_steps)
-
-
-@cache
-def try_setup(text: str, sources: tuple[str, ...], head_only: bool) -> None:
-    """UserError if the selections of parameters do not fit the model or the algorithm. The RNG state is restored.
-
-    Args:
-        text: the nodes `model`, `algorithm` and `optimizer` as JSON. The model is built with random weights.
-        sources: names of the source domains.
-        head_only: whether the run begins with a phase that trains the head only.
-    """
-    nodes = json.loads(text)
-    with torch.random.fork_rng(devices=[]):
-        model, algorithm = build(nodes["model"] | {"weights": None}, classes=2), build(nodes["algorithm"])
-        algorithm.setup(model, sources)
-        build_optimizer(nodes["optimizer"], algorithm)
-    if head_only:
-        check_phase(model)

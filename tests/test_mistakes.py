@@ -26,7 +26,7 @@ LAUNCH = {
     "experiment=paper/PACS": "there is no experiment=paper/PACS. Did you mean experiment=paper/pacs?",
     "experiment=ablation": "Did you mean experiment=ablation/alpha_n_parts or",
     "hydra/launcher=Slurm -m": "Did you mean hydra/launcher=slurm?",
-    "optimizer=null": "optimizer=null: a run needs one. Choose: optimizer=adam, optimizer=adamw, optimizer=sgd",
+    "optimizer=null": "optimizer=null: a run needs one. Choose: optimizer=adam, optimizer=adamw, optimizer=lamb",
     "~algorithm": "~algorithm: a run needs one. Choose: algorithm=agr_rand,",
     "+algorithm=erm": "write python launch.py algorithm=erm",
     # a slash, not a dot

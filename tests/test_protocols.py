@@ -18,7 +18,8 @@ from gsdg.data import DataSource, Transform
 from gsdg.data.cache.memory_map import Cache, as_arrays
 from gsdg.data.dataset import Domain, DomainDataset
 from gsdg.data.source import data_source
-from gsdg.experiment import TRANSFORMS, check_channels
+from gsdg.experiment import TRANSFORMS
+from gsdg.fits import check_channels
 from gsdg.surgery import Mean, PerElement, PerFilter, PerTensor, Surgery, rules
 from gsdg.surgery.rules import ElementRule, Rule
 from gsdg.types import ImageSpec

@@ -30,7 +30,8 @@ from hydra.utils import get_object
 from gsdg.algorithms import ERM, Algorithm
 from gsdg.algorithms.__main__ import page
 from gsdg.config.schema import build
-from gsdg.experiment import check_sources, prepare, resolve_config
+from gsdg.experiment import prepare, resolve_config
+from gsdg.fits import check_sources
 from gsdg.surgery import PerElement, Surgery
 from gsdg.surgery.rules import AgrRand, Mean
 from gsdg.surgery.rules.base import ElementRule

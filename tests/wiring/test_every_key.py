@@ -37,7 +37,7 @@ from keys import every_key, launcher_keys
 from omegaconf import OmegaConf
 from tiny_backbone import tiny
 
-from gsdg import experiment
+from gsdg import experiment, fits
 from gsdg.config.hparam_search import draw
 from gsdg.config.identity import NOT_SCIENTIFIC
 from gsdg.data.loader import train_loader
@@ -637,7 +637,7 @@ def test_foreach_and_fused_choose_torchs_implementation_of_the_update(monkeypatc
         monkeypatch.setattr(module, name.format(family), spy)
     settings = [("foreach", False), ("foreach", True), ("fused", True)]
     for (key, value), expected in zip(settings, IMPLEMENTATIONS, strict=True):
-        experiment.try_optimizer.cache_clear()
+        fits.try_optimizer.cache_clear()
         for spy in spies.values():
             spy.reset_mock()
         observe(f"optimizer={kind}", **{f"optimizer.{key}": value})
@@ -656,7 +656,7 @@ def test_foreach_chooses_timms_implementation_of_the_update(monkeypatch, kind):
     for name, spy in spies.items():
         monkeypatch.setattr(module, name, spy)
     for value, expected in zip((False, True), names, strict=True):
-        experiment.try_optimizer.cache_clear()
+        fits.try_optimizer.cache_clear()
         for spy in spies.values():
             spy.reset_mock()
         observe(f"optimizer={kind}", **{"optimizer.foreach": value})
