@@ -223,6 +223,7 @@ def test_an_adaptation_starts_anew_in_each_domain_and_its_settings_have_an_effec
         (["dataset=rotated"], "there is no dataset=rotated."),
         (["dataset=rotated_digits", "dataset.domain=[0]"], "dataset.domain"),
         (["adaptation.supports=3"], "choose the adaptation by --adapt NAME"),
+        (["adaptation=t3a"], "python -m gsdg.evaluate RUN --adapt t3a"),
         (["--adapt", "t4a"], "Valid: bn, t3a, tent"),
         (["--adapt", "t3a", "adaptation.support=3"], "adaptation.support"),
         (["--adapt", "t3a", "adaptation.supports=x"], "adaptation.supports"),

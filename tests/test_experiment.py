@@ -157,8 +157,9 @@ def test_an_absent_device_is_refused_when_the_run_starts_and_before_it_has_a_fol
 
 
 def settings(trainer: Trainer) -> dict:
-    """All settings of a trainer, with those of its averaging."""
-    return vars(trainer) | {"averaging": trainer.averaging and vars(trainer.averaging)}
+    """All settings of a trainer, with those of its averaging and its scheduler."""
+    objects = {"averaging": trainer.averaging, "scheduler": trainer.scheduler}
+    return vars(trainer) | {name: value and (type(value), vars(value)) for name, value in objects.items()}
 
 
 @pytest.mark.slow

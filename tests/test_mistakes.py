@@ -27,6 +27,8 @@ LAUNCH = {
     "experiment=ablation": "Did you mean experiment=ablation/alpha_n_parts or",
     "hydra/launcher=Slurm -m": "Did you mean hydra/launcher=slurm?",
     "optimizer=null": "optimizer=null: a run needs one. Choose: optimizer=adam, optimizer=adamw, optimizer=lamb",
+    "adaptation=t3a": "a finished run is adapted, when it is evaluated: python -m gsdg.evaluate RUN --adapt t3a",
+    "+adaptation=t3a": "a finished run is adapted, when it is evaluated: python -m gsdg.evaluate RUN --adapt t3a",
     "~algorithm": "~algorithm: a run needs one. Choose: algorithm=agr_rand,",
     "+algorithm=erm": "write python launch.py algorithm=erm",
     # a slash, not a dot

@@ -108,6 +108,9 @@ def _check_word(word: str, command: str) -> None:
     if key.startswith("~"):
         if key.removeprefix("~") in NEEDED:
             raise UserError(f"{word}: a run needs one. Choose: {_valid(key.removeprefix('~'))}")
+    elif key == "adaptation":
+        command = f"python -m gsdg.evaluate RUN --adapt {value or 'NAME'}"
+        raise UserError(f"{word}: a finished run is adapted, when it is evaluated: {command}")
     elif not equals:
         raise UserError(_not_an_override(word, command))
     elif key in NEEDED and value in ("null", "~", "None"):

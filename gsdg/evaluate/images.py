@@ -92,7 +92,7 @@ def _check_words(overrides: Sequence[str], adapt: str | None) -> None:
             )
         if key.startswith("dataset.") and not any(other.startswith("dataset=") for other in overrides):
             raise UserError(f"{word}: name the data set too: dataset=NAME {word}")
-        if key.startswith("adaptation") and (not adapt or key == "adaptation"):
+        if key.startswith("adaptation") and not adapt:
             raise UserError(f"{word}: choose the adaptation by --adapt NAME.")
 
 

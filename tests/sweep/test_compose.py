@@ -22,7 +22,7 @@ from gsdg.config.choices import choices, groups
 from gsdg.sweep.compose import Composer, from_command_line
 
 CONF = REPOSITORY / "conf"
-NOT_CHOSEN = ("experiment", "experiment_algorithm", "hydra", "dataset_trainer")
+NOT_CHOSEN = ("experiment", "experiment_algorithm", "hydra", "dataset_trainer", "adaptation")  # not a run's
 GROUPS = {group: sorted(choices(group)) for group in groups() if group.split("/")[0] not in NOT_CHOSEN}
 ISSUE = (  # the sweep that the issue names: 192 runs
     "split.target=art_painting,cartoon,photo,sketch",
