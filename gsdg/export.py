@@ -168,12 +168,7 @@ def _needs(module: str, package: str):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Export, print the file's name, and return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m gsdg.export", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("run", type=Path, help="folder of a finished run")
-    parser.add_argument("--to", choices=FORMATS, required=True)
-    parser.add_argument("--weights", default="", help="selected, last, averaged, or a file in the run's folder")
-    parser.add_argument("--output", type=Path, help="the file (default: <run id>.<ending of the format>)")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     file = options.output or Path(f"{options.run.absolute().name}.{ENDINGS[options.to]}")
     try:
         if file.is_dir():
@@ -189,6 +184,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(f"{file} ({file.stat().st_size / 1e6:.1f} MB) and {file}.json; its logits are the model's")
     return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m gsdg.export", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("run", type=Path, help="folder of a finished run")
+    parser.add_argument("--to", choices=FORMATS, required=True)
+    parser.add_argument("--weights", default="", help="selected, last, averaged, or a file in the run's folder")
+    parser.add_argument("--output", type=Path, help="the file (default: <run id>.<ending of the format>)")
+    return parser
 
 
 if __name__ == "__main__":

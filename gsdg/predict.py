@@ -192,7 +192,7 @@ def _untrained(config: dict, classes: int) -> Algorithm:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Predict, print a table, and return the exit status: 1 if an image could not be read, 2 for a mistake."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     let_streams_print_any_text()
     status = 0
     with closed_pipe_is_no_error():
@@ -205,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m gsdg.predict", description=__doc__)
     parser.add_argument("run", help="folder of a finished run")
     parser.add_argument("images", nargs="+", help="image files, or folders of images")

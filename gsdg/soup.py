@@ -243,15 +243,7 @@ def _described(ingredient: Ingredient, chosen: bool) -> dict:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Make a soup, print where it is, and return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m gsdg.soup", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
-    parser.add_argument("--how", choices=("uniform", "greedy", "restricted"), default="uniform")
-    parser.add_argument("--weights", default="", help="of each run: selected, last, averaged (default: selected)")
-    parser.add_argument(
-        "--runs-dir", type=Path, help="where the soup's folder is made (default: that of the first run)"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         folder = make_soup(options.runs, options.how, options.weights, runs_dir=options.runs_dir, device=options.device)
@@ -263,6 +255,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         f"{folder}: the mean of {len(chosen)} of {len(options.runs)} runs. Its row: python -m analysis {folder.parent}"
     )
     return 0
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m gsdg.soup", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("runs", nargs="+", type=Path, help="folders of finished runs")
+    parser.add_argument("--how", choices=("uniform", "greedy", "restricted"), default="uniform")
+    parser.add_argument("--weights", default="", help="of each run: selected, last, averaged (default: selected)")
+    parser.add_argument(
+        "--runs-dir", type=Path, help="where the soup's folder is made (default: that of the first run)"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    return parser
 
 
 if __name__ == "__main__":

@@ -10,10 +10,12 @@ from helpers import REPOSITORY, in_case
 from PIL import Image
 from torch import nn
 
+from gsdg import export, predict, soup
 from gsdg.analysis import __main__ as analysis_commands
 from gsdg.data import __main__ as data_commands
 from gsdg.evaluate import __main__ as evaluate_command
 from gsdg.evaluate import images
+from gsdg.runs import __main__ as runs_commands
 from gsdg.sweep import __main__ as sweep_commands
 
 README = (REPOSITORY / "README.md").read_text()
@@ -63,6 +65,12 @@ def test_every_command_parses_and_its_overrides_compose(compose):
     for command in commands("python -m analysis"):
         with in_case(command):
             analysis_commands.parse_arguments(shlex.split(command)[3:])
+    for module in (export, predict, runs_commands, soup):
+        name = module.__name__.removesuffix(".__main__")
+        assert commands(f"python -m {name}"), name
+        for command in commands(f"python -m {name}"):
+            with in_case(command):
+                module.parser().parse_args(shlex.split(command)[3:])
     for command in commands("python -m gsdg.evaluate"):
         with in_case(command):
             options = evaluate_command.parse(shlex.split(command)[3:])
