@@ -14,7 +14,7 @@ With CUDA this happens one batch ahead, from pinned memory, on a separate stream
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -216,11 +216,17 @@ def _complete(
     return batches
 
 
+@cache
+def loading_stream(device: torch.device) -> torch.cuda.Stream:
+    """The process's only stream for loading: the allocator keeps the freed memory of each stream apart."""
+    return torch.cuda.Stream(device)
+
+
 def _one_ahead(
     host_batches: Iterator[list[Batch]], complete: Callable[[list[Batch]], list[Batch]], device: torch.device
 ) -> Iterator[list[Batch]]:
     """Yield complete(batches) for each step, computed on a separate stream while the model works on the step before."""
-    stream, ready = torch.cuda.Stream(device), None
+    stream, ready = loading_stream(device), None
     for batches in host_batches:
         # Enqueue the next step before handing over this one, so that both streams have work at the same time.
         with torch.cuda.stream(stream):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -137,7 +137,9 @@ def test_one_step_is_completed_ahead_and_the_training_stream_waits_for_its_batch
     """The order of events on CUDA, with simulated streams; the test before uses real ones."""
     events, second_gpu = [], torch.device("cuda:1")
     streams = {second_gpu: FakeStream(events)}  # also the training stream is that of the second GPU
-    monkeypatch.setattr(torch.cuda, "Stream", lambda device: streams[device])
+    made = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: made.append(device) or streams[device])
+    monkeypatch.setattr(loader, "loading_stream", cache(loader.loading_stream.__wrapped__))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: streams[device])
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, stream: events.append("kept"))
@@ -156,6 +158,7 @@ def test_one_step_is_completed_ahead_and_the_training_stream_waits_for_its_batch
             expected += [f"finish {i + 1}"] if i + 1 < count else []
             expected += [f"wait for event after finish {i}", "kept", "kept", f"train on {i}"]
         assert events == expected
+    assert made == [second_gpu]  # one stream for all passes
 
 
 def test_steps_seeds_and_domains_draw_different_batches(marked):
