@@ -60,10 +60,16 @@ def metrics(name):
     return pd.read_csv(f"evaluation/{name}/metrics.csv", dtype={"domain": str}).set_index(["domain", "part"])
 
 
-@pytest.mark.parametrize("case", ["erm", "arm", "augmented"])
-def test_on_its_own_images_a_run_has_the_accuracy_and_the_metrics_of_its_record(evaluated, train, of_photos, case):
-    make, words = (of_photos, ["trainer.augment=sources"]) if case == "augmented" else (train, [*DIGITS])
-    words += [f"algorithm={case}"] if case == "arm" else []
+@pytest.mark.parametrize("case", ["erm", "arm", "augmented", "cached"])
+def test_on_its_own_images_a_run_has_the_accuracy_and_the_metrics_of_its_record(
+    evaluated, train, of_photos, case, tmp_path
+):
+    make, words = {
+        "erm": (train, DIGITS),
+        "arm": (train, (*DIGITS, "algorithm=arm")),
+        "augmented": (of_photos, ["trainer.augment=sources"]),
+        "cached": (of_photos, ["trainer.transform=batched", f"dataset.cache={tmp_path / 'cache'}"]),
+    }[case]
     run = make(*words, f"trainer.metrics=[{','.join(METRICS)}]", "trainer.keep=last")
     status, text, _ = evaluated(run, "--no-figures")
     assert (status, "All accuracies equal those in the run's record." in text) == (0, True)

@@ -18,7 +18,7 @@ class Domain:
         labels: [N] int64, the class index of each image.
         load: load(i) returns the i-th image, 0 <= i < N: a Pillow image, or an array [h, w, 3] uint8 once the domain
             has been opened through `gsdg.data.cache.memory_map`.
-        files: files[i] is the path of the i-th image; None if the images are in memory.
+        files: files[i] is the path of the file that the i-th image is from; None if there are no files.
     """
 
     name: str

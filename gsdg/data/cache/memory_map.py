@@ -83,7 +83,7 @@ class Cache:
                 raise
             log.warning("%s Continuing without a cache: every image is decoded whenever it is drawn.", error)
             return decoded(domain, self.short_side)
-        return Domain(domain.name, domain.labels, stored)
+        return Domain(domain.name, domain.labels, stored, domain.files)
 
     def find(self, domain: Domain) -> Path | None:
         """The folder of the domain's decoded images, or None if they have not been decoded yet."""
@@ -152,8 +152,8 @@ def as_arrays(dataset: DomainDataset, cache: Cache | None) -> DomainDataset:
 
 
 def in_memory(dataset: DomainDataset) -> bool:
-    """Whether no domain of the dataset reads its images from files."""
-    return all(domain.files is None for domain in dataset.domains.values())
+    """Whether no image of the dataset is decoded when it is loaded: they are in memory, or in a memory map."""
+    return all(domain.files is None or isinstance(domain.load, StoredImages) for domain in dataset.domains.values())
 
 
 def decoded(domain: Domain, short_side: int | None) -> Domain:
