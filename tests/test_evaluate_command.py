@@ -26,6 +26,7 @@ from gsdg.soup import make_soup
 from gsdg.utils.json_files import read_json, write_json
 
 DIGITS = ("algorithm=erm", "trainer.steps=9", "dataset.domains=[0,15,30]", "optimizer.lr=0.01")
+ADAPT = ("bn", "t3a", "tent")
 TINY = (
     "model.backbone={_target_: tiny_backbone.tiny}",
     "model.name=tiny",
@@ -137,6 +138,8 @@ def test_the_weights_that_a_run_with_frozen_batchnorm_started_from_may_be_gone(e
     assert (status, "All accuracies equal" in text) == (0, True)
     words = ("dataset=image_folder", "dataset.root=images", f"data_dir={tmp_path / 'data'}", "--no-figures")
     assert evaluated(run, *words)[0] == 0
+    notes = {adapt: "model.freeze_bn=true" in evaluated(run, "--adapt", adapt, "--no-figures")[2] for adapt in ADAPT}
+    assert notes == {"bn": True, "t3a": False, "tent": True}
 
 
 def test_with_another_batch_size_nothing_is_compared_with_the_record(evaluated, train):
@@ -193,7 +196,7 @@ def test_other_images_are_prepared_as_the_runs_own(evaluated, of_photos, tmp_pat
 # ---- adaptation -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("adapt", ["bn", "t3a", "tent"])
+@pytest.mark.parametrize("adapt", ADAPT)
 def test_an_adaptation_starts_anew_in_each_domain_and_its_settings_have_an_effect(
     evaluated, of_photos, tmp_path, adapt
 ):

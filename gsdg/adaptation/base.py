@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -20,10 +21,12 @@ class Adaptation(nn.Module, ABC):
 
     Attributes:
         batch_dependent: the prediction for an image depends on the images beside it and before it.
+        replaces_statistics: whether BatchNorm gets other statistics than those of training.
         algorithm: after `setup`, a copy of the trained algorithm.
     """
 
     batch_dependent = True
+    replaces_statistics: ClassVar[bool] = False
     algorithm: Algorithm
 
     def setup(self, algorithm: Algorithm) -> None:

@@ -31,6 +31,8 @@ class BN(Adaptation):
         prior: N, the number of images that the training statistics count for, >= 0.
     """
 
+    replaces_statistics = True
+
     def __init__(self, *, prior: int) -> None:
         super().__init__()
         check_range("adaptation", "[0, inf)", prior=prior)

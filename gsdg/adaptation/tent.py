@@ -27,6 +27,8 @@ class Tent(Adaptation):
         steps: optimizer steps per batch, >= 1.
     """
 
+    replaces_statistics = True
+
     def __init__(self, *, lr: float, steps: int) -> None:
         super().__init__()
         check_range("adaptation", "(0, inf)", lr=lr)

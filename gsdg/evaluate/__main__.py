@@ -18,7 +18,9 @@ from pathlib import Path
 import pandas as pd
 
 from gsdg import __version__
+from gsdg.adaptation import Adaptation
 from gsdg.config.messages import explain
+from gsdg.config.schema import import_target
 from gsdg.evaluate.images import Settings, compose, images_of
 from gsdg.evaluate.passes import Evaluation
 from gsdg.evaluate.tables import write_tables
@@ -29,6 +31,11 @@ from gsdg.predict import Predictor, load
 from gsdg.runs.provenance import package_versions
 from gsdg.utils.errors import listing, not_installed
 from gsdg.utils.text import let_streams_print_any_text
+
+FROZEN = (
+    "note: this run was trained with model.freeze_bn=true, so its weights expect BatchNorm's pretrained statistics.\n"
+    "{} replaces them: expect lower accuracies, also on the source domains."
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -111,6 +118,8 @@ def evaluate(run: Path, settings: Settings, options: argparse.Namespace) -> pd.D
     predictor = load(run, options.weights, device=options.device)
     images = images_of(predictor, run, settings, options.batch_size)
     evaluation = Evaluation(predictor.algorithm, images, settings.adaptation)
+    if settings.adaptation and predictor.algorithm.model.freeze_bn and _class_of(settings).replaces_statistics:
+        print(FROZEN.format(options.adapt), file=sys.stderr)
     folder = options.out / _folder_name(run, settings, options.adapt)
     try:
         frame = evaluation.predictions()
@@ -128,6 +137,11 @@ def evaluate(run: Path, settings: Settings, options: argparse.Namespace) -> pd.D
         print(compared(table, images.recorded))
     print(f"files: {folder}\n")
     return table
+
+
+def _class_of(settings: Settings) -> type[Adaptation]:
+    assert settings.adaptation is not None
+    return import_target(settings.adaptation["_target_"])
 
 
 def _folder_name(run: Path, settings: Settings, adapt: str | None) -> str:
