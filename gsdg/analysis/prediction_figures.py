@@ -70,7 +70,9 @@ def gallery(errors: pd.DataFrame, images: Sequence[ArrayLike]) -> Figure:
     return figure
 
 
-def feature_maps(features: np.ndarray, predictions: pd.DataFrame, how: Embedding = "pca", seed: int = 0) -> Panels:
+def feature_maps(
+    features: np.ndarray, predictions: pd.DataFrame, how: Embedding = "pca", seed: int = 0, total: int | None = None
+) -> Panels:
     """The features in two dimensions, once coloured by class and once by domain; needs scikit-learn.
 
     Of more than MOST_POINTS images, as many are drawn at random.
@@ -80,6 +82,7 @@ def feature_maps(features: np.ndarray, predictions: pd.DataFrame, how: Embedding
         predictions: the N rows of the same images.
         how: pca (scikit-learn's PCA) or tsne (van der Maaten and Hinton, JMLR 2008; scikit-learn's, started from PCA).
         seed: of the drawn images and of t-SNE.
+        total: the number of images that the N were drawn from; None: they are all.
     """
     check_literal("how", how, Embedding)
     drawn = np.arange(len(features))
@@ -94,8 +97,9 @@ def feature_maps(features: np.ndarray, predictions: pd.DataFrame, how: Embedding
         (f"by {name}", partial(draw, rows[column], what=what))
         for name, column in {"class": "label", "domain": "domain"}.items()
     ]
-    sample = f", {len(drawn):,} of them drawn at random" if len(drawn) < len(features) else ""
-    return Panels(panels, f"features of {len(features):,} images{sample}")
+    total = total or len(features)
+    sample = f", {len(drawn):,} of them drawn at random" if len(drawn) < total else ""
+    return Panels(panels, f"features of {total:,} images{sample}")
 
 
 def _embedded(features: np.ndarray, how: Embedding, seed: int) -> tuple[np.ndarray, str]:

@@ -31,7 +31,7 @@ def write_figures(folder: Path, evaluation: Evaluation, frame: pd.DataFrame, for
     with style.print_style():
         prediction_figures.gallery(errors, pixels).savefig(folder / f"errors.{form}")
     rows = drawn(len(frame))
-    maps = prediction_figures.feature_maps(evaluation.features(rows), frame.iloc[rows], how)
+    maps = prediction_figures.feature_maps(evaluation.features(rows), frame.iloc[rows], how, total=len(frame))
     maps.save(folder / f"features.{form}")
 
 
