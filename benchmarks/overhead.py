@@ -39,7 +39,7 @@ COMMON = (
     "trainer.keep=none",
     "deterministic=false",
 )
-PHOTOS = ("dataset=pacs", "model=resnet18", "model.weights=null", "model.freeze_bn=false", "model.image_size=112")
+PHOTOS = "dataset=pacs model=resnet18 model.weights=null model.freeze_bn=false model.image_size=112"
 STARTS = {"python -c 'import torch, torchvision'": ["-c", "import torch, torchvision"]}
 STARTS["python -c 'import gsdg.experiment'"] = ["-c", "import gsdg.experiment"]
 
@@ -152,7 +152,7 @@ def main() -> None:
     args = parsed(parser)
     rows = compared("digits, convnet", ["split.target=60"], 100, args.rounds, args.device)
     for transform in ("exact", "batched") if args.data_dir else ():
-        words = [*PHOTOS, "split.target=sketch", f"data_dir={args.data_dir}", f"trainer.transform={transform}"]
+        words = [*PHOTOS.split(), "split.target=sketch", f"data_dir={args.data_dir}", f"trainer.transform={transform}"]
         rows += compared(f"PACS 112 px, ResNet-18, {transform}", words, 10, max(1, args.rounds // 2), args.device)
     rows += starts(args.rounds)
     report([row | provenance(args.device) for row in rows], args.output)

@@ -12,7 +12,7 @@ from gsdg.analysis.__main__ import main as analysis
 from gsdg.analysis.read.frames import read_runs
 from gsdg.analysis.selection import every_draw
 from gsdg.evaluation import Evaluator
-from gsdg.soup import Ingredient, evaluation_config, greedy, main, mean_state
+from gsdg.soup import Ingredient, greedy, main, mean_state
 from gsdg.utils.json_files import read_json, read_lines, write_json
 
 FEW = ("algorithm=erm", "trainer.steps=5", "trainer.eval_every=4", "optimizer.lr=0.003", "seed=1")
@@ -128,9 +128,6 @@ def test_the_data_of_the_runs_must_be_the_same_still(train, own_photos, tmp_path
     assert main([*map(str, runs), "--runs-dir", str(tmp_path / "again")]) == 2
     message = "was trained on other data than there are now: domain a: 8 images then, 9 now"
     assert message in capsys.readouterr().err
-    assert evaluation_config({"model": {"weights": "w", "freeze_bn": True}, "soup": {}}) == {
-        "model": {"weights": None, "freeze_bn": False}
-    }
 
 
 def test_a_soup_of_the_draws_of_a_search_is_no_draw(three):

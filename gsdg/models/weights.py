@@ -52,7 +52,7 @@ def weights_source(model: dict) -> Pretrained | None:
     if weights in PRETRAINED:
         return declared_weights(backbone) if isinstance(backbone, dict) else None
     path = Path(weights).expanduser()
-    return Pretrained(lambda: path, partial(read_state, path))
+    return Pretrained(lambda: path, partial(read_start, path))
 
 
 def declared_weights(backbone: dict) -> Pretrained | None:
@@ -77,6 +77,13 @@ def check_weights_file(model: dict) -> None:
         raise UserError(no_such_file(Path(weights).expanduser()))
 
 
+def read_start(path: Path) -> State:
+    """`read_state` of the file that model.weights names. UserError: also where it is missing, with what is valid."""
+    if not path.is_file():
+        raise UserError(no_such_file(path))
+    return read_state(path)
+
+
 def load_weights(net: nn.Module, weights: str | None, *, imagenet: Callable[[], State] | None, ignore: str) -> None:
     """Load weights into `net`.
 
@@ -91,7 +98,7 @@ def load_weights(net: nn.Module, weights: str | None, *, imagenet: Callable[[], 
     if weights is None:
         return
     if weights != "imagenet":
-        state = read_state(Path(weights).expanduser())
+        state = read_start(Path(weights).expanduser())
     elif imagenet is None:
         raise UserError(
             "this model has no ImageNet weights: model.weights must be null, a finished run or a state dict file"
