@@ -142,6 +142,15 @@ def test_the_weights_that_a_run_with_frozen_batchnorm_started_from_may_be_gone(e
     assert notes == {"bn": True, "t3a": False, "tent": True}
 
 
+def test_the_file_that_a_run_of_our_own_network_started_from_may_be_gone(evaluated, train, tmp_path):
+    (weights,) = train(*DIGITS).glob("weights/*.pt")
+    shutil.copy(weights, tmp_path / "start.pt")
+    run = train(*DIGITS, f"model.weights={tmp_path / 'start.pt'}")
+    (tmp_path / "start.pt").unlink()
+    status, text, _ = evaluated(run, "--no-figures")
+    assert (status, "All accuracies equal" in text) == (0, True)
+
+
 def test_with_another_batch_size_nothing_is_compared_with_the_record(evaluated, train):
     """ARM's accuracy depends on the batches."""
     run = train(*DIGITS, "algorithm=arm")
