@@ -258,6 +258,27 @@ def test_what_has_no_effect_or_does_not_fit_is_refused_in_one_message(evaluated,
     assert not errors.startswith("error: error")
 
 
+@pytest.mark.parametrize("words", [["--map", "tsne"], ["--format", "pdf"]])
+def test_settings_of_figures_are_refused_without_figures(evaluated, words, capsys):
+    with pytest.raises(SystemExit):
+        evaluated("runs/x", "--no-figures", *words)
+    assert "--map and --format are of the figures" in capsys.readouterr().err
+
+
+def test_the_map_of_the_features_is_the_chosen_one(evaluated, train, monkeypatch):
+    pytest.importorskip("matplotlib", reason="pip install 'gsdg[plots]'")
+    from gsdg.analysis import prediction_figures
+
+    drawn, make = [], prediction_figures.feature_maps
+    monkeypatch.setattr(
+        prediction_figures, "feature_maps", lambda *a, **options: drawn.append(a[2]) or make(*a, **options)
+    )
+    run = train(*DIGITS)
+    for words in ((), ("--map", "tsne")):
+        evaluated(run, *words)
+    assert drawn == ["pca", "tsne"]
+
+
 def test_classes_that_the_run_has_not_learned_are_named(evaluated, of_photos, tmp_path):
     run = of_photos()
     photos(tmp_path / "data" / "more", classes="xw")

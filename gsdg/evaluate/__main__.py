@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _print_or_raise(error)
     for run in options.runs:
         try:
-            tables.append(evaluate(run, settings, options).assign(run=run.name))
+            tables.append(evaluate(run, settings, options).assign(run=run.absolute().name))
         except Exception as error:  # the other runs are evaluated
             status = _print_or_raise(error)
     if tables:
@@ -79,8 +79,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--batch-size", type=_positive, metavar="N", help="images per forward pass (default: the run's)"
     )
-    parser.add_argument("--map", choices=("pca", "tsne"), default="pca", help="of the features (default: pca)")
-    parser.add_argument("--format", choices=("png", "pdf", "svg"), default="png", help="of the figures (default: png)")
+    parser.add_argument("--map", choices=("pca", "tsne"), help="of the features (default: pca)")
+    parser.add_argument("--format", choices=("png", "pdf", "svg"), help="of the figures (default: png)")
     parser.add_argument("--no-figures", action="store_true", help="only the tables")
     parser.add_argument("-o", "--out", type=Path, default=Path("evaluation"), help="folder (default: evaluation)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
@@ -88,6 +88,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options, rest = parser.parse_known_args(arguments)
     if flags := [word for word in rest if word.startswith("-")]:
         parser.error(f"unrecognized arguments: {' '.join(flags)}")
+    if options.no_figures and (options.map or options.format):
+        parser.error("--map and --format are of the figures: leave them out, or --no-figures")
     words = [*options.words, *rest]  # argparse does not accept positional words after an option
     options.overrides = [word for word in words if "=" in word and not Path(word).exists()]
     options.runs = [Path(word) for word in words if word not in options.overrides]
@@ -127,7 +129,7 @@ def evaluate(run: Path, settings: Settings, options: argparse.Namespace) -> pd.D
         if not options.no_figures:
             from gsdg.evaluate.figures import write_figures  # needs matplotlib
 
-            write_figures(folder, evaluation, frame, options.format, options.map)
+            write_figures(folder, evaluation, frame, options.format or "png", options.map or "pca")
     finally:
         images.evaluator.close()
     adapted = f", adapted by {options.adapt}" if options.adapt else ""
