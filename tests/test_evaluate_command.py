@@ -14,6 +14,7 @@ from tiny_backbone import tiny
 
 pytest.importorskip("sklearn", reason="pip install 'gsdg[metrics]'")
 pytest.importorskip("pyarrow", reason="pip install 'gsdg[metrics]'")
+from sklearn.metrics import precision_recall_fscore_support
 
 import gsdg.analysis
 from gsdg.evaluate.__main__ import main
@@ -91,6 +92,12 @@ def test_the_files_of_an_evaluation_agree(evaluated, train):
     hits = frame.assign(hit=frame["label"] == frame["prediction"]).groupby(keys, observed=True)["hit"]
     recalls = classes.set_index(["domain", "part", "class"])["recall"].astype(float)
     assert recalls.to_dict() == pytest.approx(hits.mean().to_dict())
+    of_one = frame[(frame["domain"] == "0") & (frame["part"] == "in")]
+    expected = precision_recall_fscore_support(of_one["label"], of_one["prediction"], zero_division=np.nan)
+    values = classes[(classes["domain"] == "0") & (classes["part"] == "in")]
+    assert values[["precision", "recall", "f1"]].astype(float).to_numpy() == pytest.approx(
+        np.array(expected[:3]).T, nan_ok=True
+    )
     assert counts["images"].astype(int).sum() == classes["images"].astype(int).sum() == len(frame)
     about = read_json(folder / "evaluation.json")
     assert (about["run"], about["weights"]["file"]) == (str(run), read_json(run / "weights.json")["weights"][0]["file"])
@@ -171,6 +178,10 @@ def test_all_images_of_another_data_set_are_predicted_as_by_the_loaded_model(eva
     of_15 = own.loc["15"]
     expected = (of_15["accuracy"] * of_15["images"]).sum() / of_15["images"].sum()
     assert metrics(f"{run.name}-rotated_digits").loc[("15", "all"), "accuracy"] == pytest.approx(expected)
+
+
+def test_adapted_accuracies_are_not_compared_with_the_record(evaluated, train):
+    assert "record" not in evaluated(train(*DIGITS), "--adapt", "t3a", "--no-figures")[1]
 
 
 def test_classes_are_matched_by_name_and_may_be_fewer(evaluated, of_photos, tmp_path):

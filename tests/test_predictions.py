@@ -10,6 +10,7 @@ from harness import observe
 from PIL import Image
 from test_evaluate import DATASET, AlwaysThree, evaluator
 
+from gsdg.algorithms import Algorithm
 from gsdg.data.image_io import as_rgb
 from gsdg.evaluation.predictions import features, load_images, predict
 from gsdg.metrics import METRICS
@@ -88,3 +89,21 @@ def test_features_are_in_the_order_of_the_predictions():
     logits = torch.from_numpy(values) @ head.weight.T + head.bias
     probabilities = frame[[f"p_{name}" for name in classes_of(frame)]].to_numpy(copy=True)
     torch.testing.assert_close(logits.softmax(1).detach(), torch.from_numpy(probabilities), rtol=1e-4, atol=1e-6)
+
+
+class TwoPasses(Algorithm):
+    """Predicts in two forward passes, as Tent with two steps: the last one counts."""
+
+    def backward(self, batches):
+        raise AssertionError
+
+    def predict(self, images):
+        self.model(0 * images)
+        return self.model(images)
+
+
+def test_of_several_forward_passes_the_features_are_those_of_the_last():
+    run = observe()
+    twice = TwoPasses()
+    twice.setup(run.algorithm.model, ["a"])
+    assert np.array_equal(features(twice, run.evaluator), features(run.algorithm, run.evaluator))
