@@ -19,7 +19,7 @@ from PIL import Image
 from gsdg.data import parallel
 from gsdg.data.cache import builder, memory_map
 from gsdg.data.cache.builder import CacheUnavailable, build, inspect_images, is_complete
-from gsdg.data.cache.memory_map import Cache, as_arrays, in_memory
+from gsdg.data.cache.memory_map import Cache, StoredImages, as_arrays, in_memory
 from gsdg.data.dataset import Domain
 from gsdg.data.digits import RotatedDigits
 from gsdg.runs.reuse import data_digests
@@ -129,7 +129,8 @@ def test_a_domain_keeps_its_order_and_labels_and_its_arrays_are_read_only_views_
     as_read, domain = read(root), opened(root)
     assert as_read.labels.tolist() == [0, 0, 0, 1, 1, 1]
     np.testing.assert_array_equal(domain.labels, as_read.labels)
-    assert (domain.name, domain.files) == ("photo", None)
+    assert (domain.name, domain.files) == ("photo", as_read.files)
+    assert isinstance(domain.load, StoredImages)
     check(domain, root)
     array = domain.load(1)
     assert array.dtype == np.uint8
@@ -394,12 +395,12 @@ def test_a_cache_at_home_is_used_where_nothing_can_be_written_any_more_or_images
     monkeypatch.setenv("XDG_CACHE_HOME", str(disk / "home"))
     domain = opened(root)
     check(domain, root)
-    assert domain.files is None
+    assert isinstance(domain.load, StoredImages)
     assert decodings(caplog) == 1
     monkeypatch.setenv("XDG_CACHE_HOME", str(disk / "file"))
     domain = opened(root)
     check(domain, root)
-    assert list(domain.files) == read(root).files
+    assert not isinstance(domain.load, StoredImages)
     warning = only_warning(caplog)
     assert f"{disk}/data/.gsdg_cache: Read-only file system; {disk}/file/gsdg: Not a directory" in warning
     assert "decoded whenever it is drawn" in warning
