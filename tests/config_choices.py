@@ -23,6 +23,8 @@ UNAVAILABLE = {
     for path in (CONF / group).glob("*.yaml")
     if find_spec("timm") is None and "gsdg[backbones]" in path.read_text()
 }
+# Of these, the choices whose `_target_` is in the extra itself: not even their keys can be found.
+NOT_IMPORTABLE = {choice for choice in UNAVAILABLE if choice.startswith("optimizer=")}
 PRESETS = sorted(choices("experiment"))
 NEEDED = {
     "dataset=image_folder": ["dataset.root=x"],
