@@ -22,7 +22,7 @@ import pytest
 import torch
 from algorithm_cases import refusal
 from cases import CASES, DIGITS, Effect
-from config_choices import NEEDED, UNAVAILABLE
+from config_choices import NEEDED, NOT_IMPORTABLE, UNAVAILABLE
 from harness import (
     SOURCES,
     Observed,
@@ -72,7 +72,7 @@ def shows(*keys: str) -> Callable:
 
 def test_every_key_has_a_test_of_its_effect():
     keys = every_key().keys() | launcher_keys()
-    tested = {key for key, effect in CASES.items() if not UNAVAILABLE & {*effect.base}} | SHOWN.keys()
+    tested = {key for key, effect in CASES.items() if not NOT_IMPORTABLE & {*effect.base}} | SHOWN.keys()
     wrong = {
         "without a test: add it to cases.py, or write a test with @shows": keys - tested,
         "of no choice of any group: remove its entry": tested - keys,
