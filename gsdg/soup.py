@@ -145,18 +145,20 @@ def make_soup(folders: Sequence[Path], how: How, weights: str, *, runs_dir: Path
         return folder.path
     plan = plan_of(config | {"runs_dir": str(runs)})
     dataset = read_images(plan)
-    check_data(ingredients, dataset)
     tasting = Tasting(load(ingredients[0].folder, weights, device=device), plan, dataset)
+    check_data(ingredients, tasting.data)
     chosen = ingredients if how == "uniform" else greedy(ingredients, tasting.held_out)
     _record(folder, config, ingredients, chosen, tasting)
     return folder.path
 
 
-def check_data(ingredients: Sequence[Ingredient], dataset: DomainDataset) -> None:
-    """UserError if a run was trained on other images: then those held out here are not those it held out."""
-    now = {"data": data_digests(dataset)}
+def check_data(ingredients: Sequence[Ingredient], data: dict) -> None:
+    """UserError if a run was trained on other images: then those held out here are not those it held out.
+
+    data: the digests of the images that are here now.
+    """
     for ingredient in ingredients:
-        if phrases := differences(read_json(ingredient.folder / "identity.json"), now):
+        if phrases := differences(read_json(ingredient.folder / "identity.json"), {"data": data}):
             raise UserError(
                 f"{ingredient.name} was trained on other data than there are now: {'; '.join(phrases[:4])}.\n"
                 "Restore the data that it was trained on: the soup is evaluated on them."

@@ -116,7 +116,7 @@ def test_figures_are_written_in_the_chosen_format(evaluated, train):
 @pytest.mark.parametrize("algorithm", ["erm", "arm"])
 def test_drawn_rows_have_the_features_of_their_own_images(train, algorithm):
     pytest.importorskip("matplotlib", reason="pip install 'gsdg[plots]'")
-    from gsdg.evaluate.figures import drawn
+    from gsdg.analysis.prediction_figures import drawn
 
     run = train(*DIGITS, f"algorithm={algorithm}")
     predictor = load(run, device="cpu")

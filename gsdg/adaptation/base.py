@@ -52,6 +52,11 @@ class Adaptation(nn.Module, ABC):
         """Adapt to images [B, C, H, W] and return their logits [B, classes]."""
 
 
+def entropies(logits: Tensor) -> Tensor:
+    """[B]: the entropy of softmax(logits) of each image, in nats."""
+    return -(logits.softmax(1) * logits.log_softmax(1)).sum(1)
+
+
 def batchnorm_layers(adaptation: Adaptation) -> list[_BatchNorm]:
     """The model's BatchNorm layers that have running statistics. UserError: there are none."""
     layers = [layer for layer in adaptation.model.modules() if isinstance(layer, _BatchNorm)]

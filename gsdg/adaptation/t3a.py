@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gsdg.adaptation.base import Adaptation
+from gsdg.adaptation.base import Adaptation, entropies
 from gsdg.algorithms import Algorithm
 from gsdg.utils.errors import UserError, check_range
 
@@ -57,10 +57,9 @@ class T3A(Adaptation):
     def _add(self, features: Tensor) -> None:
         """Add features [B, F] to the supports, then keep those of each class with the lowest entropies."""
         logits = self.head(features).detach()
-        entropies = -(logits.softmax(1) * logits.log_softmax(1)).sum(1)
         self.supports = torch.cat([self.supports, features.detach()])
         self.labels = torch.cat([self.labels, logits.argmax(1)])
-        self.entropies = torch.cat([self.entropies, entropies])
+        self.entropies = torch.cat([self.entropies, entropies(logits)])
 
         by_entropy = self.entropies.argsort(stable=True)
         kept = torch.cat([by_entropy[self.labels[by_entropy] == k][: self.limit] for k in range(logits.shape[1])])

@@ -14,9 +14,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gsdg.adaptation.base import Adaptation, batchnorm_layers
+from gsdg.adaptation.base import Adaptation, batchnorm_layers, entropies
 from gsdg.algorithms import Algorithm
-from gsdg.utils.errors import UserError, check_range
+from gsdg.algorithms.base import explain_batchnorm_error
+from gsdg.utils.errors import check_range
+
+ONE_IMAGE = (
+    "Tent needs at least 2 images per batch, found {}: BatchNorm has one value per channel.\n"
+    "Choose another --batch-size: the last batch of a domain may be a single image."
+)
 
 
 class Tent(Adaptation):
@@ -48,20 +54,9 @@ class Tent(Adaptation):
     @torch.enable_grad()
     def predict(self, images: Tensor) -> Tensor:
         for _ in range(self.steps):
-            logits = self._forward(images)
-            entropies = -(logits.softmax(1) * logits.log_softmax(1)).sum(1)
+            with explain_batchnorm_error(ONE_IMAGE.format(len(images))):
+                logits = self.algorithm.predict(images)
             self.optimizer.zero_grad()
-            entropies.mean().backward()
+            entropies(logits).mean().backward()
             self.optimizer.step()
         return logits.detach()
-
-    def _forward(self, images: Tensor) -> Tensor:
-        try:
-            return self.algorithm.predict(images)
-        except ValueError as error:
-            if "more than 1 value per channel" not in str(error):
-                raise
-            raise UserError(
-                f"Tent needs at least 2 images per batch, found {len(images)}: BatchNorm has one value per channel.\n"
-                "Choose another --batch-size: the last batch of a domain may be a single image."
-            ) from error

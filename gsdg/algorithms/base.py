@@ -19,26 +19,28 @@ from gsdg.models.classifier import Classifier
 from gsdg.types import Batch
 from gsdg.utils.errors import UserError, refuse_renamed
 
+IN_TRAINING = (
+    "A BatchNorm layer in training needs at least 2 values per channel, found 1: the forward pass had one "
+    "image, and the layer's feature map is 1 x 1.\n"
+    "Raise trainer.batch_size or model.image_size, or let BatchNorm use the running statistics of the "
+    "pretrained weights: model.freeze_bn=true."
+)
+
 
 @contextmanager
-def explain_batchnorm_error() -> Generator[None]:
-    """Turn torch's ValueError about BatchNorm with one value per channel into a UserError that says what to change.
+def explain_batchnorm_error(message: str = IN_TRAINING) -> Generator[None]:
+    """Turn torch's ValueError about BatchNorm with one value per channel into a UserError with this message.
 
-    In train mode BatchNorm computes a variance, which needs more than one value per channel. Whether there are enough
-    depends on the network, the image size, and on how many images an algorithm puts through the network in one forward
-    pass, so the problem cannot be detected before the first step.
+    With the statistics of the batch BatchNorm computes a variance, which needs more than one value per channel. Whether
+    there are enough depends on the network, the image size, and on how many images an algorithm puts through the
+    network in one forward pass, so the problem cannot be detected before the first step.
     """
     try:
         yield
     except ValueError as error:
         if "more than 1 value per channel" not in str(error):
             raise
-        raise UserError(
-            "A BatchNorm layer in training needs at least 2 values per channel, found 1: the forward pass had one "
-            "image, and the layer's feature map is 1 x 1.\n"
-            "Raise trainer.batch_size or model.image_size, or let BatchNorm use the running statistics of the "
-            "pretrained weights: model.freeze_bn=true."
-        ) from error
+        raise UserError(message) from error
 
 
 RENAMED = {

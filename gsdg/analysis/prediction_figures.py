@@ -85,21 +85,24 @@ def feature_maps(
         total: the number of images that the N were drawn from; None: they are all.
     """
     check_literal("how", how, Embedding)
-    drawn = np.arange(len(features))
-    if len(features) > MOST_POINTS:
-        drawn = np.sort(np.random.RandomState(seed).choice(len(features), MOST_POINTS, replace=False))
-    if len(drawn) < 3:
-        return Panels(why=f"a map of features needs 3 images or more, found {plural(len(drawn), 'image')}")
-    points, what = _embedded(features[drawn], how, seed)
-    rows = predictions.iloc[drawn]
+    rows = drawn(len(features), seed=seed)
+    if len(rows) < 3:
+        return Panels(why=f"a map of features needs 3 images or more, found {plural(len(rows), 'image')}")
+    points, what = _embedded(features[rows], how, seed)
+    shown = predictions.iloc[rows]
     draw = partial(prediction_plots.feature_map, points)
     panels = [
-        (f"by {name}", partial(draw, rows[column], what=what))
+        (f"by {name}", partial(draw, shown[column], what=what))
         for name, column in {"class": "label", "domain": "domain"}.items()
     ]
     total = total or len(features)
-    sample = f", {len(drawn):,} of them drawn at random" if len(drawn) < total else ""
+    sample = f", {len(rows):,} of them drawn at random" if len(rows) < total else ""
     return Panels(panels, f"features of {total:,} images{sample}")
+
+
+def drawn(count: int, most: int | None = None, seed: int = 0) -> np.ndarray:
+    """The numbers of `most` of `count` rows, drawn at random and sorted; all if there are no more. None: MOST_POINTS."""
+    return np.sort(np.random.RandomState(seed).choice(count, min(count, most or MOST_POINTS), replace=False))
 
 
 def _embedded(features: np.ndarray, how: Embedding, seed: int) -> tuple[np.ndarray, str]:

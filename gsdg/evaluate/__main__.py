@@ -18,18 +18,17 @@ from pathlib import Path
 import pandas as pd
 
 from gsdg import __version__
-from gsdg.adaptation import Adaptation
 from gsdg.config.messages import explain
-from gsdg.config.schema import import_target
+from gsdg.config.schema import build
 from gsdg.evaluate.images import Settings, compose, images_of
 from gsdg.evaluate.passes import Evaluation
 from gsdg.evaluate.tables import write_tables
 from gsdg.evaluation import DomainMeans
 from gsdg.metrics.definitions import import_sklearn_metrics
-from gsdg.metrics.predictions import MEANINGS, summary_text
+from gsdg.metrics.predictions import MEANINGS, pyarrow_needed, summary_text
 from gsdg.predict import Predictor, load
 from gsdg.runs.provenance import package_versions
-from gsdg.utils.errors import listing, not_installed
+from gsdg.utils.errors import listing
 from gsdg.utils.text import let_streams_print_any_text
 
 FROZEN = (
@@ -107,10 +106,8 @@ def _positive(text: str) -> int:
 def check_libraries(*, figures: bool) -> None:
     """UserError if a library is missing that the evaluation needs in the end."""
     import_sklearn_metrics("python -m gsdg.evaluate")
-    try:
+    with pyarrow_needed():
         import pyarrow  # noqa: F401
-    except ImportError:
-        raise not_installed("predictions.parquet", "pyarrow", "metrics") from None
     if figures:
         from gsdg.analysis import style  # noqa: F401
 
@@ -120,7 +117,7 @@ def evaluate(run: Path, settings: Settings, options: argparse.Namespace) -> pd.D
     predictor = load(run, options.weights, device=options.device)
     images = images_of(predictor, run, settings, options.batch_size)
     evaluation = Evaluation(predictor.algorithm, images, settings.adaptation)
-    if settings.adaptation and predictor.algorithm.model.freeze_bn and _class_of(settings).replaces_statistics:
+    if settings.adaptation and predictor.algorithm.model.freeze_bn and build(settings.adaptation).replaces_statistics:
         print(FROZEN.format(options.adapt), file=sys.stderr)
     folder = options.out / _folder_name(run, settings, options.adapt)
     try:
@@ -139,11 +136,6 @@ def evaluate(run: Path, settings: Settings, options: argparse.Namespace) -> pd.D
         print(compared(table, images.recorded))
     print(f"files: {folder}\n")
     return table
-
-
-def _class_of(settings: Settings) -> type[Adaptation]:
-    assert settings.adaptation is not None
-    return import_target(settings.adaptation["_target_"])
 
 
 def _folder_name(run: Path, settings: Settings, adapt: str | None) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from gsdg.analysis import prediction_figures, style
-from gsdg.analysis.prediction_figures import MOST_POINTS, Embedding
+from gsdg.analysis.prediction_figures import Embedding
 from gsdg.evaluate.passes import Evaluation
 from gsdg.evaluation.predictions import load_images
 from gsdg.metrics.predictions import confident_errors
@@ -30,11 +30,6 @@ def write_figures(folder: Path, evaluation: Evaluation, frame: pd.DataFrame, for
     pixels = [np.asarray(image) for image in load_images(evaluation.images.evaluator.dataset, errors)]
     with style.print_style():
         prediction_figures.gallery(errors, pixels).savefig(folder / f"errors.{form}")
-    rows = drawn(len(frame))
+    rows = prediction_figures.drawn(len(frame))
     maps = prediction_figures.feature_maps(evaluation.features(rows), frame.iloc[rows], how, total=len(frame))
     maps.save(folder / f"features.{form}")
-
-
-def drawn(count: int, most: int = MOST_POINTS) -> np.ndarray:
-    """The numbers of `most` of `count` rows, drawn at random and sorted; of all rows if there are no more."""
-    return np.sort(np.random.RandomState(0).choice(count, min(count, most), replace=False))

@@ -144,7 +144,7 @@ def confident_errors(frame: pd.DataFrame, most: int = 12) -> pd.DataFrame:
 def write_predictions(frame: pd.DataFrame, path: str | Path) -> None:
     """Replace the Parquet file atomically. UserError: pyarrow is not installed."""
     content = io.BytesIO()
-    with _pyarrow_needed():
+    with pyarrow_needed():
         frame.to_parquet(content, engine="pyarrow", index=False)
     replace_file(Path(path), content.getvalue())
 
@@ -159,7 +159,7 @@ def read_predictions(path: str | Path) -> pd.DataFrame:
         content = Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"cannot read predictions from {path}: {error.strerror or error}.") from None
-    with _pyarrow_needed():
+    with pyarrow_needed():
         try:
             frame = pd.read_parquet(io.BytesIO(content), engine="pyarrow")
         except (OSError, ValueError) as error:  # pyarrow's errors are of both kinds
@@ -174,7 +174,8 @@ def read_predictions(path: str | Path) -> pd.DataFrame:
 
 
 @contextmanager
-def _pyarrow_needed() -> Generator[None]:
+def pyarrow_needed() -> Generator[None]:
+    """Inside, a missing pyarrow is a UserError that names the extra."""
     try:
         yield
     except ImportError:

@@ -370,19 +370,11 @@ AVERAGING = {
     ),
 }
 
+DECAY = {"final": weights(0.0, 0.5), "warmup_steps": weights(0, 2)}
 SCHEDULER = {
     **node("trainer.scheduler", "Constant", "trainer/scheduler=constant", warmup_steps=weights(1, 2)),
-    **node(
-        "trainer.scheduler", "Cosine", "trainer/scheduler=cosine", final=weights(0.0, 0.5), warmup_steps=weights(0, 2)
-    ),
-    **node(
-        "trainer.scheduler",
-        "Polynomial",
-        "trainer/scheduler=polynomial",
-        power=weights(1.0, 2.0),
-        final=weights(0.0, 0.5),
-        warmup_steps=weights(0, 2),
-    ),
+    **node("trainer.scheduler", "Cosine", "trainer/scheduler=cosine", **DECAY),
+    **node("trainer.scheduler", "Polynomial", "trainer/scheduler=polynomial", **DECAY, power=weights(1.0, 2.0)),
     **node(
         "trainer.scheduler",
         "Steps",
@@ -390,7 +382,7 @@ SCHEDULER = {
         "trainer.scheduler.milestones=[0.3]",
         milestones=weights([0.3], [0.9]),
         gamma=weights(0.1, 0.5),
-        warmup_steps=weights(0, 2),
+        warmup_steps=DECAY["warmup_steps"],
     ),
     **node(
         "trainer.scheduler",
