@@ -101,7 +101,10 @@ def feature_maps(
 
 
 def drawn(count: int, most: int | None = None, seed: int = 0) -> np.ndarray:
-    """The numbers of `most` of `count` rows, drawn at random and sorted; all if there are no more. None: MOST_POINTS."""
+    """The numbers of `most` of `count` rows, drawn at random and sorted; all if there are no more.
+
+    most: None: MOST_POINTS.
+    """
     return np.sort(np.random.RandomState(seed).choice(count, min(count, most or MOST_POINTS), replace=False))
 
 
