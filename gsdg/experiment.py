@@ -58,9 +58,10 @@ from gsdg.runs import reuse
 from gsdg.runs.folder import RunFolder
 from gsdg.runs.provenance import environment, package_versions
 from gsdg.runs.run_log import logged_to, outcome_recorded
-from gsdg.runs.weights_index import classes_of, find_weights, is_run, lacks_weights
-from gsdg.runtime import choose_device, current_device, device_metadata, named_device
+from gsdg.runs.weights_index import STATE, classes_of, find_weights, is_run, lacks_weights
+from gsdg.runtime import choose_device, current_device, device_metadata, named_device, use_matmul
 from gsdg.trainer import Trainer
+from gsdg.training_loop import TrainingLoop
 from gsdg.types import ImageSpec
 from gsdg.utils.errors import UserError, listing
 from gsdg.utils.machine import usable_cores
@@ -133,6 +134,7 @@ def run(plan: Plan, *, signals: Signals | None = None, submission: str | None = 
 
 def _run(plan: Plan, signals: Signals, submission: str | None, patience: float) -> None:
     device = choose_device(plan.config["device"])
+    use_matmul(plan.trainer.matmul, device)
     folder = RunFolder(Path(plan.config["runs_dir"]) / plan.run_id)
     start = environment(plan.config) | device_metadata(device)
     from_scratch = plan.config["force"] and (submission is None or folder.status.get("submission") != submission)
@@ -168,6 +170,8 @@ def done_already(plan: Plan, folder: RunFolder, from_scratch: bool = False, *, l
             log.warning(
                 "trainer.keep=%s: the run has not kept these weights; force=true makes it again", plan.trainer.keep
             )
+        if plan.trainer.keep_state and not (folder.path / STATE).exists():
+            log.warning("trainer.keep_state=true: the run has not kept its state; force=true makes it again")
         if lacking := reuse.unrecorded_metrics(folder, plan.trainer.metrics):
             log.warning("its records lack %s of trainer.metrics: force=true runs it again", listing(lacking))
     return done
@@ -362,7 +366,8 @@ def train(plan: Plan, folder: RunFolder, device: torch.device, signals: Signals)
         "versions": {"gsdg": __version__, **package_versions()},
     }
     try:
-        trainer.fit(algorithm, optimizer, batches, evaluator, folder, workers, signals, about)
+        loop = TrainingLoop(trainer, algorithm, optimizer, evaluator, folder, signals=signals, about=about)
+        loop.run(batches, workers)
     finally:
         evaluator.close()
 

@@ -62,7 +62,7 @@ def check_sources(name: str, algorithm: Algorithm, sources: list[str]) -> None:
 
 
 def check_updates(name: str, algorithm: Algorithm, trainer: Trainer) -> None:
-    """UserError if the algorithm leaves no room for a schedule, micro-batches, or a limit of the gradient."""
+    """UserError if the algorithm leaves no room for a schedule, micro-batches, fp16, or a limit of the gradient."""
     if trainer.scheduler and algorithm.sets_learning_rate:
         raise UserError(
             f"algorithm={name} sets the learning rate itself, so trainer/scheduler is refused.\nLeave it out, or "
@@ -72,6 +72,11 @@ def check_updates(name: str, algorithm: Algorithm, trainer: Trainer) -> None:
         raise UserError(
             f"trainer.micro_batch_size: algorithm={name} needs all images of a step in one forward pass.\n"
             "It works with algorithm=erm, and with gradient surgery with algorithm.engine=micro_batch."
+        )
+    if trainer.precision == "fp16" and not algorithm.takes_loss_scaling:
+        raise UserError(
+            f"trainer.precision=fp16 needs a scaled loss, and algorithm={name} computes gradients or updates of its "
+            "own.\nUse trainer.precision=bf16, which needs no scaling, or another algorithm."
         )
     if trainer.clip_norm is not None and algorithm.several_updates:
         raise UserError(

@@ -7,10 +7,13 @@ sweep is checked on a login node without GPUs.
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
 
 import torch
 
 from gsdg.utils.errors import UserError
+
+Matmul = Literal["highest", "high"]
 
 
 def named_device(name: str) -> torch.device | None:
@@ -37,6 +40,17 @@ def choose_device(name: str) -> torch.device:
 def current_device(device: torch.device) -> AbstractContextManager[object]:
     """Inside, `device` is the process's current GPU, where Triton launches kernels: `cuda:1` is not by itself."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def use_matmul(matmul: Matmul | None, device: torch.device) -> None:
+    """Set how float32 products and convolutions are computed on CUDA: trainer.matmul. UserError on another device."""
+    if matmul and device.type != "cuda":
+        raise UserError(
+            f"trainer.matmul={matmul} is for CUDA, and the run is on {device}: nothing would be computed differently.\n"
+            "Leave it out."
+        )
+    torch.backends.cuda.matmul.allow_tf32 = matmul == "high"
+    torch.backends.cudnn.allow_tf32 = matmul != "highest"
 
 
 def unusable(name: str, error: Exception) -> UserError:

@@ -15,6 +15,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from math import cos, pi
+from typing import ClassVar
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -25,7 +26,13 @@ Scheduler = Callable[[Optimizer], LRScheduler]
 
 
 class Schedule(ABC):
-    """The factor of the learning rate in each step."""
+    """The factor of the learning rate in each step.
+
+    Attributes:
+        depends_on_steps: whether a factor depends on the number of steps of the run.
+    """
+
+    depends_on_steps: ClassVar[bool] = True
 
     @abstractmethod
     def factor(self, step: int, steps: int) -> float:
@@ -66,6 +73,8 @@ class WithWarmup(Schedule):
 
 class Constant(WithWarmup):
     """The optimizer's learning rate, after a warm-up."""
+
+    depends_on_steps = False
 
     def after(self, t: float) -> float:
         return 1.0

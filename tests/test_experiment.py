@@ -19,7 +19,8 @@ from gsdg.experiment import choose_workers, prepare, run
 from gsdg.models import resnet18
 from gsdg.runs import folder as runs
 from gsdg.runs.lock import LockLost, RunLock
-from gsdg.trainer import NonFinite, Trainer
+from gsdg.step_metrics import NonFinite
+from gsdg.trainer import Trainer
 from gsdg.utils.errors import UserError
 from gsdg.utils.json_files import read_lines
 from gsdg.utils.machine import usable_cores
@@ -210,7 +211,7 @@ def test_forced_by_a_submission_a_run_starts_from_scratch_once_however_often_it_
     run(plan, submission="first")
     assert started(folder) == 1  # done already
     with monkeypatch.context() as broken:
-        broken.setattr("gsdg.trainer.check_finite", lambda metrics, step, algorithm: step < 2 or preempted())
+        broken.setattr("gsdg.training_loop.check_finite", lambda metrics, step, *rest: step < 2 or preempted())
         with pytest.raises(RuntimeError, match="preempted"):
             run(plan, submission="second")
     assert (status(folder)["submission"], started(folder)) == ("second", 1)  # from scratch: one start is recorded
@@ -256,13 +257,13 @@ def test_a_process_that_lost_the_lock_in_training_stops_and_changes_nothing_in_t
     caplog.set_level("INFO")
     left = {}
 
-    def take_over(metrics, step, algorithm):
+    def take_over(metrics, step, *rest):
         if step == 2:
             folder = only_run(tmp_path / "runs")
             runs.write_json(folder / "lock", {"token": "new", "pid": 7, "node": "n2", "job": "3", "restart": 1})
             left.update({path: path.read_bytes() for path in folder.rglob("*") if path.is_file()})
 
-    monkeypatch.setattr("gsdg.trainer.check_finite", take_over)
+    monkeypatch.setattr("gsdg.training_loop.check_finite", take_over)
     with pytest.raises(LockLost, match=r"taken over by process 7 on n2 \(job 3, restart 1\)"):
         run(prepare(compose(*SMALL, "trainer.steps=12", "trainer.checkpoint_every=2", "trainer.log_every=1")))
     folder = only_run(tmp_path / "runs")

@@ -23,13 +23,16 @@ LAYERS = [  # from the base upward: a module imports only from its own layer and
         "gsdg.head_only",
         "gsdg.optimizer_groups",
         "gsdg.runtime",
+        "gsdg.loss_scaling",
         "gsdg.schedules",
+        "gsdg.step_metrics",
         "gsdg.trainer",
+        "gsdg.training_loop",
     },
     {"gsdg.fits"},
     {"gsdg.experiment"},
     {"gsdg.predict", "gsdg.sweep", "gsdg.analysis"},
-    {"gsdg.evaluate", "gsdg.export", "gsdg.soup"},
+    {"gsdg.evaluate", "gsdg.export", "gsdg.extend", "gsdg.soup"},
     {"gsdg.cli"},
 ]
 SEPARATE = [LAYERS[3], LAYERS[9]]  # packages of one layer that never import one another

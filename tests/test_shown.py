@@ -14,7 +14,7 @@ import time
 import pytest
 from helpers import REPOSITORY, SMALL, only_run
 
-from gsdg.trainer import format_accuracy
+from gsdg.evaluation.lines import format_accuracy
 from gsdg.utils.progress import Progress, tracked
 from gsdg.utils.terminal import ERASE
 

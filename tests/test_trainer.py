@@ -10,7 +10,7 @@ from harness import compose_tiny, first_difference, observe
 from helpers import status
 
 from gsdg.experiment import prepare
-from gsdg.trainer import Throughput
+from gsdg.step_metrics import Throughput
 from gsdg.utils.progress import clock_time
 
 TINY_BACKBONE = {"_target_": "tiny_backbone.tiny", "_partial_": True}  # it has BatchNorm

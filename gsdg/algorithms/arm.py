@@ -45,6 +45,7 @@ class ARM(DomainLosses):
         surgery: gradient surgery on the domains' losses, or None.
     """
 
+    takes_loss_scaling = True
     needs = "a first layer that can be given one more channel; its predictions are batch-dependent"
     batch_dependent = True
 
@@ -71,7 +72,7 @@ class ARM(DomainLosses):
 
     def _with_contexts(self, images: Tensor, sizes: Sequence[int]) -> Tensor:
         """images [N, C, H, W] -> [N, C + 1, H, W]; sizes: number of images of each domain, in order."""
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.model.precision == "bf16"):
+        with self.model.autocast(images.device):
             contexts = self.model.get_submodule("context")(images)
         contexts = contexts.to(images.dtype).split(sizes)
         return torch.cat([images, torch.cat([group_means(part, self.support_size) for part in contexts])], 1)

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import ClassVar
 
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from gsdg.models.classifier import Classifier
@@ -67,6 +68,9 @@ class Algorithm(nn.Module, ABC):
             the gradient of the first one only.
         takes_micro_batches: whether `backward` splits a batch into pieces of `micro_batch_size` images.
         micro_batch_size: images per forward pass of `backward`, set by the program; None: as many as there are.
+        takes_loss_scaling: whether `backward` passes every loss through `scaled`, computes no gradients in between, and
+            `step` is not overridden; else trainer.precision=fp16 is refused.
+        scaler: scales the losses, set by the program with trainer.precision=fp16.
         acts_on_features: the part of the algorithm that has an effect on the featurizer alone, as text for the message
             that refuses a model whose featurizer does not train; "" if there is no such part.
         model: the model to train, after `setup`.
@@ -81,6 +85,8 @@ class Algorithm(nn.Module, ABC):
     several_updates: ClassVar[bool] = False
     takes_micro_batches: bool = False
     micro_batch_size: int | None = None
+    takes_loss_scaling: ClassVar[bool] = False
+    scaler: GradScaler | None = None
     acts_on_features: ClassVar[str] = ""
 
     model: Classifier
@@ -124,6 +130,10 @@ class Algorithm(nn.Module, ABC):
             Metrics to record: 0-dim tensors, `loss` among them, left on the device because reading them here would
             synchronize with it.
         """
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss to call `backward()` of: multiplied by the loss scale, if there is one."""
+        return loss if self.scaler is None else self.scaler.scale(loss)
 
     def step(self, optimizer: Optimizer) -> dict[str, Tensor]:
         """Update the parameters from `.grad`, which the trainer has checked to be finite.

@@ -47,6 +47,7 @@ class CAD(Algorithm):
     """
 
     min_domains = 2
+    takes_loss_scaling = True
     no_surgery = "its penalty compares images of different domains"
     acts_on_features = "penalises the features of images of different domains"
 
@@ -77,7 +78,7 @@ class CAD(Algorithm):
         nll = F.cross_entropy(self.model.head(features), joint.labels)
         penalty = self.bottleneck(features, joint.labels, joint.domains)
         loss = nll + self.penalty_weight * penalty
-        loss.backward()
+        self.scaled(loss).backward()
         return {"loss": loss.detach(), "nll": nll.detach(), "penalty": penalty.detach()}
 
     def bottleneck(self, features: Tensor, labels: Tensor, domains: Tensor) -> Tensor:

@@ -21,12 +21,13 @@ class ERM(Algorithm):
     """Cross-entropy on all source domains together. No hyper-parameters."""
 
     takes_micro_batches = True
+    takes_loss_scaling = True
     no_surgery = "for ERM with surgery choose algorithm=grad_surgery, pcgrad, ..., and algorithm/rule"
 
     def backward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         joint = join(batches)
         total = torch.zeros((), device=joint.images.device)
         for term in cross_entropy_terms(self.model, joint.images, joint.labels, self.micro_batch_size):
-            term.backward()
+            self.scaled(term).backward()
             total = total + term.detach()
         return {"loss": total}

@@ -86,6 +86,7 @@ class GradSurgery(HoldsSurgery, Algorithm):
         diagnostics: whether conflict statistics per module and granularity are computed at every logged step.
     """
 
+    takes_loss_scaling = True
     no_surgery = "it is gradient surgery itself: choose algorithm/partition and algorithm/rule"
 
     def __init__(
@@ -115,7 +116,8 @@ class GradSurgery(HoldsSurgery, Algorithm):
     def backward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         joint = self.engine == "joint"
         losses = self._joint_losses(batches) if joint else self._losses(batches)
-        return self.surgery.backward(losses, [batch.domain for batch in batches], shared_graph=joint)
+        domains = [batch.domain for batch in batches]
+        return self.surgery.backward(losses, domains, shared_graph=joint, scaler=self.scaler)
 
     def _losses(self, batches: Sequence[Batch]) -> Iterator[Loss]:
         if size := self.micro_batch_size:

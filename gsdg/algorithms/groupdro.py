@@ -35,6 +35,7 @@ class GroupDRO(DomainLosses):
         surgery: gradient surgery on the domains' losses, or None.
     """
 
+    takes_loss_scaling = True
     min_domains = 2
 
     log_q: Tensor  # logarithms of the weights, [D], in domain order

@@ -54,6 +54,7 @@ class Matching(Algorithm):
     """
 
     min_domains = 2
+    takes_loss_scaling = True
     no_surgery = "its penalty is computed for all pairs of domains at once, not per domain"
     acts_on_features = "penalises the distance between the features of the domains"
     distance: ClassVar[Callable[[Sequence[Tensor]], Tensor]]  # groups of rows [n_i, F] -> mean over their pairs, 0-dim
@@ -70,7 +71,7 @@ class Matching(Algorithm):
         nll = F.cross_entropy(self.model.head(features), joint.labels)
         penalty = self.penalty(joint.split(features))
         loss = nll + self.penalty_weight * penalty
-        loss.backward()
+        self.scaled(loss).backward()
         return {"loss": loss.detach(), "nll": nll.detach(), "penalty": penalty.detach()}
 
     def penalty(self, features: Sequence[Tensor]) -> Tensor:

@@ -48,6 +48,7 @@ class MixStyle(DomainLosses):
         surgery: gradient surgery on the domains' losses, or None.
     """
 
+    takes_loss_scaling = True
     needs = "feature maps"
 
     def __init__(

@@ -35,6 +35,7 @@ class Mixup(Algorithm):
     """
 
     min_domains = 2
+    takes_loss_scaling = True
     no_surgery = "each of its losses belongs to two domains"
 
     def __init__(self, *, alpha: float) -> None:
@@ -52,7 +53,7 @@ class Mixup(Algorithm):
             for share, pair_logits, (i, j) in zip(shares, logits, pairs, strict=True)
         ]
         loss = torch.stack(losses).mean()
-        loss.backward()
+        self.scaled(loss).backward()
         return {"loss": loss.detach()}
 
 

@@ -40,6 +40,7 @@ class MTL(DomainLosses):
         surgery: gradient surgery on the domains' losses, or None.
     """
 
+    takes_loss_scaling = True
     needs = "a linear head; its predictions are batch-dependent"
     batch_dependent = True
 

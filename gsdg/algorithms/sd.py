@@ -31,6 +31,8 @@ class SD(DomainLosses):
         surgery: gradient surgery on the domains' losses, or None.
     """
 
+    takes_loss_scaling = True
+
     def __init__(self, *, penalty_weight: float, surgery: GradSurgery | None = None) -> None:
         super().__init__(surgery=surgery)
         check_range("algorithm", "[0, inf)", penalty_weight=penalty_weight)

@@ -42,6 +42,7 @@ class SelfReg(Algorithm):
     """
 
     needs = "2 images per step, for its BatchNorm"
+    takes_loss_scaling = True
     no_surgery = "it pairs images of a class across domains"
 
     def __init__(self, *, logit_weight: float, feature_weight: float, alpha: float, train_projection: bool) -> None:
@@ -66,7 +67,7 @@ class SelfReg(Algorithm):
         penalty = self.logit_weight * dissimilarity(logits, logits, pairs, mix)
         penalty = penalty + self.feature_weight * dissimilarity(features, projected, pairs, mix)
         loss = nll + nll.detach().clamp(max=1) * penalty
-        loss.backward()
+        self.scaled(loss).backward()
         return {"loss": loss.detach(), "nll": nll.detach(), "penalty": penalty.detach()}
 
 

@@ -20,10 +20,12 @@ class Averaging(ABC):
     Attributes:
         name: name of the averaging in the rows that it adds to the results.
         needs_losses: whether `after_evaluation` needs the held-out loss of the source domains.
+        depends_on_steps: whether an evaluation before the last one depends on the number of steps of the run.
     """
 
     name: ClassVar[str]
     needs_losses: ClassVar[bool] = False
+    depends_on_steps: ClassVar[bool] = False
 
     def check(self, evaluations: Sequence[int]) -> None:  # noqa: B027
         """Raise a UserError if there could be no mean in a run with evaluations after these steps."""

@@ -44,6 +44,7 @@ class SWAD(Averaging):
 
     name: ClassVar[str] = "swad"
     needs_losses: ClassVar[bool] = True
+    depends_on_steps: ClassVar[bool] = True  # the mean is evaluated once, after the last step
 
     def __init__(self, *, n_converge: int, n_tolerance: int, tolerance_ratio: float, as_released: bool = False) -> None:
         for key, value in {"n_converge": n_converge, "n_tolerance": n_tolerance}.items():

@@ -39,6 +39,7 @@ NOT_SCIENTIFIC = (
     "trainer.log_every",
     "trainer.workers",
     "trainer.keep",
+    "trainer.keep_state",
     "trainer.metrics",
     "algorithm.diagnostics",
     "algorithm.surgery.diagnostics",

@@ -4,7 +4,8 @@ Source: DomainBed's `networks.ResNet` and `networks.Classifier` (dropout on the 
 eval mode whose affine parameters are trained).
 
 Deliberate deviations: the heads that are not DomainBed's (`heads.py`), and the selection of what trains
-(`trainable.py`). With bf16 the head still runs in float32: this costs nothing, and the loss needs float32 logits.
+(`trainable.py`). With bf16 and fp16 the head still runs in float32: this costs nothing, and the loss needs float32
+logits.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from gsdg.models.trainable import TrainOnly, select_trainable
 from gsdg.types import ImageSpec
 from gsdg.utils.errors import UserError, listing
 
-Precision = Literal["float32", "bf16"]
+Precision = Literal["float32", "bf16", "fp16"]
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 ATTENTION = ("attention",)
 
 
@@ -45,7 +47,7 @@ class Classifier(nn.Module):
             does not change.
         image_size: height and width of the images in pixels, >= 1.
         mean, std: for the normalisation of the images, one number per channel (1, 2 or 3 channels); std > 0.
-        precision: of the featurizer: "float32", or "bf16" (autocast).
+        precision: of the featurizer: "float32", or "bf16" or "fp16" (autocast).
         train_only: "all"; "head", "attention", "norm" or "bias"; or a list of name patterns, see `trainable.py`. While
             nothing in the backbone trains, the features have no graph.
         freeze: name patterns of parameters that do not train although `train_only` selects them.
@@ -99,14 +101,19 @@ class Classifier(nn.Module):
         self.train()  # torch starts in train mode without calling train(): freeze BatchNorm now
 
     def featurize(self, images: Tensor) -> Tensor:
-        """The features [B, F] of images [B, C, H, W], after dropout; float32, also with bf16.
+        """The features [B, F] of images [B, C, H, W], after dropout; float32, whatever the precision.
 
         Raises:
             UserError: if the featurizer's output has another shape.
         """
-        with torch.autocast(images.device.type, dtype=torch.bfloat16, enabled=self.precision == "bf16"):
+        with self.autocast(images.device):
             features = check_features(self.featurizer(images), self.features)
-        return self.dropout(features.float() if self.precision == "bf16" else features)
+        return self.dropout(features if self.precision == "float32" else features.float())
+
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """The context in which the featurizer runs."""
+        dtype = AUTOCAST.get(self.precision)
+        return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
     def forward(self, images: Tensor) -> Tensor:
         """The logits of images [B, C, H, W]: [B, classes] float32; [B, F] with `head="none"` (a label is a feature)."""

@@ -16,6 +16,8 @@
     weights.json        which weights are kept, and of which step (see kept_weights.py)
     weights/            those of the selected step, or of every evaluation
     model.pt            those of the last step; model_averaged.pt their average
+    state.pt            what a longer run starts from, with trainer.keep_state; extends.json names the run that a longer
+                        one was made of (gsdg/extend.py)
 """
 
 from __future__ import annotations

@@ -47,12 +47,23 @@ class KeptWeights:
         write: writes a file of the run atomically, such as `Checkpoints.write`.
         sources: names of the source domains.
         about: what weights.json says about all files: classes, images, versions.
+        left_out: a step whose evaluation a longer run leaves out (gsdg/extend.py): what is selected without it is kept
+            too. None: there is none.
     """
 
     def __init__(
-        self, keep: Keep | None, folder: RunFolder, write: Write, sources: Sequence[str], about: Mapping[str, Any]
+        self,
+        keep: Keep | None,
+        folder: RunFolder,
+        write: Write,
+        sources: Sequence[str],
+        about: Mapping[str, Any],
+        *,
+        left_out: int | None = None,
     ) -> None:
         self.keep, self.folder, self.write, self.sources, self.about = keep, folder, write, sources, about
+        self.left_out = left_out
+        self.best_without: dict[str, tuple[float, int]] = {}
         self.best: dict[str, tuple[float, int]] = {}  # {kind: (held-out accuracy, step)}
         self.best_at_checkpoint: dict[str, tuple[float, int]] = {}
         self.last_step: int | None = None  # known after the last step only
@@ -107,6 +118,8 @@ class KeptWeights:
         if accuracy is None or (kind in self.best and accuracy <= self.best[kind][0]):
             return False
         self.best[kind] = accuracy, record["step"]
+        if record["step"] != self.left_out:
+            self.best_without[kind] = self.best[kind]
         return True
 
     def _records(self) -> list[dict]:
@@ -129,7 +142,9 @@ class KeptWeights:
         """The files that `keep` asks for so far, or after a resume from the last checkpoint."""
         if self.keep == "every":
             return {self._file(_kind(record), record["step"]) for record in self._records()}
-        bests = (*self.best.items(), *self.best_at_checkpoint.items()) if self._keeps_selected else ()
+        without = {} if self.left_out is None else self.best_without
+        chosen = (self.best, self.best_at_checkpoint, without) if self._keeps_selected else ()
+        bests = [item for best in chosen for item in best.items()]
         return {self._file(kind, step) for kind, (_, step) in bests}
 
     def _describe(self, last: Mapping[str, tuple[str, int]]) -> None:

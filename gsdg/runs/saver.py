@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from gsdg.runs.checkpoint import Checkpoints, random_states, restore_random_states
 from gsdg.runs.folder import RunFolder
+from gsdg.runs.weights_index import STATE
 from gsdg.utils.errors import UserError, listing
 from gsdg.utils.stop_signals import Signals, Stopped
 
@@ -111,10 +112,18 @@ class Saver:
 
         return save_if_asked
 
+    def keep_state(self, done: int) -> None:
+        """Write what a longer run starts from, after `done` steps, in the form of a checkpoint: trainer.keep_state."""
+        state = {"step": done, **self._state(random_states(), unrecorded=False)}
+        self.checkpoints.write(self.folder.path / STATE, state)
+
     def _save(self, done: int, random: dict, *, unrecorded: bool) -> None:
         self.folder.flush_lines()  # first: after a crash no checkpoint may be newer than the records on disk
-        state = {name: part.state_dict() for name, part in self.parts.items()}
-        self.checkpoints.save(done, {"random": random, "unrecorded": unrecorded, **state})
+        self.checkpoints.save(done, self._state(random, unrecorded=unrecorded))
+
+    def _state(self, random: dict, *, unrecorded: bool) -> dict:
+        parts = {name: part.state_dict() for name, part in self.parts.items()}
+        return {"random": random, "unrecorded": unrecorded, **parts}
 
     def _stop(self, stop: int, done: int) -> NoReturn:
         raise Stopped(stop, f"saved after {done} of {self.steps} steps")

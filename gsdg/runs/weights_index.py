@@ -14,7 +14,8 @@ from gsdg.utils.json_files import read_json
 
 FOLDER, INDEX = "weights", "weights.json"
 LAST = {"": "model.pt", "averaged": "model_averaged.pt"}  # by kind of weights: the network's own, or averaged
-WEIGHTS = (FOLDER, INDEX, *LAST.values())  # every file and folder of weights in a run's folder
+STATE = "state.pt"  # everything that trains on from the last step, with trainer.keep_state
+WEIGHTS = (FOLDER, INDEX, STATE, *LAST.values())  # every file and folder of weights in a run's folder
 
 
 def is_run(folder: Path) -> bool:

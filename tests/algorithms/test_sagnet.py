@@ -10,8 +10,8 @@ from torch import Tensor
 
 from gsdg.algorithms import SagNet
 from gsdg.experiment import prepare, run
+from gsdg.step_metrics import NonFinite
 from gsdg.surgery import NonFiniteGradient
-from gsdg.trainer import NonFinite
 from gsdg.types import join
 
 EPS = 1e-5

@@ -415,7 +415,7 @@ def assert_equal_weights(folder: Path, other: Path, name: str) -> None:
 def test_a_run_trains_and_is_recorded_as_it_would_be_without_and_rows_say_what_was_averaged(
     plan, drawing, tmp_path, caplog
 ):
-    caplog.set_level("INFO", "gsdg.trainer")
+    caplog.set_level("INFO", "gsdg.training_loop")
     run(plan("plain"), signals=child())
     plain, rows = only_run(tmp_path / "plain"), {}
     assert not (plain / "averaged.jsonl").exists()

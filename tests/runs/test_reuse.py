@@ -50,7 +50,7 @@ def stop_after(monkeypatch, plan, steps: int) -> None:
             raise RuntimeError("stopped by the test")
 
     with monkeypatch.context() as broken:
-        broken.setattr("gsdg.trainer.check_finite", fail)
+        broken.setattr("gsdg.training_loop.check_finite", fail)
         with pytest.raises(RuntimeError, match="stopped by the test"):
             run(plan)
 

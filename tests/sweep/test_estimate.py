@@ -41,7 +41,7 @@ def test_a_run_costs_the_steps_and_evaluations_that_the_trainer_still_makes():
         trainer.__dict__.update(settings)
         for begun in range(steps + 1):
             assert Cost(1.0, 0.0, {}).of(settings, begun) == steps - begun
-            evaluated = sum(trainer._evaluates(step) for step in range(begun, steps))
+            evaluated = sum(trainer.evaluates(step) for step in range(begun, steps))
             assert Cost(0.0, 1.0, {}).of(settings, begun) == evaluated, (settings, begun)
 
 

@@ -32,7 +32,7 @@ from torch import Tensor
 from gsdg import experiment
 from gsdg.data.loader import TrainBatches
 from gsdg.evaluation import Evaluator
-from gsdg.trainer import Trainer
+from gsdg.training_loop import TrainingLoop
 from gsdg.types import Batch
 
 # Four domains of 8 x 8 photos, three of them source domains, and a small network with convolutions.
@@ -172,14 +172,18 @@ def observe_plan(plan: experiment.Plan, *, at_start: Callable[[Any], None] | Non
 def watched(observed: Observed, at_start: Callable[[Any], None]) -> Iterator[None]:
     """Inside, every run appends what it does to `observed`. Classes are patched: averaging copies the objects."""
     kind = type(observed.plan.algorithm)
-    fit, backward, step, predict = Trainer.fit, kind.backward, kind.step, kind.predict
+    init, train = TrainingLoop.__init__, TrainingLoop.run
+    backward, step, predict = kind.backward, kind.step, kind.predict
 
-    def watched_fit(self, algorithm, optimizer, batches, evaluator, folder, workers, *more):
-        observed.algorithm, observed.optimizer = algorithm, optimizer
-        observed.train_batches, observed.evaluator, observed.workers = batches, evaluator, workers
+    def watched_init(self, trainer, algorithm, optimizer, evaluator, *more, **options):
+        observed.algorithm, observed.optimizer, observed.evaluator = algorithm, optimizer, evaluator
         note_weights("initial", algorithm)
         at_start(algorithm)
-        return fit(self, algorithm, optimizer, batches, evaluator, folder, workers, *more)
+        init(self, trainer, algorithm, optimizer, evaluator, *more, **options)
+
+    def watched_run(self, batches, workers):
+        observed.train_batches, observed.workers = batches, workers
+        train(self, batches, workers)
 
     def watched_backward(self, batches):
         observed.batches.append([batch._replace(images=batch.images.clone()) for batch in batches])
@@ -210,7 +214,8 @@ def watched(observed: Observed, at_start: Callable[[Any], None]) -> Iterator[Non
     with ExitStack() as stack:
         stack.callback(logging.getLogger("gsdg").setLevel, logging.getLogger("gsdg").level)
         logging.getLogger("gsdg").setLevel(logging.INFO)  # and not `level`: loggers remember what is enabled
-        stack.enter_context(mock.patch.object(Trainer, "fit", watched_fit))
+        stack.enter_context(mock.patch.object(TrainingLoop, "__init__", watched_init))
+        stack.enter_context(mock.patch.object(TrainingLoop, "run", watched_run))
         stack.enter_context(mock.patch.object(experiment, "environment", return_value={"code": CODE}))  # git is slow
         stack.enter_context(mock.patch("os.fsync"))
         for name, own in (("backward", watched_backward), ("step", watched_step), ("predict", watched_predict)):

@@ -45,6 +45,7 @@ from gsdg.data.transforms_batched import Batched
 from gsdg.data.transforms_exact import Exact
 from gsdg.experiment import SUPPLIED, prepare
 from gsdg.runs.saver import Saver
+from gsdg.runtime import use_matmul
 from gsdg.surgery import Surgery
 from gsdg.sweep.compose import from_command_line
 from gsdg.sweep.executor import Task, script
@@ -258,7 +259,8 @@ class Seen:
 
 @shows("trainer.precision (Trainer)", "trainer.channels_last (Trainer)")
 @pytest.mark.parametrize(
-    ("precision", "dtype", "channels_last"), [("float32", torch.float32, False), ("bf16", torch.bfloat16, True)]
+    ("precision", "dtype", "channels_last"),
+    [("float32", torch.float32, False), ("bf16", torch.bfloat16, True), ("fp16", torch.float16, False)],
 )
 def test_precision_and_channels_last_hold_in_training_and_evaluation(precision, dtype, channels_last):
     """The forward pass has the precision, weights stay float32. Images, maps and weights have the layout."""
@@ -267,12 +269,24 @@ def test_precision_and_channels_last_hold_in_training_and_evaluation(precision, 
     run = observe(at_start=seen.watch, **settings)
     for training in (True, False):
         assert {output.dtype for _, output in seen.maps[training]} == {dtype}
-    assert {tensor.dtype for tensor in [*run.weights[-1].values(), *run.gradients[-1]]} == {torch.float32}
+    weights = [p for group in run.optimizer.param_groups for p in group["params"]]
+    assert {tensor.dtype for p in weights for tensor in (p, p.grad)} == {torch.float32}
     kernels = [tensor for tensor in run.algorithm.parameters() if tensor.ndim == 4 and tensor.shape[1] > 1]
     assert kernels
     for tensor in [*kernels, *(t for pairs in seen.maps.values() for pair in pairs for t in pair)]:
         assert tensor.is_contiguous(memory_format=torch.channels_last) == channels_last
         assert tensor.is_contiguous() != channels_last
+
+
+@shows("trainer.matmul (Trainer)")
+def test_matmul_is_refused_on_a_cpu_and_sets_what_cuda_may_do():
+    """No GPU here: what is tested on one is in benchmarks/gpu.py."""
+    for chosen, products, convolutions in [("high", True, True), ("highest", False, False), (None, False, True)]:
+        use_matmul(chosen, torch.device("cuda"))
+        assert torch.backends.cuda.matmul.allow_tf32 is products
+        assert torch.backends.cudnn.allow_tf32 is convolutions
+        message = refusal(observe, **{"trainer.matmul": chosen}) if chosen else observe()
+        assert not chosen or f"trainer.matmul={chosen} is for CUDA, and the run is on cpu" in message
 
 
 @shows("trainer.keep (Trainer)")
@@ -370,7 +384,7 @@ def test_the_settings_of_swad_say_which_steps_are_averaged(monkeypatch):
         ({"as_released": True}, (4, 8, 5)),
     ]:
         course = iter(COURSE)
-        monkeypatch.setattr("gsdg.trainer.held_out_loss", lambda *_, course=course: next(course))
+        monkeypatch.setattr("gsdg.training_loop.held_out_loss", lambda *_, course=course: next(course))
         settings = {"n_converge": 3, "n_tolerance": 3, "tolerance_ratio": 0.3, **changed}
         options = {f"trainer.averaging.{key}": value for key, value in settings.items()}
         run = observe("trainer/averaging=swad", f"trainer.steps={len(COURSE)}", "trainer.eval_every=1", **options)
@@ -427,7 +441,7 @@ def test_device_is_where_the_model_is_trained_and_the_images_go(monkeypatch):
 
     monkeypatch.setattr(torch.nn.Module, "to", watched)
     loaded = mock.Mock(side_effect=train_loader)
-    monkeypatch.setattr("gsdg.trainer.train_loader", loaded)
+    monkeypatch.setattr("gsdg.training_loop.train_loader", loaded)
     run = observe(device="cpu:0")
     assert moved == [torch.device("cpu:0")]
     assert run.evaluator.loader.device == torch.device("cpu:0")

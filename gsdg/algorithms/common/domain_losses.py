@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from gsdg.algorithms.base import Algorithm
 from gsdg.algorithms.grad_surgery import GradSurgery, HoldsSurgery
@@ -58,9 +59,9 @@ class DomainLosses(Algorithm):
         losses, metrics = self.losses(batches)
         metrics = {name: value.detach() for name, value in metrics.items()}
         if self.surgery:
-            return self.surgery.backward(losses, self.domains) | metrics
+            return self.surgery.backward(losses, self.domains, self.scaler) | metrics
         loss = torch.stack(losses).mean()
-        loss.backward()
+        self.scaled(loss).backward()
         return {"loss": loss.detach(), **metrics}
 
     def diagnostics(self) -> dict:
@@ -77,8 +78,10 @@ class SurgeryModule(HoldsSurgery, nn.Module):
         super().__init__()
         self.surgery, self.statistics = surgery, diagnostics
 
-    def backward(self, losses: Sequence[Tensor], domains: Sequence[str]) -> dict[str, Tensor]:
-        return self.surgery.backward(losses, domains, shared_graph=True)
+    def backward(
+        self, losses: Sequence[Tensor], domains: Sequence[str], scaler: GradScaler | None
+    ) -> dict[str, Tensor]:
+        return self.surgery.backward(losses, domains, shared_graph=True, scaler=scaler)
 
     def __deepcopy__(self, memo: dict) -> SurgeryModule:
         """A copy that shares the `Surgery`: it holds D gradients per weight, and a copied algorithm only predicts."""
