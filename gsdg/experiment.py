@@ -136,7 +136,7 @@ def _run(plan: Plan, signals: Signals, submission: str | None, patience: float) 
     device = choose_device(plan.config["device"])
     use_matmul(plan.trainer.matmul, device)
     folder = RunFolder(Path(plan.config["runs_dir"]) / plan.run_id)
-    start = environment(plan.config) | device_metadata(device)
+    start = environment(plan.config) | device_metadata(device) | {"compile": plan.trainer.compile}
     from_scratch = plan.config["force"] and (submission is None or folder.status.get("submission") != submission)
     from_scratch = from_scratch or reuse.code_change(folder, start, plan.config["on_code_change"])
     if done_already(plan, folder, from_scratch):

@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from gsdg.averaging import Averaging
+from gsdg.compilation import Compile
 from gsdg.metrics import check_metrics
 from gsdg.models.classifier import Precision
 from gsdg.runs.kept_weights import Keep
@@ -44,6 +45,8 @@ class Trainer:
         matmul: of float32 products and convolutions on CUDA: `highest`, float32 throughout; `high`, TF32 (10 bits of
             mantissa), several times as fast; None: torch's default, TF32 in convolutions only, as in DomainBed's runs.
             Refused on other devices.
+        compile: torch.compile of the backbone: `off`, `default`, `reduce-overhead` (CUDA graphs) or `max-autotune`, see
+            compilation.py. Changes results in the last bits only.
         channels_last: keep images and weights in the channels_last memory format.
         checkpoint_every: save a checkpoint after every so many updates, and after the last one. Changes no result.
         log_every: write a log line for every so many updates. Changes no result.
@@ -80,6 +83,7 @@ class Trainer:
     log_every: int
     workers: int | None
     matmul: Matmul | None = None
+    compile: Compile = "off"
     keep: Keep | None = None
     keep_state: bool = False
     averaging: Averaging | None = None

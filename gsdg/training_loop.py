@@ -18,6 +18,7 @@ from torch import Tensor
 from gsdg.algorithms import Algorithm
 from gsdg.algorithms.base import explain_batchnorm_error
 from gsdg.averaging import Averaging
+from gsdg.compilation import Compilation
 from gsdg.data.loader import TrainBatches, train_loader
 from gsdg.evaluation import DomainMeans, Evaluator
 from gsdg.evaluation.lines import ACCURACIES, format_accuracy
@@ -69,6 +70,8 @@ class TrainingLoop:
         self.means, self.throughput = MetricMeans(), Throughput(trainer.steps)
         self.scheduler = build_scheduler(trainer.scheduler, optimizer, trainer.steps) if trainer.scheduler else None
         self.scaling = LossScaling(algorithm, self.device) if trainer.precision == "fp16" else None
+        featurizer, mode = algorithm.model.featurizer, trainer.compile
+        self.compilation = None if mode == "off" else Compilation(featurizer, mode)
         self.head_only = HeadOnly(trainer.head_only_steps, algorithm.model, optimizer)
         if self.averaging:
             self.averaging.setup(algorithm, trainer.evaluations)
@@ -131,6 +134,8 @@ class TrainingLoop:
     def _update(self, step: int, minibatches: Sequence[Batch]) -> dict[str, Tensor]:
         """Make one update from one minibatch per source domain. Returns its metrics, 0-dim tensors."""
         self.head_only.before_step(step)
+        if self.compilation:
+            self.compilation.start_step()
         self.optimizer.zero_grad(set_to_none=True)
         with explain_batchnorm_error():
             metrics = self.algorithm.backward(minibatches)
@@ -212,6 +217,8 @@ class TrainingLoop:
         self.folder.append_record(record)
         self.kept.after_evaluation(record, self.algorithm.model.state_dict)
         log.info(self._accuracy_lines(step, results["accuracy"]))
+        if self.compilation:
+            self.compilation.log_graphs()
         if self.averaging:
             losses = held_out_loss(results["nll"], self.algorithm.domains) if needed else float("nan")
             self.averaging.after_evaluation(step, losses)

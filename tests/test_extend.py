@@ -119,9 +119,7 @@ def test_what_was_selected_without_the_evaluation_that_is_left_out_is_kept_too(t
 def test_without_keep_state_a_run_keeps_no_state_and_the_message_says_what_to_do(trained, few_photos):
     finished = trained(*few_photos, *FEW, "algorithm=erm")
     assert not (finished / STATE).exists()
-    with pytest.raises(
-        UserError, match="has kept no state .* Runs with trainer.keep_state=true keep it"
-    ):
+    with pytest.raises(UserError, match="has kept no state .* Runs with trainer.keep_state=true keep it"):
         extend(finished, [MORE])
 
 

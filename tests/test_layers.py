@@ -16,7 +16,7 @@ LAYERS = [  # from the base upward: a module imports only from its own layer and
     {"gsdg.config"},
     {"gsdg.data", "gsdg.models", "gsdg.surgery", "gsdg.runs"},
     {"gsdg.algorithms"},
-    {"gsdg.averaging"},
+    {"gsdg.averaging", "gsdg.compilation"},
     {
         "gsdg.adaptation",
         "gsdg.evaluation",

@@ -38,6 +38,7 @@ NOT_SCIENTIFIC = (
     "trainer.checkpoint_every",
     "trainer.log_every",
     "trainer.workers",
+    "trainer.compile",
     "trainer.keep",
     "trainer.keep_state",
     "trainer.metrics",

@@ -38,6 +38,7 @@ MACHINE = {
     "cuda": "CUDA",
     "cudnn": "cuDNN",
     "tf32": "TF32",
+    "compile": "trainer.compile",
 }
 
 

@@ -289,6 +289,41 @@ def test_matmul_is_refused_on_a_cpu_and_sets_what_cuda_may_do():
         assert not chosen or f"trainer.matmul={chosen} is for CUDA, and the run is on cpu" in message
 
 
+@shows("trainer.compile (Trainer)")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="on a CPU torch.compile needs a C++ compiler")
+def test_compile_trains_the_same_run_with_compiled_code():
+    """The weights agree to rounding. The number of graphs is said: one for training, one for evaluation."""
+    plain, run = observe(), observe(**{"trainer.compile": "default"})
+    assert plain.plan.run_id == run.plan.run_id
+    for name, tensor in run.weights[-1].items():
+        torch.testing.assert_close(tensor, plain.weights[-1][name], rtol=1e-3, atol=1e-5)
+    assert "trainer.compile=default: 2 graphs compiled so far" in run.log
+    assert "graphs compiled" not in plain.log
+    assert run.weights[-1].keys() == plain.weights[-1].keys()
+    assert [line["compile"] for line in read_lines(run.folder / "environment.jsonl")] == ["default"]
+    assert not calls_compiled(plain)
+    assert calls_compiled(run)
+
+
+def calls_compiled(run: Observed) -> bool:
+    return run.algorithm.model.featurizer._compiled_call_impl is not None
+
+
+def test_the_mode_of_compile_is_that_of_torch_compile(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda module, mode: modes.append(mode))
+    for mode in ("default", "reduce-overhead", "max-autotune"):
+        observe(**{"trainer.compile": mode})
+    assert modes == ["default", "reduce-overhead", "max-autotune"]
+
+
+@shows("trainer.keep_state (Trainer)")
+def test_keep_state_keeps_what_a_longer_run_starts_from():
+    kept, without = (observe(**{"trainer.keep_state": keep}) for keep in (True, False))
+    assert kept.files - without.files == {"state.pt"}
+    assert torch.load(kept.folder / "state.pt", weights_only=True)["step"] == 3
+
+
 @shows("trainer.keep (Trainer)")
 def test_keep_leaves_the_final_weights(tmp_path):
     kept, dropped = (observe(**{"trainer.keep": keep}) for keep in ("last", "none"))

@@ -1,0 +1,53 @@
+"""torch.compile of the backbone: trainer.compile. On a CPU it needs a C++ compiler, on CUDA Triton, which torch brings.
+
+The featurizer alone is compiled, in training and in evaluation: it is nearly all of the arithmetic, its weights keep
+their names, and algorithms that call the featurizer and the head apart find both. Gradient surgery is not compiled: on
+CUDA it is three Triton kernels already. Copies of a model (averages, inner steps) run uncompiled.
+
+Compiled code rounds differently, as another processor does. So the setting is not part of the run id, and a run may be
+resumed with another one; environment.jsonl names it for each start.
+
+Every new combination of mode (training, evaluation) and shape is compiled when it is first met. That takes seconds to
+minutes, so every evaluation logs how many graphs there are by then: a number that keeps growing is a loss.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Literal
+
+import torch
+from torch import nn
+
+log = logging.getLogger(__name__)
+Compile = Literal["off", "default", "reduce-overhead", "max-autotune"]
+
+
+class Compilation:
+    """The compiled featurizer of one run.
+
+    Args:
+        featurizer: is compiled in place; the compilation itself happens when it is called.
+        mode: of torch.compile.
+    """
+
+    def __init__(self, featurizer: nn.Module, mode: Compile) -> None:
+        self.mode, self.noted, self.before = mode, 0, graphs()
+        featurizer.compile(mode=mode)
+
+    def start_step(self) -> None:
+        """The outputs of the last step are not needed any more: CUDA graphs may overwrite them."""
+        torch.compiler.cudagraph_mark_step_begin()
+
+    def log_graphs(self) -> None:
+        """Log the number of graphs compiled so far, if it has grown."""
+        if (count := graphs() - self.before) > self.noted:
+            self.noted = count
+            log.info("trainer.compile=%s: %d graphs compiled so far", self.mode, count)
+
+
+def graphs() -> int:
+    """The number of graphs that torch.compile has made in this process."""
+    from torch._dynamo.utils import counters  # private: torch counts nowhere else
+
+    return counters["stats"]["unique_graphs"]
