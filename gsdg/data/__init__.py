@@ -69,11 +69,12 @@ class DataSource(Protocol):
 class Transform(Protocol):
     """Turns the B images of one batch into the tensor that the model gets, in two halves."""
 
-    def on_host(self, images: Sequence[Any], /) -> Any:
+    def on_host(self, images: Any, /) -> Any:
         """Draw all random numbers, from torch's CPU generator, and prepare the batch, usually in a worker process.
 
         Args:
-            images: B images as `Domain.load` returns them: of any size, Pillow images or arrays [h, w, 3] uint8.
+            images: B images as `Domain.load` returns them: of any size, Pillow images or arrays [h, w, 3] uint8. With
+                trainer.transform=exact one array of all, if `Domain.load_many` gives it.
 
         Returns:
             A tensor, or a named tuple of tensors with a method `to`, which can be sent to another process.

@@ -18,6 +18,8 @@ class Domain:
         labels: [N] int64, the class index of each image.
         load: load(i) returns the i-th image, 0 <= i < N: a Pillow image, or an array [h, w, 3] uint8 once the domain
             has been opened through `gsdg.data.cache.memory_map`.
+        load_many: load_many(indices) returns several images at once, [n, h, w] or [n, h, w, 3] uint8, the pixels of
+            `load`; None where images are read one by one.
         files: files[i] is the path of the file that the i-th image is from; None if there are no files.
     """
 
@@ -25,6 +27,7 @@ class Domain:
     labels: np.ndarray
     load: Callable[[int], Image.Image | np.ndarray]
     files: Sequence[str] | None = None
+    load_many: Callable[[np.ndarray], np.ndarray] | None = None
 
     def __post_init__(self) -> None:
         assert self.labels.ndim == 1, self.labels.shape
@@ -32,6 +35,10 @@ class Domain:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def images(self, indices: np.ndarray) -> Sequence[Image.Image | np.ndarray] | np.ndarray:
+        """The images of these indices: one array if `load_many` gives it, else a list."""
+        return self.load_many(indices) if self.load_many else [self.load(int(i)) for i in indices]
 
     @property
     def paths(self) -> Sequence[str]:

@@ -12,7 +12,7 @@ As in MNIST, they are enlarged to 20 x 20 in the middle of 28 x 28, so that a ro
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -98,7 +98,7 @@ class Rotated(Digits):
     def _domain(self, name: str, images: np.ndarray, labels: np.ndarray, generator: Generator) -> Domain:
         rotated = [Image.fromarray(image).rotate(int(name), Image.Resampling.BILINEAR) for image in images]
         pixels = np.stack([np.asarray(image) for image in rotated])  # [N, 28, 28] uint8
-        return Domain(name, labels, partial(_load, pixels))
+        return Domain(name, labels, partial(_load, pixels), load_many=partial(_rows, pixels))
 
 
 class Colored(Digits):
@@ -124,7 +124,8 @@ class Colored(Digits):
         disagreement = (100 - percent if name[0] == "+" else percent) / 100  # P(colour != label)
         noisy_labels = _flipped(torch.from_numpy(labels) < 5, LABEL_NOISE, generator)
         colors = _flipped(noisy_labels, disagreement, generator)  # False: red, True: green
-        return Domain(name, noisy_labels.long().numpy(), partial(_load_colored, images, colors.long().numpy()))
+        load_many = partial(_colored_rows, images, colors.long().numpy())
+        return Domain(name, noisy_labels.long().numpy(), partial(_load_colored, load_many), load_many=load_many)
 
 
 class Embedded(Digits):
@@ -181,10 +182,19 @@ def _load(images: np.ndarray, index: int) -> Image.Image:
     return Image.fromarray(images[index])
 
 
-def _load_colored(images: np.ndarray, colors: np.ndarray, index: int) -> Image.Image:
-    rgb = np.zeros((*images.shape[1:], 3), np.uint8)
-    rgb[..., colors[index]] = images[index]
-    return Image.fromarray(rgb)
+def _rows(images: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    return images[indices]
+
+
+def _colored_rows(images: np.ndarray, colors: np.ndarray, indices: np.ndarray) -> np.ndarray:
+    """[n, 28, 28, 3] uint8: the images of the indices, each in the channel of its colour."""
+    rgb = np.zeros((len(indices), *images.shape[1:], 3), np.uint8)
+    rgb[np.arange(len(indices)), ..., colors[indices]] = images[indices]
+    return rgb
+
+
+def _load_colored(load_many: Callable[[np.ndarray], np.ndarray], index: int) -> Image.Image:
+    return Image.fromarray(load_many(np.array([index]))[0])
 
 
 def _is_angle(name: str) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import cache, partial
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -40,17 +41,32 @@ class Exact:
 
     def __init__(self, spec: ImageSpec, augment: str) -> None:
         assert augment in ("photos", "none"), augment
-        self.spec = spec
+        self.spec, self.augments = spec, augment == "photos"
         steps = _augmented(spec) if augment == "photos" else _resized(spec)
         self.pixels = T.Compose([*steps, T.PILToTensor(), partial(_keep_channels, spec.channels)])
 
-    def on_host(self, images: Sequence[Image.Image]) -> Tensor:
-        """Augment or resize B images. Returns [B, C, S, S] uint8."""
+    def on_host(self, images: Sequence[Image.Image] | np.ndarray) -> Tensor:
+        """Augment or resize B images, or an array of them. Returns [B, C, S, S] uint8."""
+        if isinstance(images, np.ndarray):
+            if self._fits(images):
+                return _channels_first(images)[:, : self.spec.channels].contiguous()
+            images = [Image.fromarray(image) for image in images]
         return torch.stack([self.pixels(image) for image in images])
+
+    def _fits(self, images: np.ndarray) -> bool:
+        """Whether [B, h, w] or [B, h, w, 3] are pixels as the model expects them, so that Pillow changes nothing."""
+        right_size = images.shape[1:3] == (self.spec.size, self.spec.size)
+        return not self.augments and right_size and (images.ndim == 3) == (self.spec.channels == 1)
 
     def on_device(self, prepared: Tensor) -> Tensor:
         """Normalise [B, C, S, S] uint8 to float32."""
         return normalised(prepared, self.spec)
+
+
+def _channels_first(images: np.ndarray) -> Tensor:
+    """[B, h, w] or [B, h, w, 3] -> [B, 1 or 3, h, w]."""
+    pixels = torch.from_numpy(images)
+    return pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)
 
 
 def normalised(pixels: Tensor, spec: ImageSpec) -> Tensor:

@@ -115,3 +115,11 @@ def test_a_dataset_has_the_attributes_that_a_run_needs():
     rotated, colored = RotatedDigits(name="x", domains=["0"]), ColoredDigits(name="x", domains=["+9%"])
     assert (rotated.augment, rotated.cache, rotated.channels) == ("none", None, 1)
     assert (colored.augment, colored.cache, colored.channels) == ("none", None, 2)
+
+
+def test_many_digits_at_once_have_the_pixels_of_each():
+    chosen = np.array([3, 0, 3, 7])
+    for dataset in (read(ANGLES), read_colored()):
+        for domain in dataset.domains.values():
+            np.testing.assert_array_equal(domain.images(chosen), pixels(domain)[chosen])
+            assert isinstance(domain.images(chosen), np.ndarray), "one array, not one image after the other"

@@ -112,3 +112,27 @@ def test_two_channels_are_red_and_green_and_transforms_can_be_sent_to_workers(im
         with cpu_seed(seed):
             theirs = by_hand(image, 28)
         torch.testing.assert_close(ours, theirs[:2], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("augment", ["none", "photos"])
+@pytest.mark.parametrize("shape", [(28, 28), (28, 28, 3), (20, 28)])
+@pytest.mark.parametrize("spec", [SPEC, GREY, TWO], ids=["colour", "grey", "red and green"])
+def test_an_array_of_images_becomes_what_its_images_become(spec, shape, augment):
+    """Where nothing has to be done per image, and where size, channels or augmentation ask for Pillow."""
+    spec = spec._replace(size=28)
+    images = np.random.RandomState(0).randint(0, 256, (5, *shape), np.uint8)
+    transform = Exact(spec, augment)
+    with cpu_seed(3):
+        one_by_one = transform.on_host([Image.fromarray(image) for image in images])
+    with cpu_seed(3):
+        together = transform.on_host(images)
+    assert torch.equal(together, one_by_one)
+    assert together.is_contiguous()
+
+
+def test_pixels_that_fit_never_become_pillow_images(monkeypatch):
+    monkeypatch.setattr(Image, "fromarray", None)
+    grey = GREY._replace(size=28)
+    assert Exact(grey, "none").on_host(np.zeros((2, 28, 28), np.uint8)).shape == (2, 1, 28, 28)
+    with pytest.raises(TypeError):
+        Exact(grey, "photos").on_host(np.zeros((2, 28, 28), np.uint8))
