@@ -7,6 +7,11 @@ CUDA it is three Triton kernels already. Copies of a model (averages, inner step
 Compiled code rounds differently, as another processor does. So the setting is not part of the run id, and a run may be
 resumed with another one; environment.jsonl names it for each start.
 
+An algorithm that runs through a graph more than once (`reuses_graph`) is refused: compiled code overwrites what it has
+saved for the backward pass. torch raises an error there. Its switch against that (donated_buffer) is no way out: it is
+not part of the key of torch's cache on disk (torch 2.14.1), and with a cached graph the gradient of the second domain
+was wrong without an error.
+
 Every new combination of mode (training, evaluation) and shape is compiled when it is first met. That takes seconds to
 minutes, so every evaluation logs how many graphs there are by then: a number that keeps growing is a loss.
 """

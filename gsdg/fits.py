@@ -62,7 +62,7 @@ def check_sources(name: str, algorithm: Algorithm, sources: list[str]) -> None:
 
 
 def check_updates(name: str, algorithm: Algorithm, trainer: Trainer) -> None:
-    """UserError if the algorithm leaves no room for a schedule, micro-batches, fp16, or a limit of the gradient."""
+    """UserError if the algorithm leaves no room for a setting of the trainer, such as a schedule or micro-batches."""
     if trainer.scheduler and algorithm.sets_learning_rate:
         raise UserError(
             f"algorithm={name} sets the learning rate itself, so trainer/scheduler is refused.\nLeave it out, or "
@@ -72,6 +72,11 @@ def check_updates(name: str, algorithm: Algorithm, trainer: Trainer) -> None:
         raise UserError(
             f"trainer.micro_batch_size: algorithm={name} needs all images of a step in one forward pass.\n"
             "It works with algorithm=erm, and with gradient surgery with algorithm.engine=micro_batch."
+        )
+    if trainer.compile != "off" and algorithm.reuses_graph:
+        raise UserError(
+            f"trainer.compile: algorithm={name} goes through the network's graph more than once, and compiled code goes "
+            "through it once.\nLeave trainer.compile out. It works with gradient surgery with algorithm.engine=micro_batch."
         )
     if trainer.precision == "fp16" and not algorithm.takes_loss_scaling:
         raise UserError(

@@ -68,6 +68,8 @@ class Algorithm(nn.Module, ABC):
             the gradient of the first one only.
         takes_micro_batches: whether `backward` splits a batch into pieces of `micro_batch_size` images.
         micro_batch_size: images per forward pass of `backward`, set by the program; None: as many as there are.
+        reuses_graph: whether `backward` runs through the featurizer's graph more than once or needs its second
+            derivatives; then trainer.compile is refused. An instance attribute where hyper-parameters decide it.
         takes_loss_scaling: whether `backward` passes every loss through `scaled`, computes no gradients in between, and
             `step` is not overridden; else trainer.precision=fp16 is refused.
         scaler: scales the losses, set by the program with trainer.precision=fp16.
@@ -85,6 +87,7 @@ class Algorithm(nn.Module, ABC):
     several_updates: ClassVar[bool] = False
     takes_micro_batches: bool = False
     micro_batch_size: int | None = None
+    reuses_graph: bool = False
     takes_loss_scaling: ClassVar[bool] = False
     scaler: GradScaler | None = None
     acts_on_features: ClassVar[str] = ""

@@ -107,7 +107,7 @@ class GradSurgery(HoldsSurgery, Algorithm):
         self.surgery_factory = SurgeryFactory(
             partition=partition, rule=rule, outliers=outliers, storage=storage, diagnostics=self.statistics
         )
-        self.engine, self.takes_micro_batches = engine, engine == "micro_batch"
+        self.engine, self.takes_micro_batches, self.reuses_graph = engine, engine == "micro_batch", engine == "joint"
 
     def setup(self, model: Classifier, domains: Sequence[str]) -> None:
         super().setup(model, domains)

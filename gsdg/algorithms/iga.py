@@ -37,6 +37,7 @@ class IGA(DomainLosses):
     """
 
     min_domains = 2
+    reuses_graph = True
 
     def __init__(self, *, penalty_weight: float, surgery: GradSurgery | None = None) -> None:
         super().__init__(surgery=surgery)

@@ -309,6 +309,21 @@ def calls_compiled(run: Observed) -> bool:
     return run.algorithm.model.featurizer._compiled_call_impl is not None
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("algorithm=iga",),
+        ("algorithm=grad_surgery", "algorithm.engine=joint"),
+        ("algorithm=groupdro", "algorithm/surgery=pcgrad"),
+    ],
+    ids=" ".join,
+)
+def test_an_algorithm_that_uses_a_graph_again_is_not_compiled(words):
+    """With a graph from torch's cache on disk the second domain's gradient was wrong, without any error."""
+    message = refusal(prepare, compose_tiny(*words, **{"trainer.compile": "default"}))
+    assert f"{words[0]} goes through the network's graph more than once" in message
+
+
 def test_the_mode_of_compile_is_that_of_torch_compile(monkeypatch):
     modes = []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda module, mode: modes.append(mode))

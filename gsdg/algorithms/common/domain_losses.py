@@ -41,6 +41,7 @@ class DomainLosses(Algorithm):
             )
         self.surgery_factory = surgery.surgery_factory if surgery else None
         self.surgery: SurgeryModule | None = None
+        self.reuses_graph = self.reuses_graph or surgery is not None
 
     def setup(self, model: Classifier, domains: Sequence[str]) -> None:
         """Store the model and build the surgery on all trainable parameters.
