@@ -32,7 +32,7 @@ def measure_part(
         print(f"{part}: {measurement.name}", file=sys.stderr, flush=True)
         left = end - time.monotonic()
         measured = _left_out(measurement, limit) if left < measurement.seconds else _measured(measurement, left)
-        measured = [_named(own, part, measurement.name, setting) for own in measured]
+        measured = [_labelled(own, part, measurement.name, setting) for own in measured]
         keep(measured)
         rows += measured
         free_memory(setting.device)
@@ -53,15 +53,16 @@ def _measured(measurement: Measurement, left: float) -> list[Row]:
         return [row(FAILED, note=" ".join(f"{type(error).__name__}: {error}".split())[:600])]
 
 
-def _named(own: Row, part: str, measurement: str, setting: Setting) -> Row:
-    note = f"self-test, no result; {own['note']}" if setting.tiny else own["note"]
-    return {**own, "part": part, "measurement": measurement, "note": str(note).removesuffix("; ")}
+def _labelled(own: Row, part: str, measurement: str, setting: Setting) -> Row:
+    """The row with the names of its part and measurement; that of a self-test says so, and has no aim."""
+    test = {"note": f"self-test, no result; {own['note']}".removesuffix("; "), "aim": ""} if setting.tiny else {}
+    return {**own, "part": part, "measurement": measurement, **test}
 
 
 def merge(output: Path, new: list[Row]) -> None:
-    """Write `new`, the rows of one measurement, to `output` in place of its earlier rows of the same measurement.
+    """Write `new`, the rows of one measurement, to `output`; they replace its rows of that measurement and device.
 
-    A measurement that is left out does not replace one that was made.
+    A measurement that is left out replaces nothing.
     """
     old = _read(output, list(new[0]))
     same = [_key(own) == _key(new[0]) for own in old]
@@ -70,8 +71,8 @@ def merge(output: Path, new: list[Row]) -> None:
     write([own for own, replaced in zip(old, same, strict=True) if not replaced] + new, output)
 
 
-def _key(own: Row) -> tuple[object, object]:
-    return own["part"], own["measurement"]
+def _key(own: Row) -> tuple[object, ...]:
+    return own["part"], own["measurement"], own["device"]
 
 
 def _read(output: Path, columns: list[str]) -> list[Row]:

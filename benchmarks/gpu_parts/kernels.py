@@ -3,7 +3,8 @@
 The floor is the time that the bytes of a pass take at the measured bandwidth of a copy from device to device, which
 counts bytes read and written. The method reads G twice and writes the update once. `error` is ||x - x64|| / ||x64||;
 the torch functions compute x64 from the same G in float64. `surgery` is the whole step, with the rule between the
-passes. Its time includes launches; the note has the number of launches and the time on the device.
+passes. Times are those of calls in a row and include what their launches cost the host; the notes have the number of
+launches and the time on the device (torch.profiler; 0 where the machine forbids profiling).
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ def _paths(G: Tensor) -> dict[str, ModuleType]:
 def _of_path(path: str, passes: ModuleType, case: Case, G: Tensor) -> dict[str, Contender]:
     """The contenders of one implementation of the passes: `what, path` -> contender."""
     surgery = case.surgery(Chunk(10), CorGrad(), ALPHA)
-    layout, out = surgery.combiner.layout, torch.empty_like(case.G[0])
+    layout, out = surgery.combiner.layout, torch.full_like(case.G[0], torch.nan)  # NaN stays where nothing is written
     weights = torch.rand(layout.n_parts, len(G), dtype=torch.float64, device=G.device)
     grams, update = partial(passes.slot_grams, G, layout), partial(passes.combine, G, weights, layout, out)
     read, written = len(G) * G[0].nbytes, out.nbytes
@@ -117,9 +118,9 @@ def _row(name: str, contender: Contender, time: Time, bandwidth: float, setting:
     what, _, path = name.partition(", ")
     floor = contender.n_bytes / bandwidth
     note = f"{contender.n_bytes / time.ms / 1e6:.0f} GB/s"
-    if what == "surgery" and not setting.tiny:
+    if not setting.tiny:
         launches, ms = profiled(contender.call)
-        note = f"{launches} launches, {ms:.3f} ms on the device"
+        note += f"; {launches} launches, {ms:.4f} ms on the device"
     compared = {} if what == "copy" else {"floor_ms": floor, "ratio": time.ms / floor, "ratio_to": "floor"}
     aim, measured = AIMS.get(name, ""), {"ms": time.ms, "rounds": time.rounds, "error": contender.error}
     return row(what, mode=path, **measured, **compared, aim=aim, note=note)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from timing import Row, medians, seconds_per_call
 from torch import nn
 
-from gpu_parts.measurement import Measurement, Setting, Skipped, peaks, ratio_column, row, start_peak
+from gpu_parts.measurement import Measurement, Setting, Skipped, free_memory, peaks, ratio_column, row, start_peak
 from gpu_parts.networks import DOMAINS, PRECISIONS, VIT, Network, model_names, network, numerics, random_batches
 from gsdg.surgery import GradSurgery
 from gsdg.types import Batch, join
@@ -56,6 +56,9 @@ def _uncompiled(model: str) -> list[Case]:
 def _rows(case: Case, setting: Setting, times: dict[Case, float], left: float) -> list[Row]:
     """The row of one case. times: milliseconds of the cases so far."""
     method, model, precision, mode = case
+    if mode == COMPILED:
+        torch._dynamo.reset()  # it keeps the earlier networks alive
+        free_memory(setting.device)
     with numerics(precision):
         batches = random_batches(setting, channels_last=mode == LAST)
         step = step_of(method, network(model, precision, setting, channels_last=mode == LAST), batches, setting, mode)
@@ -70,8 +73,9 @@ def _rows(case: Case, setting: Setting, times: dict[Case, float], left: float) -
     head = {"model": model, "domains": DOMAINS, "precision": precision, "mode": mode}
     erm = times.get((ERM, model, precision, reference))
     ratio = {"ratio": ratio_column(time.ms, erm), "ratio_to": f"erm, {reference}"}
-    measured = {"ms": time.ms, "images_per_s": 1e3 * images / time.ms, "rounds": time.rounds, **peaks(setting.device)}
-    return [row(method, **head, **measured, **ratio)]
+    measured = {"ms": time.ms, "images_per_s": 1e3 * images / time.ms, "rounds": time.rounds}
+    memory = {} if mode == GRAPH else peaks(setting.device)  # replays allocate nothing that the peak would count
+    return [row(method, **head, **measured, **memory, **ratio)]
 
 
 def step_of(
@@ -79,7 +83,6 @@ def step_of(
 ) -> Callable[[], object]:
     """A training step of this method: gradients, and Adam's update (fused on CUDA)."""
     if mode == COMPILED:
-        torch._dynamo.reset()
         model.featurizer.compile(backend="aot_eager" if setting.tiny else "inductor")
     on_gpu, fp16 = setting.device == "cuda", model.autocast == torch.float16
     capturable = {"capturable": True} if mode == GRAPH and on_gpu else {}
