@@ -8,8 +8,8 @@ All parts write their rows to one file, benchmarks/results/gpu_<device name>.csv
 replaces its rows there. A part that has no time left for a measurement says so in a row, and so does a measurement that
 fails; then the exit status is 1.
 
-Without CUDA it tests itself on the CPU: every part with tiny sizes, in about two minutes on one thread. Times of the
-self-test mean nothing, and its rows are written only if --output names a file.
+Without CUDA it tests itself on the CPU: every part with tiny sizes, in about two minutes on one core that is otherwise
+idle. Times of the self-test mean nothing, and its rows are written only if --output names a file.
 
 Where the copy of the code has no history of git, set GSDG_COMMIT to the commit. The parts `end_to_end` and
 `side_by_side` take PACS from --data-dir, and generated images without it.

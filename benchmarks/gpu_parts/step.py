@@ -34,14 +34,19 @@ def measurements(setting: Setting) -> list[Measurement]:
     """One measurement per method, model, precision and mode; compiled ones last, because compiling takes most time."""
     models, times = model_names(setting), {}
     cases = [case for model in models for case in _uncompiled(model)]
-    order = ("bf16", "tf32", "float32", "fp16")
+    order = ("bf16",) if setting.tiny else ("bf16", "tf32", "float32", "fp16")
     cases += [(method, m, precision, COMPILED) for precision in order for m in models for method in (ERM, SURGERY)]
-    return [
-        Measurement(
-            " ".join((*case[1:], case[0])), 120 if case[3] == COMPILED else 20, partial(_rows, case, setting, times)
-        )
-        for case in cases
-    ]
+    return [Measurement(_name(case), _seconds(case), partial(_rows, case, setting, times)) for case in cases]
+
+
+def _seconds(case: Case) -> float:
+    """The longest that a case should take."""
+    return 120 if case[3] == COMPILED else 20
+
+
+def _name(case: Case) -> str:
+    method, *others = case
+    return " ".join((*others, method))
 
 
 def _uncompiled(model: str) -> list[Case]:
