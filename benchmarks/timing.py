@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
@@ -80,18 +82,46 @@ def timed(call: Callable[[], object], device: str) -> float:
     return result if isinstance(result, float) else time.perf_counter() - start
 
 
+def seconds_per_call(call: Callable[[], object], count: int, device: str) -> float:
+    """Seconds per call of `count` calls in a row, so that launches overlap with the work on the device.
+
+    On CUDA the time between two events on the current stream.
+    """
+    if device != "cuda":
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        return (time.perf_counter() - start) / count
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for _ in range(count):
+        call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / count
+
+
 def provenance(device: str) -> Row:
     """Machine, versions, date and commit: the last columns of every results file."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "gsdg"]).returncode != 0
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else device,
         "threads": torch.get_num_threads(),
         "processor": platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "date": date.today().isoformat(),
-        "commit": commit + "-dirty" * changed,
+        "commit": commit(),
     }
+
+
+def commit() -> str:
+    """The commit, with `-dirty` if gsdg has other changes. On a machine without git or its history: $GSDG_COMMIT."""
+    if name := os.environ.get("GSDG_COMMIT"):
+        return name
+    if not shutil.which("git"):
+        return "unknown"
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", "gsdg"], capture_output=True).returncode != 0
+    return "unknown" if head.returncode else head.stdout.strip() + "-dirty" * changed
 
 
 def show(rows: list[Row]) -> None:
@@ -102,13 +132,18 @@ def show(rows: list[Row]) -> None:
 
 
 def save(rows: list[Row], output: Path) -> None:
+    """Write the rows to `output`, and say so."""
+    write(rows, output)
+    print(f"written to {output}", flush=True)
+
+
+def write(rows: list[Row], output: Path) -> None:
     """Write the rows to `output`."""
     output.parent.mkdir(parents=True, exist_ok=True)
     with output.open("w", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    print(f"written to {output}", flush=True)
 
 
 def report(rows: list[Row], output: Path) -> None:
