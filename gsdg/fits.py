@@ -75,8 +75,8 @@ def check_updates(name: str, algorithm: Algorithm, trainer: Trainer) -> None:
         )
     if trainer.compile != "off" and algorithm.reuses_graph:
         raise UserError(
-            f"trainer.compile: algorithm={name} goes through the network's graph more than once, and compiled code goes "
-            "through it once.\nLeave trainer.compile out. It works with gradient surgery with algorithm.engine=micro_batch."
+            f"trainer.compile: algorithm={name} goes through the network's graph more than once, which compiled code "
+            "cannot do.\nLeave it out. Gradient surgery takes it with algorithm.engine=micro_batch."
         )
     if trainer.precision == "fp16" and not algorithm.takes_loss_scaling:
         raise UserError(
