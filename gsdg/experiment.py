@@ -347,7 +347,7 @@ def train(plan: Plan, folder: RunFolder, device: torch.device, signals: Signals)
     parts = plan.split.indices(dataset)  # {domain: {"in": indices, "out": indices}}
     if trainer.transform == "batched":
         dataset = as_arrays(dataset, plan.source.cache)
-    workers = choose_workers(trainer, dataset)
+    workers = choose_workers(trainer, dataset, device)
     batches = TrainBatches(
         dataset,
         {domain: parts[domain]["in"] for domain in sources},
@@ -401,11 +401,16 @@ def evaluator_of(
     )
 
 
-def choose_workers(trainer: Trainer, dataset: DomainDataset) -> int:
-    """Processes that load images: trainer.workers; if that is null, none where all images are in memory already."""
+def choose_workers(trainer: Trainer, dataset: DomainDataset, device: torch.device) -> int:
+    """Processes that load images: trainer.workers. If that is null, none where all images are in memory already.
+
+    With a GPU and trainer.transform=batched one, which draws and copies the crops while this process feeds the GPU.
+    """
     if trainer.workers is not None:
         return trainer.workers
-    return 0 if in_memory(dataset) else usable_cores()
+    if in_memory(dataset):
+        return int(device.type == "cuda" and trainer.transform == "batched")
+    return usable_cores()
 
 
 def limit_workers(workers: int, trainer: Trainer, batches: TrainBatches) -> int:

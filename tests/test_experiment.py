@@ -21,6 +21,7 @@ from gsdg.runs import folder as runs
 from gsdg.runs.lock import LockLost, RunLock
 from gsdg.step_metrics import NonFinite
 from gsdg.trainer import Trainer
+from gsdg.training_loop import TrainingLoop
 from gsdg.utils.errors import UserError
 from gsdg.utils.json_files import read_lines
 from gsdg.utils.machine import usable_cores
@@ -307,10 +308,10 @@ def test_on_an_accelerator_a_gradient_that_is_not_finite_does_not_reach_the_weig
 def test_the_presets_augment_the_right_domains_in_both_modes(compose, tmp_path, monkeypatch, transform):
     seen = {}
 
-    def fit(self, algorithm, optimizer, batches, evaluator, *_, **__):
-        seen.update(batches=batches, evaluator=evaluator)
+    def train(self, batches, workers):
+        seen.update(batches=batches, evaluator=self.evaluator)
 
-    monkeypatch.setattr(Trainer, "fit", fit)
+    monkeypatch.setattr(TrainingLoop, "run", train)
     data = ("dataset=image_folder", f"dataset.root={photos(tmp_path / 'photos')}", "split.target=b", "device=cpu")
     model = ("model=resnet18", *RANDOM_WEIGHTS, f"trainer.transform={transform}")
     for trainer, augmented in {"domainbed_2020": {"a", "c"}, "domainbed_head": {"a", "c"}, "swad": set()}.items():
@@ -357,18 +358,20 @@ def test_images_are_not_stored_smaller_than_the_input_of_the_model(compose, tmp_
 
 
 def test_workers_are_started_only_if_images_are_decoded(compose, tmp_path):
-    def workers(*overrides: str) -> int:
+    def workers(*overrides: str, device: str = "cpu") -> int:
         plan = prepare(compose("device=cpu", *overrides))
         dataset = plan.source.read()
         if plan.trainer.transform == "batched":
             dataset = as_arrays(dataset, plan.source.cache)
-        return choose_workers(plan.trainer, dataset)
+        return choose_workers(plan.trainer, dataset, torch.device(device))
 
     root = photos(tmp_path / "photos")
     tree = ("dataset=image_folder", f"dataset.root={root}", "split.target=b", "model=resnet18", *RANDOM_WEIGHTS)
     assert workers("split.target=15") == 0  # in memory
     assert workers(*tree) == usable_cores()
     assert workers(*tree, "trainer.transform=batched") == 0  # decoded once
+    assert workers(*tree, "trainer.transform=batched", device="cuda") == 1  # beside the process that feeds the GPU
+    assert workers("split.target=15", device="cuda") == 0
     assert workers(*tree, "trainer.transform=batched", "dataset.cache=off") == usable_cores()
     assert workers("split.target=15", "trainer.workers=3") == 3
 

@@ -25,6 +25,8 @@ from torchvision import transforms as T
 from gsdg.data.transforms_exact import CROP_RATIO, CROP_SCALE, GREY_PROBABILITY, JITTER
 from gsdg.types import ImageSpec
 
+Box = tuple[int, int, int, int]  # a crop: top, left, height, width
+PADDING = 4  # an array of crops has at most so many times the pixels of the crops
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the operations of the colour jitter, numbered as in torchvision
 
 
@@ -36,7 +38,7 @@ class Colours(NamedTuple):
     are computed on the host, because reading them back from the device would synchronize with it.
     """
 
-    order: list[list[int]]  # B x 4: the operations of each image, in the order in which they apply
+    order: Tensor  # [B, 4] int64: the operations of each image, in the order in which they apply
     factors: Tensor  # [B, 4] float32, indexed by operation; the factor of HUE is a shift in 0..255
     rows: Tensor  # [4, B] int64: image indices
     counts: list[list[int]]  # 4 x 4: images by position and operation
@@ -54,6 +56,18 @@ class Staged(NamedTuple):
     def to(self, device: torch.device, non_blocking: bool = False) -> Staged:
         """Copy all tensors to the device."""
         return _to_device(self, device, non_blocking)
+
+
+class Mixed(NamedTuple):
+    """A batch whose images differ so much in shape that they are padded in groups."""
+
+    groups: tuple[Staged, ...]
+    rows: Tensor  # [B] int64: where each image of the batch is when the groups are concatenated
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Mixed:
+        """Copy all tensors to the device."""
+        groups = tuple(group.to(device, non_blocking) for group in self.groups)
+        return Mixed(groups, self.rows.to(device, non_blocking=non_blocking))
 
 
 def _to_device(value: Any, device: torch.device, non_blocking: bool) -> Any:
@@ -78,13 +92,24 @@ class Batched:
         self.spec = spec
         self.photos = augment == "photos"
 
-    def on_host(self, images: Sequence[np.ndarray]) -> Staged:
+    def on_host(self, images: Sequence[np.ndarray]) -> Staged | Mixed:
         """Draw the random parameters and copy the crops of B images, arrays [h, w, 3] uint8.
 
         With augment="photos" it draws from torch's CPU generator, with "none" it draws nothing.
         """
         params = [_draw(*image.shape[:2]) for image in images] if self.photos else []
         boxes = [drawn.box for drawn in params] if self.photos else [(0, 0, *image.shape[:2]) for image in images]
+        groups = similar_shapes([box[2:] for box in boxes])
+        if len(groups) == 1:
+            return self._staged(images, boxes, params)
+        staged = []
+        for group in groups:
+            chosen = [params[i] for i in group] if params else []
+            staged.append(self._staged([images[i] for i in group], [boxes[i] for i in group], chosen))
+        return Mixed(tuple(staged), torch.tensor([i for group in groups for i in group]).argsort())
+
+    def _staged(self, images: Sequence[np.ndarray], boxes: Sequence[Box], params: list[_Params]) -> Staged:
+        """The crops `boxes` of the images in one array; params: [] without augmentation."""
         # Crops of different sizes share one array, which is as large as the largest height and width.
         sizes = torch.tensor([box[2:] for box in boxes])
         height, width = sizes.amax(0).tolist()
@@ -94,8 +119,10 @@ class Batched:
         flip = torch.tensor([drawn.flip for drawn in params] if self.photos else [False] * len(images))
         return Staged(torch.from_numpy(pixels), sizes, flip, _colours(params) if self.photos else None)
 
-    def on_device(self, staged: Staged) -> Tensor:
+    def on_device(self, staged: Staged | Mixed) -> Tensor:
         """Resize, augment and normalise. Returns [B, C, S, S] float32 on the device of `staged`."""
+        if isinstance(staged, Mixed):
+            return torch.cat([self.on_device(group) for group in staged.groups]).index_select(0, staged.rows)
         if staged.pixels.device.type != "cpu":
             return self._normalised(self._all_images(staged))
         batch = torch.empty(len(staged.pixels), self.spec.channels, self.spec.size, self.spec.size)
@@ -129,11 +156,37 @@ def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
 class _Params(NamedTuple):
     """The random parameters of one image."""
 
-    box: tuple[int, int, int, int]  # crop: top, left, height, width
+    box: Box
     flip: bool
     order: list[int]
     factors: list[float]
     grey: bool
+
+
+def similar_shapes(sizes: Sequence[tuple[int, int]]) -> list[list[int]]:
+    """Groups of images that are padded together: their indices. Usually one group of all, in order.
+
+    One 256 x 1500 and one 1500 x 256 image would pad a batch of 64 to 1500 x 1500: 30 times its pixels. Sorted by
+    shape, images are added to a group while its padded area is at most PADDING times its own.
+
+    Args:
+        sizes: height and width of each image.
+    """
+    if _padded(sizes) <= PADDING * sum(height * width for height, width in sizes):
+        return [list(range(len(sizes)))]
+    groups: list[list[int]] = []
+    for i in sorted(range(len(sizes)), key=lambda i: (sizes[i][0] / sizes[i][1], sizes[i])):
+        wider = [sizes[j] for j in (*(groups[-1] if groups else []), i)]
+        if groups and _padded(wider) <= PADDING * sum(height * width for height, width in wider):
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def _padded(sizes: Sequence[tuple[int, int]]) -> int:
+    """The pixels of an array into which all images fit."""
+    return len(sizes) * max(height for height, _ in sizes) * max(width for _, width in sizes)
 
 
 def _draw(height: int, width: int) -> _Params:
@@ -154,7 +207,7 @@ def _colours(params: list[_Params]) -> Colours:
     counts = [torch.bincount(operations, minlength=len(JITTER)).tolist() for operations in order.T]
     factors = torch.tensor([drawn.factors for drawn in params])
     grey = torch.tensor([i for i, drawn in enumerate(params) if drawn.grey], dtype=torch.int64)
-    return Colours(order.tolist(), factors, order.T.argsort(1), counts, grey)
+    return Colours(order, factors, order.T.argsort(1), counts, grey)
 
 
 # ---- geometry -----------------------------------------------------------------------------------------------------
@@ -209,7 +262,7 @@ def filter_weights(lengths: Tensor, longest: int, size: int, flip: Tensor) -> Te
 def jitter_one(image: Tensor, colours: Colours, i: int) -> Tensor:
     """torchvision's colour jitter and random greyscale of image i, [1, 3, S, S]; `image` may be overwritten."""
     factors = colours.factors[i].tolist()
-    for operation in colours.order[i]:
+    for operation in colours.order[i].tolist():
         image = recolour(image, operation, factors[operation])
     return image.copy_(grey(image)) if (colours.grey == i).any() else image
 

@@ -114,7 +114,7 @@ def own_images(predictor: Predictor, run: Path, data_dir: str | None, batch_size
             f"{run}: the run was made with other images: {listing(phrases[:4])}.\n"
             f"Restore them, or evaluate it on those that are here, without its split: add dataset={name}"
         )
-    workers = choose_workers(plan.trainer, dataset)
+    workers = choose_workers(plan.trainer, dataset, predictor.device)
     evaluator = evaluator_of(plan, dataset, spec, workers=workers, device=predictor.device)
     row = predictor.about
     recorded = row["accuracy"] if batch_size is None else None

@@ -9,12 +9,27 @@ import pytest
 import torch
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.data._utils.pin_memory import pin_memory
 from torchvision.transforms import functional as F
 
 from gsdg.data import transforms_batched
-from gsdg.data.transforms_batched import CONTRAST, HUE, Batched, grey, jitter, jitter_one, recolour, resize, resize_one
+from gsdg.data.transforms_batched import (
+    CONTRAST,
+    HUE,
+    PADDING,
+    Batched,
+    Mixed,
+    Staged,
+    grey,
+    jitter,
+    jitter_one,
+    recolour,
+    resize,
+    resize_one,
+    similar_shapes,
+)
 from gsdg.data.transforms_exact import Exact
-from gsdg.types import ImageSpec
+from gsdg.types import Batch, ImageSpec
 from gsdg.utils.seeding import cpu_seed
 
 SPEC = ImageSpec(64, 3, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -52,9 +67,17 @@ def levels(left: torch.Tensor, right: torch.Tensor, spec: ImageSpec = SPEC) -> t
     return ((left - right).abs() * 255 * torch.tensor(spec.std).view(-1, 1, 1)).round()
 
 
-def together(transform: Batched, staged: transforms_batched.Staged) -> torch.Tensor:
-    """The path of a GPU: all images at once."""
+def together(transform: Batched, staged: Staged | Mixed) -> torch.Tensor:
+    """The path of a GPU: all images at once, or all of a group of similar shapes."""
+    if isinstance(staged, Mixed):
+        return torch.cat([together(transform, group) for group in staged.groups])[staged.rows]
     return transform._normalised(transform._all_images(staged))
+
+
+@pytest.fixture
+def one_array(monkeypatch) -> None:
+    """All images of a batch in one array, whatever their shapes."""
+    monkeypatch.setattr(transforms_batched, "PADDING", 9)
 
 
 WAYS = (Batched.on_device, together)
@@ -103,6 +126,7 @@ def test_with_pillows_resize_batched_equals_exact_bit_for_bit(augment, monkeypat
     assert torch.equal(Batched(SPEC, augment).on_device(staged), exact)
 
 
+@pytest.mark.usefixtures("one_array")
 @pytest.mark.parametrize("augment", ["photos", "none"])
 def test_the_geometry_is_pillows_to_one_level(augment, monkeypatch):
     monkeypatch.setattr(transforms_batched, "jitter", lambda images, colours: images)
@@ -157,6 +181,7 @@ def test_a_batch_may_be_so_small_that_an_operation_has_no_images():
                 assert levels(way(Batched(SPEC, "photos"), staged), exact).mean() < 0.1, (count, seed)
 
 
+@pytest.mark.usefixtures("one_array")
 def test_resize_and_resize_one_agree():
     arrays = photos()
     staged = Batched(SPEC, "none").on_host(arrays)
@@ -166,6 +191,7 @@ def test_resize_and_resize_one_agree():
     assert (at_once - one_by_one).abs().max() <= 1
 
 
+@pytest.mark.usefixtures("one_array")
 def test_the_padding_of_a_crop_does_not_matter_and_the_staged_batch_does_not_change():
     _, staged = both("photos", photos())
     other = staged._replace(pixels=staged.pixels.clone())
@@ -224,3 +250,63 @@ def test_on_device_on_cuda_never_synchronizes_and_equals_the_cpu():
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert (levels(images.cpu(), exact) > 1).float().mean() < 0.01
+
+
+# ---- images of very different shapes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("augment", ["photos", "none"])
+def test_images_of_very_different_shapes_are_padded_in_groups_and_keep_their_places_and_draws(augment):
+    sizes = [(20, 800), (24, 24), (800, 20), (30, 26), (390, 300), (24, 780)]
+    exact, staged = both(augment, photos(sizes))
+    assert isinstance(staged, Mixed)
+    assert 1 < len(staged.groups) < len(sizes)
+    for way in WAYS:
+        assert levels(way(Batched(SPEC, augment), staged), exact).float().mean() < 0.2
+    moved = pickle.loads(pickle.dumps(staged)).to(torch.device("meta"))
+    with NoReads():
+        assert Batched(SPEC, augment).on_device(moved).shape == exact.shape
+
+
+def test_the_padding_is_bounded_and_ordinary_photos_are_one_group():
+    tall_and_wide = [(256, 1500), (1500, 256), *[(256, 300)] * 62]
+    random = np.random.RandomState(0)
+    for sizes in (
+        tall_and_wide,
+        [*map(tuple, random.randint(1, 400, (50, 2)).tolist())],
+        [(5, 5)],
+        [(1, 900), (900, 1)],
+    ):
+        groups = similar_shapes(sizes)
+        assert sorted(i for group in groups for i in group) == list(range(len(sizes)))
+        own = sum(height * width for height, width in sizes)
+        padded = sum(len(group) * max(sizes[i][0] for i in group) * max(sizes[i][1] for i in group) for group in groups)
+        assert padded <= PADDING * own
+    assert len(similar_shapes(tall_and_wide)) == 3
+    assert similar_shapes([(227, 227), (256, 340), (300, 256)]) == [[0, 1, 2]]
+
+
+def test_every_tensor_of_a_batch_is_pinned(monkeypatch):
+    """torch pins the batches of a loader for CUDA; a tensor that it does not find would be copied synchronously.
+
+    There is no pinned memory without CUDA, so a stand-in notes which tensors are asked for.
+    """
+    pinned, found = [], []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor, *device: pinned.append(id(tensor)) or tensor)
+
+    def collect(value) -> None:
+        if isinstance(value, torch.Tensor):
+            found.append(id(value))
+        elif isinstance(value, tuple | list):
+            for item in value:
+                collect(item)
+
+    for sizes in (SIZES, [(20, 20), (20, 24), (20, 22), (22, 20), (21, 20), (400, 300)]):
+        with cpu_seed(0):
+            batch = Batch(Batched(SPEC, "photos").on_host(photos(sizes)), torch.zeros(len(sizes)), "a")
+        collect(batch)
+        same = pin_memory(batch)
+        assert isinstance(same, Batch)
+        assert type(same.images) is type(batch.images)
+    assert sorted(pinned) == sorted(found)
+    assert len(found) > 14
