@@ -11,7 +11,7 @@ logits.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Literal, get_args
 
 import torch
@@ -110,10 +110,11 @@ class Classifier(nn.Module):
             features = check_features(self.featurizer(images), self.features)
         return self.dropout(features if self.precision == "float32" else features.float())
 
-    def autocast(self, device: torch.device) -> torch.autocast:
+    def autocast(self, device: torch.device) -> AbstractContextManager[object]:
         """The context in which the featurizer runs."""
-        dtype = AUTOCAST.get(self.precision)
-        return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+        if self.precision == "float32":
+            return nullcontext()
+        return torch.autocast(device.type, dtype=AUTOCAST[self.precision])
 
     def forward(self, images: Tensor) -> Tensor:
         """The logits of images [B, C, H, W]: [B, classes] float32; [B, F] with `head="none"` (a label is a feature)."""
