@@ -101,13 +101,16 @@ class TrainingLoop:
             Stopped: after a checkpoint, when a signal asked to stop during a step or an evaluation.
             NonFinite: the loss or a gradient is NaN or infinite.
         """
-        start = self._resume()
-        # No local variable may hold the loader: the traceback of an error would keep it, and so its worker processes,
-        # alive until they are killed, which torch then reports.
-        for step, minibatches in enumerate(self._loaded(batches, start, workers), start):
-            metrics = self._update(step, minibatches)
-            self._after_update(step, metrics)
-        self._finish()
+        try:
+            start = self._resume()
+            # No local variable may hold the loader: the traceback of an error would keep it, and so its worker
+            # processes, alive until they are killed, which torch then reports.
+            for step, minibatches in enumerate(self._loaded(batches, start, workers), start):
+                metrics = self._update(step, minibatches)
+                self._after_update(step, metrics)
+            self._finish()
+        finally:
+            self.saver.close()
 
     def _resume(self) -> int:
         """Restore the last checkpoint. Returns the first step to make.
@@ -186,8 +189,8 @@ class TrainingLoop:
             self.saver.keep_state(step + 1)
         if self.trainer.evaluates(step):
             self._record(step)
-        if self.saver.after_step(step + 1, self.trainer.saves(step), partial(self._check, step, metrics)):
-            self.kept.after_checkpoint()
+        check_state = partial(self._check, step, metrics)
+        self.saver.after_step(step + 1, self.trainer.saves(step), check_state, self.kept.at_checkpoint)
 
     def _is_continued_before_evaluation(self, step: int) -> bool:
         """Whether a longer run goes on from before the evaluation after this step, which it would not make."""
@@ -257,6 +260,7 @@ class TrainingLoop:
 
     def _finish(self) -> None:
         """Keep the last weights and mark the run as done; only then remove the checkpoints, from which it resumes."""
+        self.saver.wait()
         states: dict[str, Callable[[], dict]] = {"": self.algorithm.model.state_dict}
         averaging = self.averaging
         if averaging and (mean := averaging.mean(self.trainer.evaluations[-1])):

@@ -106,7 +106,7 @@ def test_what_was_selected_without_the_evaluation_that_is_left_out_is_kept_too(t
             record = {"step": step, "accuracy": {"a": {"out": accuracy}}}
             folder.append_record(record)
             weights.after_evaluation(record, lambda step=step: f"weights of {step}")
-            weights.after_checkpoint()
+            weights.at_checkpoint()()
         for index in (weights, kept()):
             index.resume()
             index.finish(6, {})

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -65,14 +66,15 @@ class KeptWeights:
         self.left_out = left_out
         self.best_without: dict[str, tuple[float, int]] = {}
         self.best: dict[str, tuple[float, int]] = {}  # {kind: (held-out accuracy, step)}
-        self.best_at_checkpoint: dict[str, tuple[float, int]] = {}
+        self.best_at_checkpoint: dict[str, tuple[float, int]] = {}  # that of the last checkpoint on the disk
+        self.best_at_next_checkpoint: dict[str, tuple[float, int]] = {}  # that of the one being written
         self.last_step: int | None = None  # known after the last step only
 
     def resume(self) -> None:
         """Find the selected steps in the records that the run keeps; remove all other files of earlier starts."""
         for record in self._records():
             self._improves(record)
-        self.best_at_checkpoint = dict(self.best)
+        self.best_at_checkpoint = self.best_at_next_checkpoint = dict(self.best)
         if missing := [file.name for file in sorted(self._needed()) if not file.exists()]:
             log.warning("trainer.keep=%s: an earlier start did not keep %s", self.keep or "selected", listing(missing))
         self._remove(self.folder.path / name for name in LAST.values())  # `finish` writes them
@@ -88,10 +90,17 @@ class KeptWeights:
             self.write(file, state())
             self._tidy()
 
-    def after_checkpoint(self) -> None:
-        """The run can no longer resume from before this checkpoint: remove what was selected before."""
-        if self.best_at_checkpoint != self.best:
-            self.best_at_checkpoint = dict(self.best)
+    def at_checkpoint(self) -> Callable[[], None]:
+        """A checkpoint is about to be written: keep what is selected now, as the run may resume from it.
+
+        Returns what to call once it is on the disk, which removes what was selected before.
+        """
+        self.best_at_next_checkpoint = dict(self.best)
+        return partial(self._after_checkpoint, self.best_at_next_checkpoint)
+
+    def _after_checkpoint(self, best: dict[str, tuple[float, int]]) -> None:
+        if self.best_at_checkpoint != best:
+            self.best_at_checkpoint = best
             self._tidy()
 
     def finish(self, step: int, states: Mapping[str, Callable[[], dict]]) -> None:
@@ -101,7 +110,7 @@ class KeptWeights:
             step: the last step.
             states: {kind: the weights of the last step}.
         """
-        self.after_checkpoint()
+        self.at_checkpoint()()
         self.last_step = step
         if self.keep == "last" or (self.keep is None and not self.best):
             for kind, state in states.items():
@@ -143,7 +152,9 @@ class KeptWeights:
         if self.keep == "every":
             return {self._file(_kind(record), record["step"]) for record in self._records()}
         without = {} if self.left_out is None else self.best_without
-        chosen = (self.best, self.best_at_checkpoint, without) if self._keeps_selected else ()
+        chosen = (
+            (self.best, self.best_at_checkpoint, self.best_at_next_checkpoint, without) if self._keeps_selected else ()
+        )
         bests = [item for best in chosen for item in best.items()]
         return {self._file(kind, step) for kind, (_, step) in bests}
 

@@ -1,11 +1,20 @@
-"""When a run saves a checkpoint, when it stops, and how it resumes. Reading and writing the files: checkpoint.py."""
+"""When a run saves a checkpoint, when it stops, and how it resumes. Reading and writing the files: checkpoint.py.
+
+The state is copied, and a thread writes it while the training goes on. The run waits for it before the next checkpoint,
+before it stops and at its end; an error while writing is raised there.
+"""
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from torch import Tensor
 
 from gsdg.runs.checkpoint import Checkpoints, random_states, restore_random_states
 from gsdg.runs.folder import RunFolder
@@ -14,6 +23,12 @@ from gsdg.utils.errors import UserError, listing
 from gsdg.utils.stop_signals import Signals, Stopped
 
 log = logging.getLogger(__name__)
+
+
+def _nothing() -> None:
+    """Called where nothing waits for a checkpoint."""
+
+
 ESSENTIAL = ("algorithm", "optimizer", "random")  # a run that resumes without one of these would compute other numbers
 
 
@@ -30,6 +45,8 @@ class Saver:
     def __init__(self, parts: dict, folder: RunFolder, signals: Signals, steps: int) -> None:
         self.parts, self.folder, self.signals, self.steps = parts, folder, signals, steps
         self.checkpoints = Checkpoints(folder.path / "checkpoints", folder.writing)
+        self._writing: Future | None = None  # the checkpoint that a thread writes
+        self._written: Callable[[], None] = _nothing  # to be called when it is on the disk
 
     def resume(self) -> tuple[int, bool]:
         """Restore the last checkpoint, if there is one, and drop the records that were made after it.
@@ -76,13 +93,21 @@ class Saver:
         if self.signals.stop:
             raise Stopped(self.signals.stop)
 
-    def after_step(self, done: int, due: bool, check_state: Callable[[], None]) -> bool:
-        """Save if a checkpoint is due or a signal asks for it. Returns whether a checkpoint was saved.
+    def after_step(
+        self,
+        done: int,
+        due: bool,
+        check_state: Callable[[], None],
+        at_save: Callable[[], Callable[[], None]] = lambda: _nothing,
+    ) -> None:
+        """Save if a checkpoint is due or a signal asks for it.
 
         Args:
             done: steps made so far.
             due: whether a checkpoint is due after this step; its state has been checked already.
             check_state: raises if the state must not be saved, because a loss or a gradient is not finite.
+            at_save: called when the state is copied; what it returns is called, in this thread, some time after the
+                checkpoint is on the disk.
 
         Raises:
             Stopped: a signal asks to stop, and steps are left.
@@ -92,9 +117,9 @@ class Saver:
             if not due:
                 check_state()
             self._save(done, random_states(), unrecorded=False)
+            self._written = at_save()
         if stop and done < self.steps:
             self._stop(stop, done)
-        return bool(due or asked or stop)
 
     def evaluation_hook(self, done: int) -> Callable[[], None]:
         """What an evaluation after `done` steps calls after every batch: it saves and stops if a signal asks for it.
@@ -118,15 +143,44 @@ class Saver:
         self.checkpoints.write(self.folder.path / STATE, state)
 
     def _save(self, done: int, random: dict, *, unrecorded: bool) -> None:
+        self.wait()
         self.folder.flush_lines()  # first: after a crash no checkpoint may be newer than the records on disk
-        self.checkpoints.save(done, self._state(random, unrecorded=unrecorded))
+        state = _copied(self._state(random, unrecorded=unrecorded))
+        executor = ThreadPoolExecutor(1, "checkpoint")
+        self._writing = executor.submit(self.checkpoints.save, done, state)
+        executor.shutdown(wait=False)
+
+    def wait(self) -> None:
+        """Wait until the last checkpoint is on the disk. NotWritten, LockLost: it could not be written."""
+        writing, written = self._writing, self._written
+        self._writing, self._written = None, _nothing
+        if writing:
+            writing.result()
+            written()
+
+    def close(self) -> None:
+        """The run ends, perhaps with an error: wait for the last checkpoint, and raise nothing more."""
+        with suppress(Exception):
+            self.wait()
 
     def _state(self, random: dict, *, unrecorded: bool) -> dict:
         parts = {name: part.state_dict() for name, part in self.parts.items()}
         return {"random": random, "unrecorded": unrecorded, **parts}
 
     def _stop(self, stop: int, done: int) -> NoReturn:
+        self.wait()
         raise Stopped(stop, f"saved after {done} of {self.steps} steps")
+
+
+def _copied(value: Any) -> Any:
+    """The state with copies of its tensors on the CPU, which the next step does not change."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        copied = copy.copy(value)  # keeps the attribute with versions that torch's state dicts have
+        copied.update((key, _copied(item)) for key, item in value.items())
+        return copied
+    return type(value)(map(_copied, value)) if type(value) in (list, tuple) else value
 
 
 def _misfit(path: Path, reason: str) -> str:

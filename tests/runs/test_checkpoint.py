@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import signal
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from gsdg.runs.checkpoint import Checkpoints, random_states, restore_random_states, save_atomically
+from gsdg.runs.disk import NotWritten
 from gsdg.runs.folder import RunFolder
 from gsdg.runs.saver import Saver
 from gsdg.utils.errors import UserError
@@ -278,7 +280,9 @@ def test_a_checkpoint_that_does_not_fit_the_code_is_refused_and_the_records_stay
     with folder.acquire():
         for step in range(7):
             folder.append_record({"step": step})
-        saver(folder, algorithm=network, optimizer=optimizer).after_step(5, True, None)
+        saving = saver(folder, algorithm=network, optimizer=optimizer)
+        saving.after_step(5, True, None)
+        saving.wait()
     assert resumed(folder, network, optimizer) == (5, False)
     with folder.acquire():
         for step in (5, 6):
@@ -323,7 +327,9 @@ def test_records_are_flushed_to_the_disk_before_a_checkpoint_is_saved(folder, mo
     monkeypatch.setattr(RunFolder, "flush_lines", lambda self: done.append("flushed"))
     monkeypatch.setattr(torch, "save", lambda *args: done.append("saved"))
     with folder.acquire():
-        saver(folder).after_step(3, True, None)
+        saving = saver(folder)
+        saving.after_step(3, True, None)
+        saving.wait()
     assert done == ["flushed", "saved"]
 
 
@@ -335,5 +341,71 @@ def test_a_stop_before_the_first_step_saves_nothing_and_a_later_one_saves_again(
     with pytest.raises(Stopped, match="nothing had to be saved"):
         saver(folder, signals).begin()
     with folder.acquire(), pytest.raises(Stopped, match="saved after 3 of 10"):
+        saver(folder, signals).after_step(3, False, lambda: None)
+    assert Checkpoints(folder.path / "checkpoints").load_latest()["step"] == 3
+
+
+# ---- written by a thread ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slow_disk(monkeypatch) -> threading.Event:
+    """Checkpoints are not written before this event is set."""
+    free, save = threading.Event(), Checkpoints.save
+
+    def wait_and_save(self, step, state):
+        assert free.wait(60)
+        save(self, step, state)
+
+    monkeypatch.setattr(Checkpoints, "save", wait_and_save)
+    return free
+
+
+def test_a_checkpoint_holds_the_state_of_its_step_although_the_training_goes_on(folder, trained, slow_disk):
+    network, optimizer = trained
+    weights, moments = network.weight.detach().clone(), optimizer.state[network.weight]["exp_avg"].clone()
+    written = []
+    with folder.acquire():
+        saving = saver(folder, algorithm=network, optimizer=optimizer)
+        saving.after_step(5, True, None, lambda: lambda: written.append(5))
+        with torch.no_grad():
+            network.weight.add_(1)
+        optimizer.state[network.weight]["exp_avg"].add_(1)
+        assert not list(folder.path.rglob("*.pt"))
+        assert not written, "it is not on the disk yet"
+        slow_disk.set()
+        saving.wait()
+        saving.wait()
+    assert written == [5]
+    state = Checkpoints(folder.path / "checkpoints").load_latest()
+    assert torch.equal(state["algorithm"]["weight"], weights)
+    assert torch.equal(state["optimizer"]["state"][0]["exp_avg"], moments)
+    assert state["algorithm"]._metadata == network.state_dict()._metadata
+
+
+def test_an_error_of_the_thread_is_raised_at_the_next_checkpoint_and_at_the_end(folder, monkeypatch):
+    def full(self, step, state):
+        raise NotWritten(28, f"no space for {step}")
+
+    written = []
+    monkeypatch.setattr(Checkpoints, "save", full)
+    with folder.acquire():
+        saving = saver(folder)
+        saving.after_step(3, True, None, lambda: lambda: written.append(3))
+        with pytest.raises(NotWritten, match="no space for 3"):
+            saving.after_step(6, True, None)
+        saving.after_step(7, True, None)
+        with pytest.raises(NotWritten, match="no space for 7"):
+            saving.wait()
+        saving.after_step(8, True, None)
+        saving.close()  # another error is on its way
+    assert not written
+
+
+def test_a_run_that_stops_has_its_checkpoint_on_the_disk(folder, slow_disk):
+    signals = Signals()
+    signals.stop = signal.SIGUSR2
+    threading.Timer(0.3, slow_disk.set).start()
+    with folder.acquire(), pytest.raises(Stopped):
         saver(folder, signals).after_step(3, False, lambda: None)
     assert Checkpoints(folder.path / "checkpoints").load_latest()["step"] == 3

@@ -169,7 +169,7 @@ class Run:
                     self.evaluate(kept, kind, step)
                 if (step + 1) % self.every == 0:
                     self.change(lambda step=step: setattr(self, "checkpoint", step + 1))
-                    kept.after_checkpoint()
+                    kept.at_checkpoint()()
             kept.finish(len(self.accuracies) - 1, {"": lambda: "last", "averaged": lambda: "last average"})
 
     def evaluate(self, kept, kind, step):
@@ -276,3 +276,26 @@ def test_kill_minus_nine(launch, train, few_photos, tmp_path):
         process.communicate()
     train(*words, f"runs_dir={launch.runs_dir}")
     assert_same(undisturbed, folder)
+
+
+def test_what_a_checkpoint_needs_is_kept_until_a_later_one_is_on_the_disk(tmp_path):
+    """The checkpoint is written by a thread: when it is done, a better step may have been evaluated."""
+    folder = RunFolder(tmp_path / "run")
+    with folder.acquire():
+        kept = KeptWeights(None, folder, lambda path, state: path.write_text(state), ["a"], {})
+
+        def evaluate(step: int, accuracy: float) -> set[str]:
+            record = {"step": step, "accuracy": {"a": {"out": accuracy}}}
+            folder.append_record(record)
+            kept.after_evaluation(record, lambda: "weights")
+            return {path.name for path in (folder.path / "weights").iterdir()}
+
+        evaluate(0, 0.5)
+        on_disk = kept.at_checkpoint()
+        assert evaluate(1, 0.6) == {"step_0.pt", "step_1.pt"}
+        assert evaluate(2, 0.7) == {"step_0.pt", "step_2.pt"}
+        on_disk()
+        on_disk = kept.at_checkpoint()
+        assert evaluate(3, 0.8) == {"step_0.pt", "step_2.pt", "step_3.pt"}, "the last one on the disk needs step 0"
+        on_disk()
+        assert evaluate(4, 0.9) == {"step_2.pt", "step_4.pt"}
