@@ -151,12 +151,11 @@ class KeptWeights:
         """The files that `keep` asks for so far, or after a resume from the last checkpoint."""
         if self.keep == "every":
             return {self._file(_kind(record), record["step"]) for record in self._records()}
+        if not self._keeps_selected:
+            return set()
         without = {} if self.left_out is None else self.best_without
-        chosen = (
-            (self.best, self.best_at_checkpoint, self.best_at_next_checkpoint, without) if self._keeps_selected else ()
-        )
-        bests = [item for best in chosen for item in best.items()]
-        return {self._file(kind, step) for kind, (_, step) in bests}
+        chosen = (self.best, self.best_at_checkpoint, self.best_at_next_checkpoint, without)
+        return {self._file(kind, step) for best in chosen for kind, (_, step) in best.items()}
 
     def _describe(self, last: Mapping[str, tuple[str, int]]) -> None:
         """Write weights.json, or remove it if there are no files. last: {name of a file: kind and step}."""

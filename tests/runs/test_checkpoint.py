@@ -385,7 +385,7 @@ def test_a_checkpoint_holds_the_state_of_its_step_although_the_training_goes_on(
 
 def test_an_error_of_the_thread_is_raised_at_the_next_checkpoint_and_at_the_end(folder, monkeypatch):
     def full(self, step, state):
-        raise NotWritten(28, f"no space for {step}")
+        raise NotWritten(f"no space for {step}")
 
     written = []
     monkeypatch.setattr(Checkpoints, "save", full)
