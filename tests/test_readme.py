@@ -10,7 +10,7 @@ from helpers import REPOSITORY, in_case
 from PIL import Image
 from torch import nn
 
-from gsdg import export, predict, soup
+from gsdg import export, extend, predict, soup
 from gsdg.analysis import __main__ as analysis_commands
 from gsdg.data import __main__ as data_commands
 from gsdg.evaluate import __main__ as evaluate_command
@@ -65,7 +65,7 @@ def test_every_command_parses_and_its_overrides_compose(compose):
     for command in commands("python -m analysis"):
         with in_case(command):
             analysis_commands.parse_arguments(shlex.split(command)[3:])
-    for module in (export, predict, runs_commands, soup):
+    for module in (export, extend, predict, runs_commands, soup):
         name = module.__name__.removesuffix(".__main__")
         assert commands(f"python -m {name}"), name
         for command in commands(f"python -m {name}"):

@@ -12,7 +12,8 @@ once. No function here that runs on the device synchronizes with it (no `.item()
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -126,8 +127,9 @@ class Batched:
         if staged.pixels.device.type != "cpu":
             return self._normalised(self._all_images(staged))
         batch = torch.empty(len(staged.pixels), self.spec.channels, self.spec.size, self.spec.size)
-        for target, image in zip(batch, self._one_by_one(staged), strict=True):
-            target.copy_(self._normalised(image)[0])
+        with one_thread():
+            for target, image in zip(batch, self._one_by_one(staged), strict=True):
+                target.copy_(self._normalised(image)[0])
         return batch
 
     def _all_images(self, staged: Staged) -> Tensor:
@@ -146,6 +148,17 @@ class Batched:
         images = grey(images) if self.spec.channels == 1 else images[:, : self.spec.channels]
         mean, std = _per_channel(self.spec.mean, images.device), _per_channel(self.spec.std, images.device)
         return images.div_(255).sub_(mean).div_(std)
+
+
+@contextmanager
+def one_thread() -> Generator[None]:
+    """Inside, torch computes with one thread: for one image, waking the others takes longer than the work itself."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @cache

@@ -310,3 +310,19 @@ def test_every_tensor_of_a_batch_is_pinned(monkeypatch):
         assert type(same.images) is type(batch.images)
     assert sorted(pinned) == sorted(found)
     assert len(found) > 14
+
+
+def test_single_images_are_computed_by_one_thread_and_the_number_is_restored(monkeypatch):
+    used, resize = [], transforms_batched.resize_one
+    monkeypatch.setattr(
+        transforms_batched, "resize_one", lambda *image: used.append(torch.get_num_threads()) or resize(*image)
+    )
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        transform = Batched(SPEC, "none")
+        transform.on_device(transform.on_host(photos(SIZES[:3])))
+        assert used == [1, 1, 1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
