@@ -8,6 +8,7 @@ Rows, each the median of rounds in which the contenders take turns in one proces
   has its batches in memory; on embedded digits, and with DATA_DIR on every tenth image of PACS at 112 px, exact and
   batched.
 - evaluation: the last evaluation of these runs, against bare forward passes of images in memory.
+- workers: starting and ending two processes that load images, as every evaluation does.
 - start: seconds from `python launch.py` to the end of a run of one step on digits, and what importing takes of it.
 
 Aims: at most 0.5 ms a step and 3 % over the bare loop; import and set-up under 2.5 s.
@@ -30,6 +31,7 @@ from timing import Row, Time, medians, options, parsed, provenance, report
 
 from gsdg.config.choices import CONF
 from gsdg.config.schema import build
+from gsdg.data.workers import HostLoader
 from gsdg.experiment import Plan, prepare, run
 from gsdg.utils.json_files import read_lines
 
@@ -43,6 +45,7 @@ COMMON = (
 )
 PHOTOS = "dataset=image_folder model=resnet18 model.weights=null model.freeze_bn=false model.image_size=112"
 EVERY = 10  # of PACS's images
+BARE = ("bare ms", "overhead ms", "ratio")  # columns
 STARTS = {"python -c 'import torch, torchvision'": ["-c", "import torch, torchvision"]}
 STARTS["python -c 'import gsdg.experiment'"] = ["-c", "import gsdg.experiment"]
 
@@ -140,6 +143,18 @@ def photos(root: Path, rounds: int, device: str) -> list[Row]:
     return rows
 
 
+def workers(rounds: int) -> list[Row]:
+    """The time that an evaluation spends on its processes: those that load nothing."""
+    loader = HostLoader({}, workers=2, device=torch.device("cpu"), reuse=True)
+    time = medians({"run": lambda: [*loader([])]}, 5 * rounds)["run"]
+    return [_alone("workers", "start and end of 2 processes", time)]
+
+
+def _alone(what: str, name: str, time: Time) -> Row:
+    """A row without anything to compare with."""
+    return {"what": what, "name": name, "ms": round(time.ms, 1), **dict.fromkeys(BARE, ""), "rounds": time.rounds}
+
+
 def starts(rounds: int) -> list[Row]:
     """Wall time of processes."""
     with tempfile.TemporaryDirectory() as runs_dir:
@@ -157,18 +172,7 @@ def starts(rounds: int) -> list[Row]:
             for name, words in commands.items()
         }
         times = medians(calls, rounds)
-    return [
-        {
-            "what": "start",
-            "name": name,
-            "ms": round(t.ms),
-            "bare ms": "",
-            "overhead ms": "",
-            "ratio": "",
-            "rounds": t.rounds,
-        }
-        for name, t in times.items()
-    ]
+    return [_alone("start", name, time) for name, time in times.items()]
 
 
 def main() -> None:
@@ -178,7 +182,7 @@ def main() -> None:
     rows = compared("digits, convnet", ["split.target=60"], 100, args.rounds, args.device)
     if args.data_dir:
         rows += photos(Path(args.data_dir).resolve() / "PACS", max(1, args.rounds // 2), args.device)
-    rows += starts(args.rounds)
+    rows += workers(args.rounds) + starts(args.rounds)
     report([row | provenance(args.device) for row in rows], args.output)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from types import MappingProxyType
@@ -200,7 +201,9 @@ class TrainingLoop:
         """The learning rate of the step that was just made, and the scheduler's step to that of the next one."""
         assert self.scheduler is not None
         used = {"lr": float(self.optimizer.param_groups[0]["lr"])}
-        self.scheduler.step()
+        with warnings.catch_warnings():  # torch takes a first update that was skipped (fp16) for a wrong order of calls
+            warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+            self.scheduler.step()
         return used
 
     def _log(self, step: int) -> None:

@@ -121,6 +121,15 @@ def test_a_step_that_overflows_is_skipped_the_scale_is_halved_and_training_goes_
     assert all(0 < m["grad_norm"] < 100 for m in metrics)
 
 
+@pytest.mark.filterwarnings("error")
+def test_the_schedule_goes_on_in_a_skipped_step_without_a_warning_of_torch():
+    words = ("trainer/scheduler=polynomial", "trainer.scheduler.warmup_steps=0", "trainer.eval_every=1")
+    run = observe(*words, at_start=overflowing(0), **{"trainer.precision": "fp16"})
+    metrics = [line["metrics"] for line in run.lines()]
+    assert [m["skipped"] for m in metrics] == [1, 0, 0]
+    assert [m["lr"] for m in metrics] == pytest.approx([0.01, 0.01 * 2 / 3, 0.01 / 3])
+
+
 def test_the_mean_norm_is_that_of_the_updates_that_were_made():
     means = MetricMeans()
     for skipped, norm in [(0.0, 2.0), (1.0, 0.0), (0.0, 4.0)]:
