@@ -130,7 +130,9 @@ def test_a_pass_reads_each_image_once_in_file_order_whatever_the_parts():
         read.append((domain.name, i))
         return domain.load(i)
 
-    domains = {name: dataclasses.replace(d, load=partial(load, d)) for name, d in DATASET.domains.items()}
+    domains = {
+        name: dataclasses.replace(d, load=partial(load, d), load_many=None) for name, d in DATASET.domains.items()
+    }
     watched = dataclasses.replace(DATASET, domains=domains)
     parts = {
         "90": {"in": np.array([30, 4, 11, 7]), "out": np.array([5, 12]), "uda": np.array([2])},

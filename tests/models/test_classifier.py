@@ -80,7 +80,7 @@ def test_wrong_settings_and_image_specs_are_named():
         ({"dropout": -0.1}, r"found -0.1"),
         ({"dropout": float("nan")}, r"found nan"),
         ({"head": "tree"}, "head 'tree' is unknown; valid: linear, none, mlp, cosine"),
-        ({"precision": "fp16"}, "precision 'fp16' is unknown; valid: float32, bf16"),
+        ({"precision": "fp8"}, "precision 'fp8' is unknown; valid: float32, bf16, fp16"),
         ({"head": "none", "classes": 7}, "6 features as logits, but the data set has 7 classes"),
     ):
         with pytest.raises(UserError, match=message):
