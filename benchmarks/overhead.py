@@ -1,6 +1,6 @@
 """Where a run's time goes beside a bare training loop with the same network, batch size and optimizer.
 
-    python benchmarks/overhead.py --threads 1 --output benchmarks/results/overhead_cpu.csv DATA_DIR
+    python benchmarks/overhead.py --threads 2 DATA_DIR
 
 Rows, each the median of rounds in which the contenders take turns in one process:
 
@@ -176,7 +176,7 @@ def starts(rounds: int) -> list[Row]:
 
 
 def main() -> None:
-    parser = options(__doc__, "overhead_cpu.csv", rounds=5)
+    parser = options(__doc__, "overhead_cpu_202611.csv", rounds=5)
     parser.add_argument("data_dir", nargs="?", help="the folder with PACS; without it, digits only")
     args = parsed(parser)
     rows = compared("digits, convnet", ["split.target=60"], 100, args.rounds, args.device)
