@@ -41,7 +41,7 @@ def measurements(setting: Setting) -> list[Measurement]:
 
 
 def _network(model: str) -> tuple[str, ...]:
-    return f"model={model}", "model.weights=null", "model.freeze_bn=false"
+    return f"model={model}", *"model.weights=null model.freeze_bn=false".split()
 
 
 def _rows(network: tuple[str, ...], model: str, precision: str, setting: Setting, left: float) -> list[Row]:

@@ -227,8 +227,8 @@ def _run_command(*command: str, text: str | None = None) -> str:
         done = subprocess.run(
             command, input=text, env=_environment(), capture_output=True, text=True, errors="replace", timeout=PATIENCE
         )
-    except FileNotFoundError:
-        raise UserError(f"there is no SLURM here: {command[0]} is not on PATH.") from None
+    except (FileNotFoundError, PermissionError):  # the latter also for a folder on PATH that this user may not read
+        raise UserError(f"there is no SLURM here: {command[0]} is not on PATH, or may not be run.") from None
     except subprocess.TimeoutExpired:
         raise _not_responding(command, f"no answer within {PATIENCE:.0f} s") from None
     if slurm_messages.is_no_answer(done.stderr):
