@@ -10,6 +10,7 @@ from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
 
@@ -60,6 +61,17 @@ class GridSweeper(BasicSweeper):
             folder.mkdir(parents=True, exist_ok=True)
             OmegaConf.save(self.config, folder / "multirun.yaml")
         return super().sweep(arguments)
+
+    def split_arguments(self, overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:  # ty: ignore[incompatible-method-override]
+        """The batches of jobs, as the base class makes them, with one job per target for `split.target=each`."""
+        from gsdg.sweep.compose import Composer
+        from gsdg.sweep.targets import with_targets
+
+        assert self.config is not None
+        assert self.hydra_context is not None
+        composer = Composer(self.hydra_context.config_loader, self.config)
+        batches = BasicSweeper.split_arguments(overrides, max_batch_size)
+        return [with_targets(batch, composer) for batch in batches]
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
         """Raise Hydra's error for the first job that cannot be composed, unless the launcher `composes` all jobs."""

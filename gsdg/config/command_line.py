@@ -7,6 +7,7 @@ together with --cfg.
 from __future__ import annotations
 
 import os
+import re
 import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -47,13 +48,35 @@ def check_arguments(words: Sequence[str]) -> list[str]:
     refuse_flags(words, [word for word in more if word.startswith("--")], LAUNCH)
     check_words(overrides, f"{LAUNCH} -m" if given.multirun else LAUNCH)
     _check_options(given, overrides)
+    if added := _default_target(given, overrides):
+        print(
+            f"no data set and no target are chosen: {added}, the last domain of the digits; dataset=... chooses others"
+        )
+        return [*overrides, added, *_options(words, overrides)]
+    return [*overrides, *_options(words, overrides)]
+
+
+def _options(words: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """The words without the overrides."""
     counts, options = Counter(overrides), []
     for word in words:
         if counts[word] > 0:
             counts[word] -= 1
         else:
             options.append(word)
-    return [*overrides, *options]
+    return options
+
+
+def _default_target(given, overrides: Sequence[str]) -> str | None:
+    """The target of a single run of which neither data set nor target nor preset are chosen; else None.
+
+    So `python launch.py` trains something. With a data set of one's own, or in a sweep, a target is never guessed.
+    """
+    options = {name for name, value in vars(given).items() if value} - {"overrides", "run"}
+    groups = {re.split(r"[./=@]", override.lstrip("+~"))[0] for override in overrides}
+    if options or groups & {"dataset", "split", "experiment", "hydra"}:
+        return None
+    return f"split.target={shipped_node('dataset', 'rotated_digits')['domains'][-1]}"
 
 
 def _check_directory() -> None:

@@ -77,9 +77,14 @@ def _in_yaml(name: str) -> list[object]:
 
 def override(key: str, value: str | Sequence[str]) -> str:
     """The override that sets `key` to a name, or to a list of names, quoted so that it can be pasted into a shell."""
-    quoted = _quoted(value) if isinstance(value, str) else "[" + ",".join(map(_quoted, value)) + "]"
-    text = f"{key}={quoted}"
+    text = in_hydra(key, value)
     return f'"{text}"' if "'" in text and not re.search(r'[$`"\\!]', text) else shlex.quote(text)
+
+
+def in_hydra(key: str, value: str | Sequence[str]) -> str:
+    """The override that sets `key` to a name, or to a list of names, quoted for Hydra alone."""
+    quoted = _quoted(value) if isinstance(value, str) else "[" + ",".join(map(_quoted, value)) + "]"
+    return f"{key}={quoted}"
 
 
 def _quoted(name: str) -> str:

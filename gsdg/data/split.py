@@ -19,6 +19,8 @@ from gsdg.data.dataset import DomainDataset
 from gsdg.utils.errors import UserError, listing
 from gsdg.utils.seeding import seed_hash
 
+EACH = ("each", "each_pair")  # targets that a sweep replaces, see gsdg/sweep/targets.py
+
 
 def holdout(n: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Split n images into (in_indices, out_indices), both int64.
@@ -81,6 +83,10 @@ class Split:
             quotes = f" A name that is read as `not set` needs quotes: {listing(unset)}" if unset else ""
             raise UserError(f"split.target is not set: which domain is left out of training? {valid}{quotes}")
         self.targets = _sorted_unique(as_typed(self._given, domains, "split.target"))
+        if word := next((name for name in self.targets if name in EACH and name not in domains), None):
+            raise UserError(
+                f"split.target={word} makes a run of each, which needs -m: python launch.py -m split.target={word}"
+            )
         if unknown := [name for name in self.targets if name not in domains]:
             raise UserError(f"split.target: no domain is called {listing(unknown)}. {valid}")
         if not self.sources(domains):

@@ -26,6 +26,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict, read_write
 
 from gsdg.config.command_line import check_words
 from gsdg.config.config_dirs import initialized
+from gsdg.sweep.targets import with_targets
 from gsdg.utils.errors import UserError, listing
 
 ONE_PER_SWEEP = {  # {key that cannot be swept over: why, and what to do instead}
@@ -48,7 +49,7 @@ class Composer:
 
     def __init__(self, config_loader: ConfigLoader, master: DictConfig) -> None:
         assert isinstance(config_loader, ConfigLoaderImpl)  # Hydra has no other
-        self._loader, self._master = config_loader, master
+        self._loader, self.master = config_loader, master
         self._parser = OverridesParser.create()
         # A private method of Hydra: the list of config groups, including those that hydra.searchpath adds.
         _, self._repository = config_loader._parse_overrides_and_create_caching_repo(
@@ -81,7 +82,7 @@ class Composer:
         config = pickle.loads(self._base(groups))
         # A private method of Hydra, which implements `+`, `++`, `~` and merging, with their error messages.
         ConfigLoaderImpl._apply_overrides_to_config(values, config)
-        OmegaConf.copy_cache(from_config=self._master, to_config=config)
+        OmegaConf.copy_cache(from_config=self.master, to_config=config)
         return config
 
     def _parse(self, text: str) -> tuple[Override, bool]:
@@ -99,7 +100,7 @@ class Composer:
         return self._bases[groups]
 
     def _compose_with_hydra(self, overrides: Sequence[str]) -> DictConfig:
-        config = self._loader.load_sweep_config(self._master, list(overrides))
+        config = self._loader.load_sweep_config(self.master, list(overrides))
         with read_write(config), open_dict(config):
             del config["hydra"]
         return config
@@ -128,7 +129,7 @@ def expand(master: DictConfig, config_loader: ConfigLoader) -> list[list[str]]:
     refuse_empty_sweeps(texts, config_loader)
     parsed = OverridesParser.create(config_loader=config_loader).parse_overrides(texts)
     (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-    return jobs
+    return with_targets(jobs, Composer(config_loader, master))
 
 
 def refuse_swept(texts: Sequence[str]) -> None:

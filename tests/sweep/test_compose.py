@@ -302,7 +302,7 @@ def test_hydras_overrides_of_the_sweep_hold_for_every_run(sweep):
 def test_a_config_may_hold_what_hydra_tells_a_run(sweep):
     composer, reference = sweep("hydra.job.name=abc")
     job = ["+note=${hydra:job.name}", "seed=4"]
-    HydraConfig.instance().set_config(composer._master)
+    HydraConfig.instance().set_config(composer.master)
     try:
         assert OmegaConf.to_container(composer.compose(job), resolve=True)["note"] == "abc"
         assert outcome(composer.compose, job) == outcome(reference, job)
