@@ -62,7 +62,7 @@ class GridSweeper(BasicSweeper):
             OmegaConf.save(self.config, folder / "multirun.yaml")
         return super().sweep(arguments)
 
-    def split_arguments(self, overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:  # ty: ignore[incompatible-method-override]
+    def split_arguments(self, overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:
         """The batches of jobs, as the base class makes them, with one job per target for `split.target=each`."""
         from gsdg.sweep.compose import Composer
         from gsdg.sweep.targets import with_targets
@@ -88,3 +88,64 @@ class GridSweeper(BasicSweeper):
         composer = Composer(self.hydra_context.config_loader, self.config)
         for overrides in batch:
             composer.compose(overrides)
+
+
+class OptunaSweeper(GridSweeper):
+    """Launches the trials of an Optuna study: gsdg/sweep/optuna_search.py.
+
+    Args:
+        n_trials, n_jobs, objective, sampler, seed: see conf/hydra/sweeper/optuna.yaml.
+    """
+
+    def __init__(
+        self,
+        max_batch_size: int | None,
+        params: dict[str, str] | None = None,
+        *,
+        n_trials: int,
+        n_jobs: int,
+        objective: str,
+        sampler: str,
+        seed: int,
+    ) -> None:
+        super().__init__(max_batch_size, params)
+        self.n_trials, self.n_jobs, self.objective, self.sampler, self.seed = n_trials, n_jobs, objective, sampler, seed
+
+    def sweep(self, arguments: list[str]) -> Any:
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+
+        from gsdg.config.places import absolute_path
+        from gsdg.sweep import optuna_search
+        from gsdg.sweep.compose import Composer, refuse_swept
+        from gsdg.sweep.enumerate_runs import freeze_runs
+
+        assert self.config is not None
+        assert self.hydra_context is not None
+        loader, texts = self.hydra_context.config_loader, [*self._parse_config(), *arguments]
+        optuna_search.check(self, self.config.hydra.runtime.choices["hydra/launcher"])
+        refuse_swept(texts)
+        space = optuna_search.Space.of(OverridesParser.create(config_loader=loader).parse_overrides(texts))
+        composer, runs_dir = Composer(loader, self.config), Path(absolute_path(self.config.runs_dir))
+        study = optuna_search.open_study(
+            runs_dir / ".sweeps" / "optuna", space.name(self.objective), sampler=self.sampler, seed=self.seed
+        )
+        search = optuna_search.Search(
+            study,
+            space,
+            self.n_trials,
+            self.n_jobs,
+            run_ids=lambda jobs: [run.run_id for run in freeze_runs(composer, jobs)],
+            launch=self._launch,
+            value=lambda run_id: optuna_search.selection_value(runs_dir / run_id, self.objective),
+        )
+        search.run()
+        print(optuna_search.summary(study, space, runs_dir))
+
+    def _launch(self, jobs: list[list[str]]) -> None:
+        """Make the runs. One that fails is an error of its own, and has no value."""
+        from gsdg.sweep.callback import SweepCallback
+
+        assert self.launcher is not None
+        SweepCallback.size = self.batch_index + len(jobs)
+        self.launcher.launch(jobs, initial_job_idx=self.batch_index)
+        self.batch_index += len(jobs)

@@ -46,6 +46,7 @@ def first_values(command: str) -> list[str]:
     """The overrides of a command; for a sweep those of its first run."""
     words = [word for word in shlex.split(command)[2:] if not word.startswith("-")]
     words = [re.sub(r"=range\((\d+),\d+\)$", r"=\1", word) for word in words if "=" in word]
+    words = [re.sub(r"=(tag\(log,)?interval\(([^,]+),.*", r"=\2", word) for word in words]
     return [word if "[" in word else word.split(",")[0] for word in words]
 
 

@@ -1,0 +1,255 @@
+"""hydra/sweeper=optuna: a search that learns from its trials (Optuna, Akiba et al., KDD 2019, arXiv:1907.10902).
+
+    python launch.py -m hydra/sweeper=optuna 'optimizer.lr=tag(log,interval(1e-5,1e-3))' 'algorithm.n_parts=1,5,10'
+        split.target=60 split.trial_seed=0,1 hydra.sweeper.n_trials=20
+
+A trial is one set of values: `interval` and `range` are numbers, a list of values is a choice. The targets and seeds
+(REPETITIONS) are no values: a trial makes a run for each of their combinations, and its result is the mean of these
+runs' selection values, in [0, 1], higher is better. Nothing else of a run is used, so the target's images play no part,
+unless the objective is an oracle.
+
+The study lies in <runs_dir>/.sweeps/optuna/, in Optuna's journal, under a name made of the space and the fixed values.
+So the same command goes on with its study: a trial that was interrupted is made again with the same values, its
+finished runs are found by their ids, and only missing trials are added.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+
+from gsdg.runs.folder import RunFolder
+from gsdg.utils.errors import UserError, listing
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.distributions import BaseDistribution
+
+log = logging.getLogger(__name__)
+REPETITIONS = ("split.target", "split.trial_seed", "seed")
+OBJECTIVES = ("training_domain", "oracle")
+SAMPLERS = ("tpe", "random")
+RUNS, ORACLE = "runs", "this search sees the target's labels (objective=oracle): report it as an oracle, or not at all"
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a command searches.
+
+    fixed: overrides of every run. repeated: {key: the values of which every trial makes runs}. searched: {key: sweep}.
+    """
+
+    fixed: list[str] = field(default_factory=list)
+    repeated: dict[str, list[str]] = field(default_factory=dict)
+    searched: dict[str, Override] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, overrides: Sequence[Override]) -> Space:
+        """The space of parsed overrides; of two for one key the last one counts. UserError: nothing is searched."""
+        space, last = cls(), {override.key_or_group: override for override in overrides}
+        for key, override in last.items():
+            if not override.is_sweep_override():
+                space.fixed.append(override.input_line or "")
+            elif key in REPETITIONS:
+                space.repeated[key] = _texts(override)
+            else:
+                space.searched[key] = override
+        if not space.searched:
+            raise UserError(
+                "hydra/sweeper=optuna searches nothing: give a key an interval or several values, such as "
+                "'optimizer.lr=tag(log,interval(1e-5,1e-3))'."
+            )
+        return space
+
+    def jobs(self, values: Mapping[str, Any]) -> list[list[str]]:
+        """The overrides of each run of the trial with these values."""
+        own = [f"{key}={value}" for key, value in values.items()]
+        repeated = [[f"{key}={text}" for text in texts] for key, texts in self.repeated.items()]
+        return [[*self.fixed, *repetition, *own] for repetition in product(*repeated)]
+
+    def distributions(self) -> dict[str, BaseDistribution]:
+        return {key: distribution(override) for key, override in self.searched.items()}
+
+    def name(self, objective: str) -> str:
+        """The study's name: equal for commands that search the same."""
+        searched = {key: override.input_line for key, override in self.searched.items()}
+        text = json.dumps([sorted(self.fixed), self.repeated, searched, objective], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _texts(override: Override) -> list[str]:
+    """The values of a sweep over a list, as Hydra writes them."""
+    if not override.is_discrete_sweep():
+        raise UserError(
+            f"{override.input_line}: targets and seeds are repeated, so list them: {override.key_or_group}=0,1,2."
+        )
+    return list(override.sweep_string_iterator())
+
+
+def distribution(override: Override) -> BaseDistribution:
+    """Optuna's distribution of a sweep: an interval, a range (without its stop, as in Hydra), or a choice."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+    sweep = override.value()
+    if isinstance(sweep, IntervalSweep):
+        assert sweep.start is not None, override.input_line
+        assert sweep.end is not None, override.input_line
+        logarithmic = "log" in sweep.tags
+        if isinstance(sweep.start, int) and isinstance(sweep.end, int):
+            return IntDistribution(sweep.start, sweep.end, log=logarithmic)
+        return FloatDistribution(sweep.start, sweep.end, log=logarithmic)
+    if isinstance(sweep, RangeSweep) and isinstance(sweep.start, int) and isinstance(sweep.step, int):
+        assert sweep.stop is not None, override.input_line
+        return IntDistribution(sweep.start, int(sweep.stop) - 1, step=sweep.step)
+    return CategoricalDistribution(_texts(override))
+
+
+@dataclass(frozen=True)
+class Search:
+    """A study and what it needs of the sweep.
+
+    Args:
+        study: Optuna's.
+        space: what is searched.
+        n_trials: trials that the study shall have; those of earlier starts count.
+        n_jobs: trials that are launched together.
+        run_ids: jobs -> the id of each run.
+        launch: makes the runs of these jobs, and returns when they have ended; failed runs raise nothing.
+        value: run id -> its selection value; None: it has none.
+    """
+
+    study: Study
+    space: Space
+    n_trials: int
+    n_jobs: int
+    run_ids: Callable[[Sequence[list[str]]], list[str]]
+    launch: Callable[[list[list[str]]], None]
+    value: Callable[[str], float | None]
+
+    def run(self) -> None:
+        """Make trials until there are `n_trials`."""
+        self._go_on()
+        while (left := self.n_trials - self._made()) > 0:
+            trials = [self.study.ask(self.space.distributions()) for _ in range(min(self.n_jobs, left))]
+            jobs = [self.space.jobs(trial.params) for trial in trials]
+            self.launch([job for of_trial in jobs for job in of_trial])
+            for trial, of_trial in zip(trials, jobs, strict=True):
+                self._tell(trial, self.run_ids(of_trial))
+
+    def _go_on(self) -> None:
+        """Put the trials that an earlier start has not finished in line again, with the same values."""
+        from optuna.trial import TrialState
+
+        for trial in self.study.get_trials(states=(TrialState.RUNNING,)):
+            self.study.tell(trial.number, state=TrialState.FAIL)
+            self.study.enqueue_trial(trial.params, user_attrs={"again": trial.number})
+
+    def _made(self) -> int:
+        """The number of trials whose runs have ended, with a result or without."""
+        return sum(RUNS in trial.user_attrs for trial in self.study.trials)
+
+    def _tell(self, trial: Any, run_ids: Sequence[str]) -> None:
+        from optuna.trial import TrialState
+
+        trial.set_user_attr(RUNS, list(run_ids))
+        values = [self.value(run_id) for run_id in run_ids]
+        if lacking := [run_id for run_id, value in zip(run_ids, values, strict=True) if value is None]:
+            log.warning("trial %d has no result: run %s has no selection value", trial.number, listing(lacking))
+            self.study.tell(trial, state=TrialState.FAIL)
+        else:
+            mean = sum(value for value in values if value is not None) / len(values)
+            self.study.tell(trial, mean)
+            log.info("trial %d: %.4f  %s", trial.number, mean, described(trial.params))
+
+
+def described(values: Mapping[str, Any]) -> str:
+    """`optimizer.lr=0.001 algorithm.n_parts=5`."""
+    return " ".join(
+        f"{key}={value:.6g}" if isinstance(value, float) else f"{key}={value}" for key, value in values.items()
+    )
+
+
+def check(sweeper: Any, launcher: str) -> None:
+    """UserError for settings of the sweeper, and for launchers that return before the runs have ended."""
+    for name, valid in {"objective": OBJECTIVES, "sampler": SAMPLERS}.items():
+        if (found := getattr(sweeper, name)) not in valid:
+            raise UserError(f"hydra.sweeper.{name}: found {found!r}; valid: {listing(valid)}.")
+    for name in ("n_trials", "n_jobs"):
+        if getattr(sweeper, name) < 1:
+            raise UserError(f"hydra.sweeper.{name}: found {getattr(sweeper, name)}, expected 1 or more.")
+    if launcher != "basic":
+        raise UserError(
+            f"hydra/sweeper=optuna needs its runs' results, and does not wait for hydra/launcher={launcher} yet.\n"
+            "Leave the launcher out: the runs are then made one after the other in this process."
+        )
+    if sweeper.objective == "oracle":
+        log.warning(ORACLE)
+
+
+def summary(study: Study, space: Space, runs_dir: Path) -> str:
+    """The best trial, its runs, and the command of the table in which the trials are draws."""
+    from optuna.trial import TrialState
+
+    done = study.get_trials(states=(TrialState.COMPLETE,))
+    if not done:
+        return f"no trial of {len(study.trials)} has a result"
+    best = study.best_trial
+    command = f"python -m analysis {runs_dir} --draws {' '.join(space.searched)}"
+    return (
+        f"best of {len(done)} trials: {best.value:.4f}  {described(best.params)}\n"
+        f"its runs: {' '.join(best.user_attrs[RUNS])}\ntable: {command}"
+    )
+
+
+def open_study(folder: Path, name: str, *, sampler: str, seed: int) -> Study:
+    """The study of that name in the journal in `folder`; a new one if there is none. UserError without Optuna."""
+    try:
+        import optuna
+        from optuna.storages.journal import JournalFileBackend
+    except ImportError as error:
+        raise UserError(
+            "hydra/sweeper=optuna needs Optuna: pip install 'gsdg[search]' (in a checkout: '.[search]')."
+        ) from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    folder.mkdir(parents=True, exist_ok=True)
+    storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder / f"{name}.log")))
+    kinds = {"tpe": optuna.samplers.TPESampler, "random": optuna.samplers.RandomSampler}
+    study = optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
+    study.sampler = kinds[sampler](seed=seed + len(study.trials))  # a later start must not draw the same values again
+    if study.trials:
+        log.info("the study %s goes on: it has %d trials", folder / f"{name}.log", len(study.trials))
+    return study
+
+
+def selection_value(run: Path, objective: str) -> float | None:
+    """The value in [0, 1] by which the objective judges a run; None if it is not done or has no such record.
+
+    training_domain: the best mean held-out accuracy of the source domains; oracle: the target's `out` at the last step.
+    """
+    folder = RunFolder(run)
+    if folder.status.get("state") != "done":
+        return None
+    records, targets = folder.records(), _targets(run)
+    if objective == "oracle":
+        values = [records[-1]["accuracy"][name]["out"] for name in targets if "out" in records[-1]["accuracy"][name]]
+        return sum(values) / len(values) if values else None
+    means = [_mean_of_sources(record["accuracy"], targets) for record in records]
+    return max((mean for mean in means if mean is not None), default=None)
+
+
+def _mean_of_sources(accuracy: Mapping[str, Mapping[str, float]], targets: Sequence[str]) -> float | None:
+    values = [parts["out"] for name, parts in accuracy.items() if name not in targets and "out" in parts]
+    return sum(values) / len(values) if values else None
+
+
+def _targets(run: Path) -> list[str]:
+    target = json.loads((run / "config.json").read_text())["split"]["target"]
+    return [target] if isinstance(target, str) else target
