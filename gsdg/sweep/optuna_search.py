@@ -3,7 +3,8 @@
     python launch.py -m hydra/sweeper=optuna 'optimizer.lr=tag(log,interval(1e-5,1e-3))' 'algorithm.n_parts=1,5,10'
         split.target=60 split.trial_seed=0,1 hydra.sweeper.n_trials=20
 
-A trial is one set of values: `interval` and `range` are numbers, a list of values is a choice. The targets and seeds
+Optuna's trial, one set of values, is called a draw in messages and tables, because a run has a trial seed. `interval`
+and `range` are numbers, a list of values is a choice. The targets and seeds
 (REPETITIONS) are no values: a trial makes a run for each of their combinations, and its result is the mean of these
 runs' selection values, in [0, 1], higher is better. Nothing else of a run is used, so the target's images play no part,
 unless the objective is an oracle.
@@ -162,12 +163,12 @@ class Search:
         trial.set_user_attr(RUNS, list(run_ids))
         values = [self.value(run_id) for run_id in run_ids]
         if lacking := [run_id for run_id, value in zip(run_ids, values, strict=True) if value is None]:
-            log.warning("trial %d has no result: run %s has no selection value", trial.number, listing(lacking))
+            log.warning("draw %d has no result: run %s has no selection value", trial.number, listing(lacking))
             self.study.tell(trial, state=TrialState.FAIL)
         else:
             mean = sum(value for value in values if value is not None) / len(values)
             self.study.tell(trial, mean)
-            log.info("trial %d: %.4f  %s", trial.number, mean, described(trial.params))
+            log.info("draw %d: %.4f  %s", trial.number, mean, described(trial.params))
 
 
 def described(values: Mapping[str, Any]) -> str:
@@ -200,11 +201,11 @@ def summary(study: Study, space: Space, runs_dir: Path) -> str:
 
     done = study.get_trials(states=(TrialState.COMPLETE,))
     if not done:
-        return f"no trial of {len(study.trials)} has a result"
+        return f"no draw of {len(study.trials)} has a result"
     best = study.best_trial
     command = f"python -m analysis {runs_dir} --draws {' '.join(space.searched)}"
     return (
-        f"best of {len(done)} trials: {best.value:.4f}  {described(best.params)}\n"
+        f"best of {len(done)} draws: {best.value:.4f}  {described(best.params)}\n"
         f"its runs: {' '.join(best.user_attrs[RUNS])}\ntable: {command}"
     )
 
@@ -225,7 +226,7 @@ def open_study(folder: Path, name: str, *, sampler: str, seed: int) -> Study:
     study = optuna.create_study(study_name=name, storage=storage, direction="maximize", load_if_exists=True)
     study.sampler = kinds[sampler](seed=seed + len(study.trials))  # a later start must not draw the same values again
     if study.trials:
-        log.info("the study %s goes on: it has %d trials", folder / f"{name}.log", len(study.trials))
+        log.info("the study %s goes on: it has %d draws", folder / f"{name}.log", len(study.trials))
     return study
 
 

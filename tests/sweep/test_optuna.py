@@ -128,10 +128,10 @@ def test_a_search_makes_the_runs_of_its_trials_and_the_same_command_goes_on_with
         found = [selection_value(tmp_path / "runs" / plan.run_id, "training_domain") for plan in plans]
         assert trial.value == pytest.approx(sum(found) / 2)
     best = max(trials, key=lambda trial: trial.value)
-    assert f"best of 2 trials: {best.value:.4f}" in done.stdout
+    assert f"best of 2 draws: {best.value:.4f}" in done.stdout
     again = launch_here(*words, "hydra.sweeper.n_trials=3")
     assert again.returncode == 0, again.stderr
-    assert "goes on: it has 2 trials" in again.stdout
+    assert "goes on: it has 2 draws" in again.stdout
     later = study_of(tmp_path).trials
     assert [trial.params for trial in later[:2]] == [trial.params for trial in trials]
     assert len(later) == 3
@@ -165,8 +165,8 @@ def test_a_trial_whose_run_fails_has_no_result_and_the_search_goes_on(launch_her
     monkeypatch.setattr("gsdg.experiment.train", broken_training)
     done = launch_here("-m", *WORDS, "hydra.sweeper.n_trials=2", f"runs_dir={tmp_path / 'runs'}")
     assert [trial.state.name for trial in study_of(tmp_path).trials] == ["FAIL", "FAIL"]
-    assert "no trial of 2 has a result" in done.stdout
-    assert "trial 1 has no result" in done.stdout
+    assert "no draw of 2 has a result" in done.stdout
+    assert "draw 1 has no result" in done.stdout
 
 
 def broken_training(*arguments: object) -> None:
