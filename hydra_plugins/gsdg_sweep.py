@@ -122,7 +122,7 @@ class OptunaSweeper(GridSweeper):
         assert self.config is not None
         assert self.hydra_context is not None
         loader, texts = self.hydra_context.config_loader, [*self._parse_config(), *arguments]
-        optuna_search.check(self, self.config.hydra.runtime.choices["hydra/launcher"])
+        optuna_search.check(self)
         refuse_swept(texts)
         space = optuna_search.Space.of(OverridesParser.create(config_loader=loader).parse_overrides(texts))
         composer, runs_dir = Composer(loader, self.config), Path(absolute_path(self.config.runs_dir))
@@ -135,17 +135,24 @@ class OptunaSweeper(GridSweeper):
             self.n_trials,
             self.n_jobs,
             run_ids=lambda jobs: [run.run_id for run in freeze_runs(composer, jobs)],
-            launch=self._launch,
+            launch=lambda jobs: self._launch(jobs, freeze_runs(composer, jobs)),
             value=lambda run_id: optuna_search.selection_value(runs_dir / run_id, self.objective),
         )
         search.run()
         print(optuna_search.summary(study, space, runs_dir))
 
-    def _launch(self, jobs: list[list[str]]) -> None:
-        """Make the runs. One that fails is an error of its own, and has no value."""
+    def _launch(self, jobs: list[list[str]], runs: list) -> None:
+        """Make the runs of these jobs and wait for them. The launchers of gsdg get a sweep folder for each round."""
         from gsdg.sweep.callback import SweepCallback
+        from gsdg.sweep.optuna_search import ended, in_round
 
+        assert self.config is not None
         assert self.launcher is not None
+        folder = Path(self.config.hydra.sweep.dir)
         SweepCallback.size = self.batch_index + len(jobs)
-        self.launcher.launch(jobs, initial_job_idx=self.batch_index)
+        with (
+            in_round(self.config, self.batch_index, own=getattr(self.launcher, "composes", False)),
+            ended(runs, folder),
+        ):
+            self.launcher.launch(jobs, initial_job_idx=self.batch_index)
         self.batch_index += len(jobs)

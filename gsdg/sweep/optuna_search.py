@@ -19,16 +19,23 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from omegaconf import DictConfig, open_dict, read_write
 
 from gsdg.runs.folder import RunFolder
-from gsdg.utils.errors import UserError, listing
+from gsdg.sweep import slurm
+from gsdg.sweep.callback import note_run
+from gsdg.sweep.folder import FrozenRun
+from gsdg.sweep.run_states import ACTIVE, RunState, read_statuses, run_states
+from gsdg.utils.errors import UserError, listing, plural
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -38,6 +45,7 @@ log = logging.getLogger(__name__)
 REPETITIONS = ("split.target", "split.trial_seed", "seed")
 OBJECTIVES = ("training_domain", "oracle")
 SAMPLERS = ("tpe", "random")
+POLL = 10.0  # seconds between looks at the runs
 RUNS, ORACLE = "runs", "this search sees the target's labels (objective=oracle): report it as an oracle, or not at all"
 
 
@@ -178,21 +186,59 @@ def described(values: Mapping[str, Any]) -> str:
     )
 
 
-def check(sweeper: Any, launcher: str) -> None:
-    """UserError for settings of the sweeper, and for launchers that return before the runs have ended."""
+def check(sweeper: Any) -> None:
+    """UserError for settings of the sweeper; a warning for an oracle."""
     for name, valid in {"objective": OBJECTIVES, "sampler": SAMPLERS}.items():
         if (found := getattr(sweeper, name)) not in valid:
             raise UserError(f"hydra.sweeper.{name}: found {found!r}; valid: {listing(valid)}.")
     for name in ("n_trials", "n_jobs"):
         if getattr(sweeper, name) < 1:
             raise UserError(f"hydra.sweeper.{name}: found {getattr(sweeper, name)}, expected 1 or more.")
-    if launcher != "basic":
-        raise UserError(
-            f"hydra/sweeper=optuna needs its runs' results, and does not wait for hydra/launcher={launcher} yet.\n"
-            "Leave the launcher out: the runs are then made one after the other in this process."
-        )
     if sweeper.objective == "oracle":
         log.warning(ORACLE)
+
+
+@contextmanager
+def in_round(config: DictConfig, number: int, *, own: bool) -> Generator[None]:
+    """Inside, hydra.sweep.dir is a folder of this round, if the launcher keeps its sweep in it (`own`)."""
+    before = config.hydra.sweep.dir
+    with read_write(config), open_dict(config):
+        config.hydra.sweep.dir = f"{before}_{number}" if own else before
+    try:
+        yield
+    finally:
+        with read_write(config), open_dict(config):
+            config.hydra.sweep.dir = before
+
+
+@contextmanager
+def ended(runs: Sequence[FrozenRun], sweep: Path) -> Generator[None]:
+    """Inside, a launcher starts the runs; at the end all of them have ended, whether the launcher waits or not.
+
+    sweep: the folder of the whole search, which then lists them. UserError of the launcher: only if it started none.
+    """
+    runs_dir = Path(runs[0].config["runs_dir"])
+    try:
+        yield
+    except UserError as error:
+        if not any(read_statuses(runs_dir, [run.run_id for run in runs]).values()):
+            raise
+        log.warning("%s", error)
+    while active := [state for state in states(runs, runs_dir) if state.state in ACTIVE]:
+        log.info("waiting for %s", plural(len(active), "run"))
+        time.sleep(POLL)
+    sweep.mkdir(parents=True, exist_ok=True)
+    for run in runs:
+        note_run(sweep, run.run_id)
+
+
+def states(runs: Sequence[FrozenRun], runs_dir: Path) -> list[RunState]:
+    """The states of the runs, with SLURM's queue where there is one."""
+    try:
+        queue = slurm.queue()
+    except UserError:  # no SLURM here, or it does not answer
+        queue = None
+    return run_states(list(runs), runs_dir, queue)
 
 
 def summary(study: Study, space: Space, runs_dir: Path) -> str:

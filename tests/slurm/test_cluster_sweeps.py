@@ -194,3 +194,19 @@ def test_cancel_stops_what_is_running(sweeps):
     sweeps.command("cancel", "--yes")
     sweeps.wait_until_over()
     assert "2 cancelled" in sweeps.command("status", check=False).stdout
+
+
+def test_a_search_waits_for_its_jobs_and_goes_on_after_a_kill(sweeps):
+    """Optuna through SLURM: the launching process is killed while its first draws are in the queue."""
+    pytest.importorskip("optuna")
+    search = ("hydra/sweeper=optuna", "hydra.sweeper.n_jobs=2", "optimizer.lr=tag(log,interval(1e-4,1e-2))")
+    words = ("-m", *HALF_A_NODE, *SHORT[:-1], "trainer.eval_every=10", *search, "hydra.sweeper.n_trials=3")
+    command = [sys.executable, str(REPOSITORY / "launch.py"), *words, f"runs_dir={sweeps.runs_dir}"]
+    process = subprocess.Popen(command, env=sweeps.environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    sweeps.lab.wait(lambda: bool(sweeps.lab.states()), 120)
+    process.kill()
+    process.communicate()
+    done = subprocess.run(command, env=sweeps.environment, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "best of 3 draws" in done.stdout
+    assert sweeps.states() == ["done"] * 3, "the draws that were in the queue are made once"

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-from helpers import SMALL
+from helpers import SMALL, Launcher
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from gsdg.experiment import prepare
 from gsdg.sweep import optuna_search
+from gsdg.sweep.folder import all_sweeps
 from gsdg.sweep.optuna_search import RUNS, Space, open_study, selection_value
 from gsdg.utils.errors import UserError
 from gsdg.utils.json_files import read_lines, write_json
@@ -97,7 +98,6 @@ def test_the_objective_is_the_sources_best_held_out_mean_or_the_targets_last_one
         (["hydra.sweeper.objective=target"], "hydra.sweeper.objective: found 'target'; valid: training_domain, oracle"),
         (["hydra.sweeper.sampler=grid"], "hydra.sweeper.sampler: found 'grid'; valid: tpe, random"),
         (["hydra.sweeper.n_trials=0"], "hydra.sweeper.n_trials: found 0, expected 1 or more"),
-        (["hydra/launcher=local"], "does not wait for hydra/launcher=local yet"),
     ],
 )
 def test_wrong_settings_are_refused_before_anything_is_made(launch_here, tmp_path, words, message):
@@ -167,6 +167,19 @@ def test_a_trial_whose_run_fails_has_no_result_and_the_search_goes_on(launch_her
     assert [trial.state.name for trial in study_of(tmp_path).trials] == ["FAIL", "FAIL"]
     assert "no draw of 2 has a result" in done.stdout
     assert "draw 1 has no result" in done.stdout
+
+
+@pytest.mark.slow
+def test_two_draws_at_a_time_through_the_local_launcher_are_sweeps_of_their_own(tmp_path):
+    launcher = Launcher(tmp_path / "runs")
+    search = ("hydra/launcher=local", "hydra.sweeper.n_trials=3", "hydra.sweeper.n_jobs=2")
+    done = launcher("-m", *WORDS, *search)
+    assert done.returncode == 0, done.stderr
+    trials = study_of(tmp_path).trials
+    assert [trial.state.name for trial in trials] == ["COMPLETE"] * 3
+    sizes = sorted(len(sweep.runs()) for sweep in all_sweeps(tmp_path / "runs"))
+    assert sizes == [2, 4], "two rounds: two draws with two seeds, then one"
+    assert done.stdout.count("optimizer.lr=") >= 3, "the table at the end has the runs of all rounds"
 
 
 def broken_training(*arguments: object) -> None:
