@@ -36,7 +36,7 @@ def space(*words: str) -> Space:
 
 def test_intervals_ranges_and_lists_are_searched_and_targets_and_seeds_are_repeated():
     found = space(
-        "a=1", "lr=tag(log,interval(1e-5,1e-3))", "n=int(interval(1,10))", "k=range(1,6,2)", "c=x,y",
+        "a=1", "lr=tag(log,interval(1e-5,1e-3))", "n=int(interval(1,10))", "k=range(1,7,2)", "c=x,y",
         "split.target=p,q", "seed=0,1",
     )  # fmt: skip
     assert found.distributions() == {
@@ -80,7 +80,7 @@ def test_the_objective_is_the_sources_best_held_out_mean_or_the_targets_last_one
     run = tmp_path / "run"
     run.mkdir()
     write_json(run / "config.json", {"split": {"target": "t"}})
-    lines = [record(a=0.5, b=0.7, t=0.9), record(a=0.9, b=0.5, t=0.2), record(a=0.6, b=0.5, t=0.4)]
+    lines = [record(a=0.5, b=0.7, t=0.1), record(a=0.9, b=0.5, t=0.2), record(a=0.6, b=0.5, t=0.4)]
     (run / "records.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     write_json(run / "status.json", {"state": "done"})
     assert selection_value(run, "training_domain") == pytest.approx(0.7)
