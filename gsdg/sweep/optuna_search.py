@@ -117,7 +117,8 @@ def distribution(override: Override) -> BaseDistribution:
         return FloatDistribution(sweep.start, sweep.end, log=logarithmic)
     if isinstance(sweep, RangeSweep) and isinstance(sweep.start, int) and isinstance(sweep.step, int):
         assert sweep.stop is not None, override.input_line
-        return IntDistribution(sweep.start, int(sweep.stop) - 1, step=sweep.step)
+        last = range(sweep.start, int(sweep.stop), sweep.step)[-1]
+        return IntDistribution(sweep.start, last, step=sweep.step)
     return CategoricalDistribution(_texts(override))
 
 
