@@ -100,7 +100,9 @@ def _texts(override: Override) -> list[str]:
         raise UserError(
             f"{override.input_line}: targets and seeds are repeated, so list them: {override.key_or_group}=0,1,2."
         )
-    return list(override.sweep_string_iterator())
+    if not (texts := list(override.sweep_string_iterator())):
+        raise UserError(f"{override.input_line} has no values: there is nothing to choose from. range leaves STOP out.")
+    return texts
 
 
 def distribution(override: Override) -> BaseDistribution:
@@ -115,11 +117,10 @@ def distribution(override: Override) -> BaseDistribution:
         if isinstance(sweep.start, int) and isinstance(sweep.end, int):
             return IntDistribution(sweep.start, sweep.end, log=logarithmic)
         return FloatDistribution(sweep.start, sweep.end, log=logarithmic)
+    texts = _texts(override)
     if isinstance(sweep, RangeSweep) and isinstance(sweep.start, int) and isinstance(sweep.step, int):
-        assert sweep.stop is not None, override.input_line
-        last = range(sweep.start, int(sweep.stop), sweep.step)[-1]
-        return IntDistribution(sweep.start, last, step=sweep.step)
-    return CategoricalDistribution(_texts(override))
+        return IntDistribution(sweep.start, int(texts[-1]), step=sweep.step)
+    return CategoricalDistribution(texts)
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,8 @@ def test_what_cannot_be_searched_is_refused():
         space("a=1", "split.target=p,q")
     with pytest.raises(UserError, match="targets and seeds are repeated, so list them: seed=0,1,2"):
         space("seed=interval(0,3)", "c=x,y")
+    with pytest.raises(UserError, match=r"k=range\(3,3\) has no values"):
+        space("k=range(3,3)").distributions()
 
 
 def record(**accuracy: float | None) -> dict:
