@@ -60,11 +60,13 @@ class WandB(Logger):
         self.run.finish(exit_code=0 if state == "done" else 1)
 
 
-def default_mode() -> Literal["online", "offline"] | None:
-    """None: W&B reads WANDB_MODE itself. Compute nodes seldom have a network; tasks of sweeps have GSDG_OFFLINE set."""
-    if "WANDB_MODE" in os.environ:
-        return None
-    return "offline" if {"SLURM_JOB_ID", "GSDG_OFFLINE"} & os.environ.keys() else "online"
+def default_mode() -> str:
+    """WANDB_MODE, or else `offline` on compute nodes, which seldom have a network. Tasks of sweeps have GSDG_OFFLINE.
+
+    It is read here at each start, because W&B reads it once per process.
+    """
+    on_compute_node = {"SLURM_JOB_ID", "GSDG_OFFLINE"} & os.environ.keys()
+    return os.environ.get("WANDB_MODE") or ("offline" if on_compute_node else "online")
 
 
 def remove(folders: list[Path]) -> None:

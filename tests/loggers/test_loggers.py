@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 import sys
 from collections import Counter
 from collections.abc import Callable
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
 
 import pandas as pd
 import pytest
@@ -19,6 +16,7 @@ import torch
 from algorithm_cases import refusal
 from harness import SOURCES, compose_tiny, first_difference, observe, observe_plan
 from helpers import in_case
+from logger_files import INSTALLED, LIBRARIES, NEEDS, READ, Numbers, mlflow_run, wandb_records
 
 from gsdg import log as command
 from gsdg.callbacks import Callback, WatchedRun
@@ -30,13 +28,8 @@ from gsdg.loggers.wandb_run import default_mode
 from gsdg.runs.folder import RunFolder
 from gsdg.utils.json_files import read_json, read_lines
 
-Numbers = list[tuple[int, str, float]]  # (step, name, value)
-LIBRARIES = {"csv": "pandas", "tensorboard": "tensorboard", "mlflow": "mlflow", "wandb": "wandb"}
-INSTALLED = [name for name, library in LIBRARIES.items() if find_spec(library) and find_spec(library).origin]
-EACH = [
-    pytest.param(name, marks=pytest.mark.skipif(name not in INSTALLED, reason="pip install 'gsdg[loggers]'"))
-    for name in LIBRARIES
-]
+SLOW = ("mlflow", "wandb")  # seconds for a new database, and for a process of its own
+EACH = [pytest.param(name, marks=[NEEDS[name], *[pytest.mark.slow] * (name in SLOW)]) for name in LIBRARIES]
 RICH = (
     "algorithm=grad_surgery",
     "algorithm.diagnostics=true",
@@ -73,66 +66,7 @@ def offline(monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
 
 
-# ---- reading back --------------------------------------------------------------------------------------------------
-
-
-def csv_numbers(folder: Path) -> Numbers:
-    table = pd.read_csv(folder / "metrics.csv")
-    return list(table[["step", "name", "value"]].itertuples(index=False, name=None))
-
-
-def tensorboard_numbers(folder: Path) -> Numbers:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
-    return [(event.step, tag, event.value) for tag in events.Tags()["scalars"] for event in events.Scalars(tag)]
-
-
-def mlflow_run(folder: Path) -> tuple[Any, Any]:
-    """(client, the only run of the database)."""
-    from mlflow import MlflowClient
-
-    client = MlflowClient(tracking_uri=f"sqlite:///{folder.parent}/mlflow.db")
-    (found,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
-    return client, found
-
-
-def mlflow_numbers(folder: Path) -> Numbers:
-    client, found = mlflow_run(folder)
-    return [
-        (metric.step, name, metric.value)
-        for name in found.data.metrics
-        for metric in client.get_metric_history(found.info.run_id, name)
-    ]
-
-
-def wandb_records(folder: Path) -> list:
-    """The records of the only offline run. Its file is a header of 7 bytes, then LevelDB's log format."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    (file,) = (folder / "wandb").glob("offline-run-*/*.wandb")
-    content, place, payload, records = file.read_bytes(), 7, b"", []
-    while place + 7 <= len(content):
-        if 32768 - place % 32768 < 7:  # no record header begins in the last bytes of a block
-            place += 32768 - place % 32768
-        _, length, kind = struct.unpack_from("<IHB", content, place)
-        payload += content[place + 7 : place + 7 + length]
-        place += 7 + length
-        if kind in (1, 4):  # the whole record, or its last piece
-            records.append(Record.FromString(payload))
-            payload = b""
-    return records
-
-
-def wandb_numbers(folder: Path) -> Numbers:
-    numbers = []
-    for record in wandb_records(folder):
-        items = {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
-        numbers += [(int(items["_step"]), key, float(value)) for key, value in items.items() if not key.startswith("_")]
-    return numbers
-
-
-READ = {"csv": csv_numbers, "tensorboard": tensorboard_numbers, "mlflow": mlflow_numbers, "wandb": wandb_numbers}
+# ---- during a run --------------------------------------------------------------------------------------------------
 
 
 def expected(folder: Path) -> Numbers:
@@ -165,9 +99,6 @@ def assert_each_once(folder: Path, name: str) -> None:
         assert values[step, what] == pytest.approx(value, rel=1e-6, nan_ok=True), (step, what)
 
 
-# ---- during a run --------------------------------------------------------------------------------------------------
-
-
 def test_the_numbers_that_are_expected_are_of_every_kind():
     folder = observe(*RICH).folder
     names = {name for _, name, _ in expected(folder)}
@@ -180,6 +111,7 @@ def test_a_logger_gets_every_number_once(name):
     assert_each_once(observe(*RICH, f"logger={name}").folder, name)
 
 
+@pytest.mark.slow
 def test_a_run_with_all_loggers_has_the_records_and_weights_of_one_without():
     logged, plain = observe(*RICH, f"logger=[{','.join(INSTALLED)}]"), observe(*RICH)
     assert logged.plan.run_id == plain.plan.run_id
@@ -235,7 +167,8 @@ def test_a_run_from_scratch_begins_anew_where_the_logger_has_runs(name):
     assert (ids[0] != ids[1]) == (name in ("mlflow", "wandb"))
 
 
-@pytest.mark.skipif("mlflow" not in INSTALLED, reason="pip install 'gsdg[loggers]'")
+@pytest.mark.slow
+@NEEDS["mlflow"]
 def test_mlflow_has_the_config_and_the_state_of_the_run():
     _, found = mlflow_run(observe("logger=mlflow", **{"logger.mlflow.experiment": "mine"}).folder)
     assert found.info.status == "FINISHED"
@@ -243,7 +176,8 @@ def test_mlflow_has_the_config_and_the_state_of_the_run():
     assert found.data.params["split.target"] == "['d']"
 
 
-@pytest.mark.skipif("wandb" not in INSTALLED, reason="pip install 'gsdg[loggers]'")
+@pytest.mark.slow
+@NEEDS["wandb"]
 def test_wandb_has_the_config_and_the_id_of_the_run():
     folder = observe("logger=wandb").folder
     (begun,) = [record.run for record in wandb_records(folder) if record.HasField("run")][:1]
@@ -262,7 +196,7 @@ def test_wandb_is_offline_on_compute_nodes_unless_the_environment_says_otherwise
             job.setenv(variable, "1")
             assert default_mode() == "offline"
             job.setenv("WANDB_MODE", "online")
-            assert default_mode() is None
+            assert default_mode() == "online"
 
 
 # ---- failures ------------------------------------------------------------------------------------------------------
@@ -342,7 +276,8 @@ def test_the_command_sends_a_finished_run_and_twice_adds_nothing(name, capsys):
         assert_each_once(folder, name)
 
 
-@pytest.mark.skipif("mlflow" not in INSTALLED, reason="pip install 'gsdg[loggers]'")
+@pytest.mark.slow
+@NEEDS["mlflow"]
 def test_the_command_takes_the_loggers_settings():
     folder = observe().folder
     assert command.main([str(folder), "--to", "mlflow", "--set", "experiment=mine"]) == 0
