@@ -14,6 +14,12 @@ from gsdg.callbacks import WatchedRun
 from gsdg.loggers.base import Logger, id_of_run, require
 
 STATUS = {"done": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
+# Unless the user has set them. By default MLflow waits four minutes for a server that does not answer.
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}
 MOST_PARAMETERS = 100  # of one request
 LONGEST_PARAMETER = 500  # characters, of the older servers; more is cut off
 
@@ -31,7 +37,8 @@ class MLflow(Logger):
         self.experiment, self.tracking_uri = experiment, tracking_uri
 
     def open(self, run: WatchedRun) -> None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # compute nodes have no network
+        for variable, value in ENVIRONMENT.items():
+            os.environ.setdefault(variable, value)
         mlflow: Any = import_module("mlflow")
         local = f"sqlite:///{run.folder.absolute().parent / 'mlflow.db'}"
         uri = self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or local

@@ -17,6 +17,17 @@ from typing import Any, Literal
 from gsdg.callbacks import WatchedRun
 from gsdg.loggers.base import Logger, id_of_run, require
 
+# Nothing is printed, and W&B does not take over the terminal. Seconds are limited, because the run waits meanwhile: at
+# its start for an answer, and at its end for what has not been sent.
+SETTINGS = {
+    "silent": True,
+    "console": "off",
+    "login_timeout": 30,
+    "init_timeout": 30,
+    "finish_timeout": 120,
+    "finish_timeout_raises": True,
+}
+
 
 class WandB(Logger):
     """Sends metrics and the config. Online, steps that the run has at W&B already are not sent again.
@@ -47,7 +58,7 @@ class WandB(Logger):
             mode=self.mode or default_mode(),
             resume="allow",
             reinit="create_new",
-            settings=wandb.Settings(silent=True, console="off", login_timeout=60),
+            settings=wandb.Settings(**SETTINGS),
         )
         if self.run.offline:
             remove(earlier)
