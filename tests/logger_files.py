@@ -32,7 +32,7 @@ def mlflow_run(folder: Path) -> tuple[Any, Any]:
     """(client, the only run of the database)."""
     from mlflow import MlflowClient
 
-    client = MlflowClient(tracking_uri=f"sqlite:///{folder.parent}/mlflow.db")
+    client = MlflowClient(tracking_uri=f"sqlite:///{folder.parent}/.mlflow.db")
     (found,) = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
     return client, found
 

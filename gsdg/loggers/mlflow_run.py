@@ -29,7 +29,7 @@ class MLflow(Logger):
 
     Args:
         experiment: name; created if it does not exist.
-        tracking_uri: of the server or database; None: MLFLOW_TRACKING_URI, else mlflow.db in runs_dir.
+        tracking_uri: of the server or database; None: MLFLOW_TRACKING_URI, else .mlflow.db in runs_dir.
     """
 
     def __init__(self, *, experiment: str, tracking_uri: str | None) -> None:
@@ -40,7 +40,7 @@ class MLflow(Logger):
         for variable, value in ENVIRONMENT.items():
             os.environ.setdefault(variable, value)
         mlflow: Any = import_module("mlflow")
-        local = f"sqlite:///{run.folder.absolute().parent / 'mlflow.db'}"
+        local = f"sqlite:///{run.folder.absolute().parent / '.mlflow.db'}"
         uri = self.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or local
         self.client = mlflow.MlflowClient(tracking_uri=uri)
         self.run_id = id_of_run(run.folder, f"mlflow {self.experiment} {uri}", lambda: self._create(run))

@@ -882,12 +882,12 @@ def test_keys_of_a_launcher_set_how_runs_are_packed_and_how_often_a_task_is_requ
 @pytest.mark.slow
 @NEEDS["mlflow"]
 def test_the_keys_of_mlflow_say_where_its_runs_are(tmp_path):
-    keys = {"experiment": "mine", "tracking_uri": f"sqlite:///{tmp_path}/mlflow.db"}
+    keys = {"experiment": "mine", "tracking_uri": f"sqlite:///{tmp_path}/.mlflow.db"}
     run = observe("logger=mlflow", **{f"logger.mlflow.{key}": value for key, value in keys.items()})
     client, found = mlflow_run(tmp_path / "any")
     assert client.get_experiment(found.info.experiment_id).name == "mine"
     assert found.info.run_name == run.folder.name
-    assert not (run.folder.parent / "mlflow.db").exists()
+    assert not (run.folder.parent / ".mlflow.db").exists()
 
 
 @shows(*(f"logger.wandb.{key} (WandB)" for key in ("project", "entity", "mode")))
