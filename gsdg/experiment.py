@@ -9,9 +9,9 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from gsdg import __version__
 from gsdg.algorithms import Algorithm
+from gsdg.callbacks import Callback, Callbacks, WatchedRun
 from gsdg.config.checks import check_frozen_statistics, check_groups, check_keys, check_labels, check_preset
 from gsdg.config.hparam_search import apply, describe_draw, merge_ranges
 from gsdg.config.identity import hash_identity, identity
@@ -50,6 +51,7 @@ from gsdg.fits import (
     try_optimizer,
     try_setup,
 )
+from gsdg.loggers import Logger
 from gsdg.models.backbone import canonical_weights, with_declared_images
 from gsdg.models.weights import check_weights_file, weights_source
 from gsdg.models.weights_files import load_head
@@ -70,6 +72,7 @@ from gsdg.utils.stop_signals import Signals, Stopped, end
 
 log = logging.getLogger(__name__)
 
+WATCHING = {"logger": Logger, "callbacks": Callback}  # groups of which several may be chosen, and their base classes
 TRANSFORMS = {"exact": Exact, "batched": Batched}  # values of trainer.transform
 # {group: {argument that the program passes to its constructor: where the value comes from}}.
 SUPPLIED: dict[str, dict[str, str]] = {
@@ -91,6 +94,7 @@ class Plan:
     split: Split
     algorithm: Algorithm
     trainer: Trainer
+    callbacks: Mapping[str, Callback] = field(default_factory=dict)
 
     @cached_property
     def identity(self) -> dict:
@@ -166,6 +170,8 @@ def done_already(plan: Plan, folder: RunFolder, from_scratch: bool = False, *, l
         reuse.check_inputs(folder, inputs_here(plan.config))
         reuse.note_search(folder, plan.config, locked=locked)
         log.info("done already: %s (force=true to run it again)", folder.path)
+        if plan.config.get("logger"):
+            log.info("nothing is logged of a run that is done; python -m gsdg.log sends its records")
         if lacks_weights(folder, plan.trainer.keep):
             log.warning(
                 "trainer.keep=%s: the run has not kept these weights; force=true makes it again", plan.trainer.keep
@@ -222,6 +228,7 @@ def prepare(raw: DictConfig | dict, build: Callable[..., Any] = build) -> Plan:
     config["model"] = with_file_of_run(config["model"])
     check_weights_file(config["model"])
     check_labels(config)
+    check_callbacks(config)
     check_frozen_statistics(config["model"])
 
     # The domains, by their names in the config from now on: the run id needs them.
@@ -244,7 +251,31 @@ def prepare(raw: DictConfig | dict, build: Callable[..., Any] = build) -> Plan:
     if selects_parameters(config, trainer):
         nodes = {key: config[key] for key in ("model", "algorithm", "optimizer")}
         try_setup(json.dumps(nodes), tuple(split.sources(source.domains)), trainer.head_only_steps > 0)
-    return Plan(config, source, split, algorithm, trainer)
+    return Plan(config, source, split, algorithm, trainer, build_callbacks(config, build))
+
+
+def check_callbacks(config: dict) -> None:
+    """Check the nodes of the groups logger and callbacks, several of which may be chosen; changes `config`."""
+    for group in WATCHING:
+        for name, node in config.get(group, {}).items():
+            if not isinstance(node, dict) or "_target_" not in node:
+                raise UserError(
+                    f"{group}.{name}: found {node!r}, expected a node with a _target_.\n"
+                    f"Write +{group}.{name}._target_=package.Class, or choose a file: {group}=NAME or '{group}=[A,B]'."
+                )
+            config[group][name] = check(node, f"{group}.{name}")
+
+
+def build_callbacks(config: dict, build: Callable[..., Any] = build) -> dict[str, Callback]:
+    """{name: object} of the loggers and the user's callbacks. UserError where a class is neither."""
+    callbacks = {}
+    for group, kind in WATCHING.items():
+        for name, node in config.get(group, {}).items():
+            callbacks[f"{group}.{name}"] = callback = build(node)
+            if not isinstance(callback, kind):
+                base = f"{kind.__module__}.{kind.__name__}"
+                raise UserError(f"{group}.{name}: {node['_target_']} is no {kind.__name__}. Derive it from {base}.")
+    return callbacks
 
 
 def with_file_of_run(model: dict) -> dict:
@@ -365,8 +396,11 @@ def train(plan: Plan, folder: RunFolder, device: torch.device, signals: Signals)
         "transform": trainer.transform,
         "versions": {"gsdg": __version__, **package_versions()},
     }
+    callbacks = Callbacks(plan.callbacks, WatchedRun(folder.path, plan.config, algorithm))
     try:
-        loop = TrainingLoop(trainer, algorithm, optimizer, evaluator, folder, signals=signals, about=about)
+        loop = TrainingLoop(
+            trainer, algorithm, optimizer, evaluator, folder, signals=signals, about=about, callbacks=callbacks
+        )
         loop.run(batches, workers)
     finally:
         evaluator.close()

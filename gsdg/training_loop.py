@@ -19,6 +19,7 @@ from torch import Tensor
 from gsdg.algorithms import Algorithm
 from gsdg.algorithms.base import explain_batchnorm_error
 from gsdg.averaging import Averaging
+from gsdg.callbacks import Callbacks
 from gsdg.compilation import Compilation
 from gsdg.data.loader import TrainBatches, train_loader
 from gsdg.evaluation import DomainMeans, Evaluator
@@ -51,6 +52,7 @@ class TrainingLoop:
         folder: of the run, held by this process.
         signals: asks to save or to stop; None: nothing does.
         about: what weights.json says about all weights of the run: classes, images, versions.
+        callbacks: of the run; None: none.
     """
 
     def __init__(
@@ -63,9 +65,11 @@ class TrainingLoop:
         *,
         signals: Signals | None = None,
         about: Mapping[str, Any] = MappingProxyType({}),
+        callbacks: Callbacks | None = None,
     ) -> None:
         self.trainer, self.algorithm, self.optimizer = trainer, algorithm, optimizer
         self.evaluator, self.folder, self.averaging = evaluator, folder, trainer.averaging
+        self.callbacks = callbacks or Callbacks()
         self.parameters = [p for p in algorithm.parameters() if p.requires_grad]
         self.device = self.parameters[0].device
         self.means, self.throughput = MetricMeans(), Throughput(trainer.steps)
@@ -92,6 +96,7 @@ class TrainingLoop:
             "averaging": self.averaging,
             "scheduler": self.scheduler,
             "scaler": self.scaling,
+            "callbacks": self.callbacks if self.callbacks.have_state else None,
         }
         return {name: part for name, part in parts.items() if part is not None}
 
@@ -110,6 +115,9 @@ class TrainingLoop:
                 metrics = self._update(step, minibatches)
                 self._after_update(step, metrics)
             self._finish()
+        except BaseException as error:
+            self.callbacks.end(error)
+            raise
         finally:
             self.saver.close()
 
@@ -122,6 +130,7 @@ class TrainingLoop:
         self.kept.resume()
         self.algorithm.train()
         self.throughput.start(start)
+        self._call(self.callbacks.start, start)
         self.saver.begin()
         log.info(ACCURACIES)
         if unrecorded:
@@ -184,6 +193,7 @@ class TrainingLoop:
         self.means.add(metrics, numbers)
         self.throughput.tick(step + 1)
         self.folder.progress(step + 1)
+        self.callbacks.step(step, metrics)
         if self.trainer.logs(step):
             self._log(step)
         if self._is_continued_before_evaluation(step):
@@ -210,6 +220,7 @@ class TrainingLoop:
         log.info(self.throughput.line(self.means.compute()["loss"]))
         if diagnosis := self.algorithm.diagnostics():
             self.folder.append_diagnosis({"step": step, **diagnosis})
+            self._call(self.callbacks.line, "diagnosis", {"step": step, **diagnosis})
 
     def _record(self, step: int) -> None:
         """Evaluate the weights, and their average if there is one, and append a record of each."""
@@ -225,17 +236,25 @@ class TrainingLoop:
         log.info(self._accuracy_lines(step, results["accuracy"]))
         if self.compilation:
             self.compilation.log_graphs()
+        averaged = None
         if self.averaging:
             losses = held_out_loss(results["nll"], self.algorithm.domains) if needed else float("nan")
             self.averaging.after_evaluation(step, losses)
-            self._record_average(self.averaging, step, hook)
-        self.means.clear()  # last: an evaluation that was interrupted is recorded again, with the same means
+            averaged = self._record_average(self.averaging, step, hook)
+        # Last, because an evaluation that was interrupted is made and recorded again, with the same means.
+        self.means.clear()
+        self._call(self.callbacks.line, "evaluation", record)
+        if averaged:
+            self._call(self.callbacks.line, "averaged", averaged)
 
-    def _record_average(self, averaging: Averaging, step: int, hook: Callable[[], None]) -> None:
-        """Evaluate the averaged weights. The RNG state is saved and restored: training goes on as without averaging."""
+    def _record_average(self, averaging: Averaging, step: int, hook: Callable[[], None]) -> dict | None:
+        """Evaluate the averaged weights, if there are any now. Returns their record.
+
+        The RNG state is saved and restored: training goes on as without averaging.
+        """
         mean = averaging.mean(step)
         if mean is None:
-            return
+            return None
         began, random, facts = time.perf_counter(), random_states(), averaging.metadata(mean)
         averaged = averaging.averaged(mean)
         results = self.evaluator.measure(averaged, step, ["accuracy", *self.trainer.metrics], hook)
@@ -245,6 +264,13 @@ class TrainingLoop:
         self.folder.append_averaged(record)
         self.kept.after_evaluation(record, averaged.model.state_dict)
         log.info(self._accuracy_lines(step, results["accuracy"], f"averaged ({averaging.name})"))
+        return record
+
+    def _call(self, hook: Callable[..., None], *values: object) -> None:
+        """Call a hook of the callbacks. The pace of the training leaves out its time."""
+        began = time.perf_counter()
+        hook(*values)
+        self._excluded(began)
 
     def _excluded(self, began: float) -> float:
         """The seconds since `began`, those of an evaluation, which the pace of the training leaves out."""
@@ -272,6 +298,7 @@ class TrainingLoop:
         self.kept.finish(last, states)
         if self.trainer.keep_state and not self._is_continued_before_evaluation(last):
             self.saver.keep_state(self.trainer.steps)
+        self.callbacks.end()
         self.folder.set_status(state="done", step=self.trainer.steps)
         self.saver.checkpoints.remove()
 

@@ -16,6 +16,7 @@ CHOICES = [
     if group.split("/")[0] in SUPPLIED
     for name in sorted(choices(group) - {"base"})  # what others of its folder are made of
 ]
+LOGGERS = [f"logger={name}" for name in sorted(choices("logger"))]
 # Choices that cannot be prepared, because timm, an extra, is not installed.
 UNAVAILABLE = {
     f"{group}={path.stem}"

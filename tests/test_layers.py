@@ -19,8 +19,10 @@ LAYERS = [  # from the base upward: a module imports only from its own layer and
     {"gsdg.averaging", "gsdg.compilation"},
     {
         "gsdg.adaptation",
+        "gsdg.callbacks",
         "gsdg.evaluation",
         "gsdg.head_only",
+        "gsdg.loggers",
         "gsdg.optimizer_groups",
         "gsdg.runtime",
         "gsdg.loss_scaling",
@@ -32,7 +34,7 @@ LAYERS = [  # from the base upward: a module imports only from its own layer and
     {"gsdg.fits"},
     {"gsdg.experiment"},
     {"gsdg.predict", "gsdg.sweep", "gsdg.analysis"},
-    {"gsdg.evaluate", "gsdg.export", "gsdg.extend", "gsdg.soup"},
+    {"gsdg.evaluate", "gsdg.export", "gsdg.extend", "gsdg.log", "gsdg.soup"},
     {"gsdg.cli"},
 ]
 SEPARATE = [LAYERS[3], LAYERS[9]]  # packages of one layer that never import one another

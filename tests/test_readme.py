@@ -11,6 +11,7 @@ from PIL import Image
 from torch import nn
 
 from gsdg import export, extend, predict, soup
+from gsdg import log as log_command
 from gsdg.analysis import __main__ as analysis_commands
 from gsdg.data import __main__ as data_commands
 from gsdg.evaluate import __main__ as evaluate_command
@@ -66,7 +67,7 @@ def test_every_command_parses_and_its_overrides_compose(compose):
     for command in commands("python -m analysis"):
         with in_case(command):
             analysis_commands.parse_arguments(shlex.split(command)[3:])
-    for module in (export, extend, predict, runs_commands, soup):
+    for module in (export, extend, log_command, predict, runs_commands, soup):
         name = module.__name__.removesuffix(".__main__")
         assert commands(f"python -m {name}"), name
         for command in commands(f"python -m {name}"):

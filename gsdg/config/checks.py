@@ -20,7 +20,7 @@ from gsdg.config.names import how_to_give_text
 from gsdg.config.schema import build
 from gsdg.utils.errors import UserError, listing, nearest
 
-GROUPS = ("dataset", "split", "model", "algorithm", "optimizer", "trainer", "search")
+GROUPS = ("dataset", "split", "model", "algorithm", "optimizer", "trainer", "search", "logger", "callbacks")
 VALUES = {
     "seed": int,
     "deterministic": bool,

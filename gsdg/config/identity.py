@@ -31,6 +31,8 @@ NOT_SCIENTIFIC = (
     "device",
     "force",
     "resubmit",
+    "logger",
+    "callbacks",
     "on_code_change",
     "dataset.cache",
     "optimizer.foreach",

@@ -10,6 +10,7 @@
     averaged.jsonl      the same for averaged weights, if weight averaging is on (gsdg/averaging)
     diagnostics.jsonl   append-only, one logged step per line, if the algorithm's diagnostics are on
     environment.jsonl   one line per start: versions, commit, fingerprints of the code, host, device
+    loggers.json        {logger and destination: id of the run there}; metrics.csv, tensorboard/, wandb/: its loggers
     log.txt             everything logged, tracebacks included
     lock, .guard        which process may write here (see lock.py)
     checkpoints/        the last two, and those found damaged; removed when the run is done

@@ -34,6 +34,8 @@ ONE_PER_SWEEP = {  # {key that cannot be swept over: why, and what to do instead
     "Launch them one after the other, with one `experiment=` per command.",
     "runs_dir": "a sweep has one folder, where its state and its table are kept.\n"
     "Launch one sweep per folder, with one `runs_dir=` per command.",
+    "logger": "a logger changes no result, so every value would give the same run, logged to the first only.\n"
+    "For several loggers in each run: 'logger=[csv,tensorboard]'.",
     "data_dir": "data_dir is not part of a run's id, so every value would give the same run.\n"
     "Give one data_dir per command.",
 }

@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from gsdg.config import checks, choices
 from gsdg.config.checks import GROUPS, VALUES, shipped_node
 from gsdg.config.messages import explain
-from gsdg.experiment import SUPPLIED, prepare, resolve_config
+from gsdg.experiment import SUPPLIED, WATCHING, prepare, resolve_config
 from gsdg.utils.errors import UserError
 
 ON_PHOTOS = ["dataset=pacs", "split.target=photo"]
@@ -86,7 +86,7 @@ def test_the_keys_of_a_run_are_those_of_the_base_config_and_each_has_a_type(comp
     base = yaml.safe_load((CONF / "config.yaml").read_text())
     chosen = {key.split("/")[0] for entry in base.pop("defaults") if isinstance(entry, dict) for key in entry}
     groups = {key for key in chosen if " " not in key} - {"experiment"}
-    assert set(GROUPS) == groups == {*SUPPLIED, "search"}
+    assert set(GROUPS) == groups == {*SUPPLIED, *WATCHING, "search"}
     assert set(VALUES) == set(base) - {"hydra", "resubmit"}
     assert {key: type(base[key]) for key in VALUES} == VALUES
     for override, kind in {"data_dir=5": "str", "device=null": "str", "force=1": "bool"}.items():

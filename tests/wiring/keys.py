@@ -11,7 +11,7 @@ from dataclasses import fields
 from functools import cache
 
 import hydra
-from config_choices import CHOICES, CONF, NOT_IMPORTABLE
+from config_choices import CHOICES, CONF, LOGGERS, NOT_IMPORTABLE
 from hydra.utils import get_object
 from hydra_plugins.hydra_submitit_launcher.config import LocalQueueConf, SlurmQueueConf
 from omegaconf import OmegaConf
@@ -31,7 +31,7 @@ def every_key() -> dict[str, str]:
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         whole = _composed("config", SEARCH)
         for choice in [
-            choice for choice in CHOICES if choice not in NOT_IMPORTABLE
+            choice for choice in [*CHOICES, *LOGGERS] if choice not in NOT_IMPORTABLE
         ]:  # each alone, which is faster than all combinations
             for key in _keys_below(_composed(choice.replace("=", "/"))):
                 keys.setdefault(key, choice)

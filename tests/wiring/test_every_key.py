@@ -34,6 +34,7 @@ from harness import (
 )
 from helpers import photos
 from keys import every_key, launcher_keys
+from logger_files import NEEDS, mlflow_run, wandb_records
 from omegaconf import OmegaConf
 from tiny_backbone import tiny
 
@@ -872,3 +873,34 @@ def test_keys_of_a_launcher_set_how_runs_are_packed_and_how_often_a_task_is_requ
     sweep = SimpleNamespace(read=lambda: {"environment": {}, "overrides": [], "directory": "/"})
     assert _pack_options(sweep, task, from_scratch=False)["side_by_side"] == 2
     assert task.executor(tmp_path, tmp_path / "bootstrap.py")._executor.max_num_timeout == 33
+
+
+# ---- loggers ---------------------------------------------------------------------------------------------------------
+
+
+@shows("logger.mlflow.experiment (MLflow)", "logger.mlflow.tracking_uri (MLflow)")
+@pytest.mark.slow
+@NEEDS["mlflow"]
+def test_the_keys_of_mlflow_say_where_its_runs_are(tmp_path):
+    keys = {"experiment": "mine", "tracking_uri": f"sqlite:///{tmp_path}/.mlflow.db"}
+    run = observe("logger=mlflow", **{f"logger.mlflow.{key}": value for key, value in keys.items()})
+    client, found = mlflow_run(tmp_path / "any")
+    assert client.get_experiment(found.info.experiment_id).name == "mine"
+    assert found.info.run_name == run.folder.name
+    assert not (run.folder.parent / ".mlflow.db").exists()
+
+
+@shows(*(f"logger.wandb.{key} (WandB)" for key in ("project", "entity", "mode")))
+@pytest.mark.slow
+@NEEDS["wandb"]
+def test_the_keys_of_wandb_say_where_its_runs_are(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "disabled")  # the config has precedence
+    keys = {"project": "mine", "entity": "us", "mode": "offline"}
+    run = observe("logger=wandb", **{f"logger.wandb.{key}": value for key, value in keys.items()})
+    (begun,) = [record.run for record in wandb_records(run.folder) if record.HasField("run")][:1]
+    assert (begun.project, begun.entity) == ("mine", "us")
+    modes: list[str] = []
+    monkeypatch.setattr("wandb.init", lambda *, mode, **options: modes.append(mode))
+    for mode in ("offline", "online"):
+        observe("logger=wandb", **{"logger.wandb.mode": mode})
+    assert modes == ["offline", "online"]
