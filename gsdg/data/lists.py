@@ -98,10 +98,9 @@ class ImageList:
         table = read_table(self.file)
         rows = rows_of_domains(table, self.domains, self.file)
         classes = self.class_order(table, rows)
-        index = {label: number for number, label in enumerate(classes)}
-        class_of_code = np.array([index.get(label, -1) for label in table.label.values], np.int64)
-        domains = {name: _domain(name, table, rows[name], class_of_code) for name in self.domains}
-        if left_out := sum(map(len, rows.values())) - sum(map(len, domains.values())):
+        used = rows_of_classes(table, rows, classes)
+        domains = {name: _domain(name, table, used[name], _class_indices(table, classes)) for name in self.domains}
+        if left_out := sum(map(len, rows.values())) - sum(map(len, used.values())):
             log.warning("%s: %s of classes that not every domain has left out", self.name, plural(left_out, "row"))
         self._check_first_files(domains)
         return DomainDataset(self.name, classes, domains)
@@ -178,6 +177,18 @@ def rows_of_domains(table: ListTable, domains: Sequence[str], file: Path) -> dic
     return {name: np.flatnonzero(table.domain.codes == numbers[name]) for name in domains}
 
 
+def rows_of_classes(table: ListTable, rows: dict[str, np.ndarray], classes: list[str]) -> dict[str, np.ndarray]:
+    """{domain: those of its rows that have one of the classes}."""
+    used = _class_indices(table, classes) >= 0
+    return {name: of_domain[used[table.label.codes[of_domain]]] for name, of_domain in rows.items()}
+
+
+def _class_indices(table: ListTable, classes: list[str]) -> np.ndarray:
+    """[codes of labels] int64: the class index of each; -1 if it is none of the classes."""
+    index = {label: number for number, label in enumerate(classes)}
+    return np.array([index.get(label, -1) for label in table.label.values], np.int64)
+
+
 def labels_of(column: Column, rows: np.ndarray) -> list[str]:
     """The different values in these rows."""
     return [column.values[code] for code in np.unique(column.codes[rows])]
@@ -198,10 +209,8 @@ def differences(present: dict[str, set[str]]) -> str:
 
 
 def _domain(name: str, table: ListTable, rows: np.ndarray, class_of_code: np.ndarray) -> Domain:
-    """The images of these rows whose class is used. class_of_code: [codes of labels] class index; -1: not used."""
-    labels = class_of_code[table.label.codes[rows]]
-    rows, labels = rows[labels >= 0], labels[labels >= 0]
-    paths = table.paths.take(rows)
+    """The images of these rows. class_of_code: see `_class_indices`."""
+    paths, labels = table.paths.take(rows), class_of_code[table.label.codes[rows]]
     return Domain(name, labels, partial(_load, paths), paths, official=_official(table.split, rows))
 
 
