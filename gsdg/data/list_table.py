@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 REQUIRED, OPTIONAL = ("path", "label", "domain"), ("split", "group")
 FORMATS = (".csv", ".parquet")
 PARTS = ("in", "out", "test")  # the words of the column split
-MEANT = {"train": "in", "training": "in", "val": "out", "valid": "out", "validation": "out", "testing": "test"}
+PARTS_IN_WORDS = "in (training), out (validation), test"
 URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 UNUSUAL = re.compile(r"^\./|//|/\.")  # paths of this form may be another spelling of the same path
 CHUNK = 100_000  # rows that are Python strings at a time
@@ -114,7 +114,10 @@ def read_table(file: Path, columns: Sequence[str] = (*REQUIRED, "split")) -> Lis
 def domains_of(file: Path) -> list[str]:
     """The names of the domains, sorted. UserError as for `read_table`, apart from rows that cannot be used."""
     checked_columns(file)
-    return sorted({name for chunk in _chunks(file, ["domain"]) for name in set(chunk["domain"])} - {""})
+    names = {name for chunk in _chunks(file, ["domain"]) for name in set(chunk["domain"])} - {""}
+    if not names:
+        read_table(file)  # raises: there are no rows, or none of them has a domain
+    return sorted(names)
 
 
 # ---- columns --------------------------------------------------------------------------------------------------------
@@ -243,15 +246,20 @@ def _check_rows(chunk: Chunk, start: int, faults: Faults) -> None:
     faults.add("a URL, but only files are read: download them", start + urls, [paths[i] for i in urls])
     words = chunk.get("split", ())
     wrong = np.array([i for i, word in enumerate(words) if word not in PARTS], int)
-    hint = listing(f"{meant} instead of {word}" for word, meant in MEANT.items() if word in set(words))
-    kind = f"an unknown word in the column split; valid: {listing(PARTS)}{f' ({hint})' if hint != '(none)' else ''}"
-    faults.add(kind, start + wrong, [f"{words[i]!r}, {paths[i]}" for i in wrong])
+    faults.add(
+        f"an unknown word in the column split; valid: {PARTS_IN_WORDS}",
+        start + wrong,
+        [f"{words[i]!r}, {paths[i]}" for i in wrong],
+    )
 
 
 def _plain_path(path: str, folder: str) -> str:
-    """The path without `./`, `//` and `..`, and relative to `folder` if it is inside: equal files have equal paths."""
+    """The path relative to `folder` if it is inside; without `./`, `//` and `..`.
+
+    So two spellings of one path are the same text.
+    """
     if UNUSUAL.search(path) or path.startswith("../"):
-        path = os.path.normpath(path)
+        path = os.path.normpath(os.path.join(folder, path))
     return path[len(folder) + 1 :] if path.startswith(folder + os.sep) else path
 
 
