@@ -733,7 +733,10 @@ def test_contradictions_with_from_list_are_refused_before_a_run(tmp_path):
     nothing_out = {"dataset.file": str(write_list(root / "no_out.csv", parts=lambda i, n: "in"))}
     for overrides, message in (
         (["trainer.keep=selected"], "no row of a, b, c has the word `out`"),
-        (["trainer/averaging=swad", "trainer.eval_every=1"], "needs the sources' held-out loss, but no row of a, b, c has the word `out`"),
+        (
+            ["trainer/averaging=swad", "trainer.eval_every=1"],
+            "needs the sources' held-out loss, but no row of a, b, c has the word `out`",
+        ),
     ):
         config = compose_tiny(*from_list, *overrides, **nothing_out)
         assert message in refusal(lambda config: experiment.run(prepare(config)), config)

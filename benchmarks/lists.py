@@ -1,0 +1,145 @@
+"""How long does a list of a million images take until the first batch, and how much memory?
+
+    python benchmarks/lists.py --rows 1000000 --output benchmarks/results/lists_cpu.csv
+
+Lists of different length name images in 6 domains x 345 classes, as DomainNet's do, as CSV and as Parquet. The rows are
+not in the order of the domains. The images are 64 small files in turns, through links with names of their own folder, so
+that every path is different. Each measurement is a process of its own. Columns:
+
+- read_s: the list, to domains with labels and paths; parts_s: the column split (`from_list`) or the random split of every
+  domain (`leave_one_out`); digests_s: the digests that a run compares when it starts; batch_s: the first training batch,
+  32 images of each of 5 domains at 32 px;
+- peak_MB: the process's largest memory, less what it had before it read the list (torch and pandas are loaded then);
+- kept_MB: what it still had after the split, less the same.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from PIL import Image
+from timing import Row, options, parsed, provenance, report
+
+from gsdg.data.lists import ImageList
+from gsdg.data.loader import TrainBatches
+from gsdg.data.split import OfficialSplit, Split
+from gsdg.data.transforms_exact import Exact
+from gsdg.runs.reuse import data_digests
+from gsdg.types import ImageSpec
+
+DOMAINS, CLASSES, FILES = 6, 345, 64
+SPEC = ImageSpec(size=32, channels=3, mean=(0.5,) * 3, std=(0.5,) * 3)
+
+
+def write_images(folder: Path) -> None:
+    """FILES images, and a folder of links to them for each domain and class."""
+    random = np.random.RandomState(0)
+    (folder / "images").mkdir()
+    for i in range(FILES):
+        Image.fromarray(random.randint(0, 256, (40, 40, 3), np.uint8)).save(folder / "images" / f"{i:02}.png")
+    for domain in range(DOMAINS):
+        for label in range(CLASSES):
+            (folder / f"domain_{domain}").mkdir(exist_ok=True)
+            (folder / f"domain_{domain}" / f"class_{label:03}").symlink_to(folder / "images")
+
+
+def write_lists(folder: Path, rows: int) -> dict[str, Path]:
+    """{format: the list}. A path goes through one link to the images, then through `n` links to the same folder."""
+    random, number = np.random.RandomState(1), np.arange(rows)
+    domain, label = number % DOMAINS, number // DOMAINS % CLASSES
+    turn = number // (DOMAINS * CLASSES)
+    images = pd.Series(turn % FILES).map("{:02}.png".format)
+    repeat = sorted(set((turn // FILES).tolist()))
+    for times in repeat:
+        if not (link := folder / "images" / f"set_{times:04}").exists():
+            link.symlink_to(folder / "images")
+    domains, labels = (pd.Series(domain).map("domain_{}".format), pd.Series(label).map("class_{:03}".format))
+    sets = pd.Series(turn // FILES).map("set_{:04}".format)
+    frame = pd.DataFrame({"path": domains + "/" + labels + "/" + sets + "/" + images, "label": labels})
+    frame["domain"], frame["split"] = domains, random.choice(["in", "out", "test"], rows, p=[0.7, 0.1, 0.2])
+    files = {"csv": folder / f"{rows}.csv", "parquet": folder / f"{rows}.parquet"}
+    frame.to_csv(files["csv"], index=False)
+    frame.to_parquet(files["parquet"], index=False)
+    return files
+
+
+def memory_mb() -> float:
+    """What this process has in memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE") / 1e6
+
+
+def peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def measure(file: Path, official: bool) -> Row:
+    """The times and the memory of one list, in this process."""
+    before = memory_mb()
+    clock = [time.perf_counter()]
+    source = ImageList(name="list", file=str(file), domains=None, augment="photos", data_dir="/")
+    dataset = source.read()
+    clock.append(time.perf_counter())
+    target = source.domains[-1]
+    split = (
+        OfficialSplit(target=target, trial_seed=0)
+        if official
+        else Split(target=target, trial_seed=0, holdout_fraction=0.2)
+    )
+    parts = split.indices(dataset)
+    clock.append(time.perf_counter())
+    gc.collect()
+    peak, kept = peak_mb() - before, memory_mb() - before
+    data_digests(dataset)
+    clock.append(time.perf_counter())
+    indices = {name: parts[name]["in"] for name in split.sources(source.domains)}
+    batches = TrainBatches(dataset, indices, transform=Exact(SPEC, "photos"), batch_size=32, seed=0, steps=1)
+    assert sum(len(batch.labels) for batch in batches[0]) == 32 * (DOMAINS - 1)
+    clock.append(time.perf_counter())
+    names = ("read_s", "parts_s", "digests_s", "batch_s")
+    return {
+        **{name: round(end - start, 3) for name, start, end in zip(names, clock, clock[1:], strict=False)},
+        "peak_MB": round(peak),
+        "kept_MB": round(kept),
+    }
+
+
+def in_a_process(file: Path, official: bool) -> Row:
+    command = [sys.executable, __file__, "--measure", str(file), *(["--official"] if official else [])]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = options(__doc__, "lists.csv", rounds=3)
+    parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 1_000_000])
+    parser.add_argument("--measure", type=Path, help="used by the benchmark itself: measure this list")
+    parser.add_argument("--official", action="store_true", help="with --measure: its column split")
+    args = parsed(parser)
+    if args.measure:
+        print(json.dumps(measure(args.measure, args.official)))
+        return
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as place:
+        write_images(Path(place))
+        for count in args.rows:
+            for kind, file in write_lists(Path(place), count).items():
+                for official in (False, True):
+                    measured = [in_a_process(file, official) for _ in range(args.rounds)]
+                    medians = {key: float(np.median([row[key] for row in measured])) for key in measured[0]}
+                    split = "from_list" if official else "leave_one_out"
+                    size = {"rows": count, "format": kind, "list_MB": round(file.stat().st_size / 1e6, 1)}
+                    rows.append({**size, "split": split, **medians, "rounds": args.rounds, **provenance(args.device)})
+    report(rows, args.output)
+
+
+if __name__ == "__main__":
+    main()
