@@ -3,12 +3,12 @@
     python benchmarks/lists.py --rows 1000000 --output benchmarks/results/lists_cpu.csv
 
 Lists of different length name images in 6 domains x 345 classes, as DomainNet's do, as CSV and as Parquet. The rows are
-not in the order of the domains. The images are 64 small files in turns, through links with names of their own folder, so
-that every path is different. Each measurement is a process of its own. Columns:
+not in the order of the domains. The images are 64 small files, which the list names through links, so that every path
+is different. Each measurement is a process of its own. Columns:
 
-- read_s: the list, to domains with labels and paths; parts_s: the column split (`from_list`) or the random split of every
-  domain (`leave_one_out`); digests_s: the digests that a run compares when it starts; batch_s: the first training batch,
-  32 images of each of 5 domains at 32 px;
+- read_s: the list, to domains with labels and paths; parts_s: the split (`from_list`: the column; `leave_one_out`:
+  random); digests_s: the digests that a run compares when it starts; batch_s: the first training batch, 32 images of
+  each of 5 domains at 32 px;
 - peak_MB: the process's largest memory, less what it had before it read the list (torch and pandas are loaded then);
 - kept_MB: what it still had after the split, less the same.
 """
@@ -54,13 +54,12 @@ def write_images(folder: Path) -> None:
 
 
 def write_lists(folder: Path, rows: int) -> dict[str, Path]:
-    """{format: the list}. A path goes through one link to the images, then through `n` links to the same folder."""
+    """{format: the list}. The folders <domain>/<class>/<set> are links to the folder of the images."""
     random, number = np.random.RandomState(1), np.arange(rows)
     domain, label = number % DOMAINS, number // DOMAINS % CLASSES
     turn = number // (DOMAINS * CLASSES)
     images = pd.Series(turn % FILES).map("{:02}.png".format)
-    repeat = sorted(set((turn // FILES).tolist()))
-    for times in repeat:
+    for times in sorted(set((turn // FILES).tolist())):
         if not (link := folder / "images" / f"set_{times:04}").exists():
             link.symlink_to(folder / "images")
     domains, labels = (pd.Series(domain).map("domain_{}".format), pd.Series(label).map("class_{:03}".format))

@@ -96,10 +96,11 @@ def read_table(file: Path, columns: Sequence[str] = (*REQUIRED, "split")) -> Lis
     """
     listed = checked_columns(file)
     names = [name for name in columns if name in listed]
-    paths, coders, faults, rows = [], {name: _Coder() for name in names if name != "path"}, Faults(), 0
+    coders, folder = {name: _Coder() for name in names if name != "path"}, str(file.parent)
+    paths, faults, rows = [], Faults(), 0
     for chunk in _chunks(file, names):
         _check_rows(chunk, rows + 1, faults)
-        paths.append(PathArray.of([_plain_path(path, str(file.parent)) for path in chunk["path"]], str(file.parent)))
+        paths.append(PathArray.of([_plain_path(path, folder) for path in chunk["path"]], folder))
         for name, coder in coders.items():
             coder.add(chunk[name])
         rows += len(chunk["path"])
@@ -265,7 +266,7 @@ def _plain_path(path: str, folder: str) -> str:
 
 def _check_duplicates(paths: PathArray, faults: Faults) -> None:
     """Note the rows whose path an earlier row has. Compares hashes of 8 bytes, and of equal hashes the paths."""
-    hashes = np.fromiter((hash(paths.as_listed(i)) for i in range(len(paths))), np.int64, len(paths))
+    hashes = np.fromiter(map(hash, paths.all_as_listed()), np.int64, len(paths))
     order = np.argsort(hashes, kind="stable")
     repeated = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
     first, again = order[repeated], order[repeated + 1]

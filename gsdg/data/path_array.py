@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import overload
 
 import numpy as np
+
+BLOCK = 4096  # paths whose offsets are Python numbers at a time
 
 
 class PathArray(Sequence[str]):
@@ -49,6 +51,18 @@ class PathArray(Sequence[str]):
         if isinstance(index, slice):
             return self.take(self.rows[index])
         return os.path.join(self.folder, self.as_listed(index))
+
+    def __iter__(self) -> Iterator[str]:
+        inside = os.path.join(self.folder, "")
+        return (path if os.path.isabs(path) else inside + path for path in self.all_as_listed())
+
+    def all_as_listed(self) -> Iterator[str]:
+        """All paths as they were given; several times faster than one by one."""
+        text = memoryview(self.text.data)
+        for start in range(0, len(self.rows), BLOCK):
+            rows = self.rows[start : start + BLOCK]
+            for begin, end in zip(self.offsets[rows].tolist(), self.offsets[rows + 1].tolist(), strict=True):
+                yield str(text[begin:end], "utf-8")
 
     def as_listed(self, index: int) -> str:
         """The path as it was given, relative to `folder` or absolute."""
