@@ -23,6 +23,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Generator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -83,33 +85,38 @@ def peak_mb() -> float:
 
 def measure(file: Path, official: bool) -> Row:
     """The times and the memory of one list, in this process."""
-    before = memory_mb()
-    clock = [time.perf_counter()]
-    source = ImageList(name="list", file=str(file), domains=None, augment="photos", data_dir="/")
-    dataset = source.read()
-    clock.append(time.perf_counter())
-    target = source.domains[-1]
-    split = (
-        OfficialSplit(target=target, trial_seed=0)
-        if official
-        else Split(target=target, trial_seed=0, holdout_fraction=0.2)
-    )
-    parts = split.indices(dataset)
-    clock.append(time.perf_counter())
+    seconds, before = {}, memory_mb()
+    with clock(seconds, "read_s"):
+        source = ImageList(name="list", file=str(file), domains=None, augment="photos", data_dir="/")
+        dataset = source.read()
+    split = official_split(source.domains[-1]) if official else random_split(source.domains[-1])
+    with clock(seconds, "parts_s"):
+        parts = split.indices(dataset)
     gc.collect()
-    peak, kept = peak_mb() - before, memory_mb() - before
-    data_digests(dataset)
-    clock.append(time.perf_counter())
-    indices = {name: parts[name]["in"] for name in split.sources(source.domains)}
-    batches = TrainBatches(dataset, indices, transform=Exact(SPEC, "photos"), batch_size=32, seed=0, steps=1)
-    assert sum(len(batch.labels) for batch in batches[0]) == 32 * (DOMAINS - 1)
-    clock.append(time.perf_counter())
-    names = ("read_s", "parts_s", "digests_s", "batch_s")
-    return {
-        **{name: round(end - start, 3) for name, start, end in zip(names, clock, clock[1:], strict=False)},
-        "peak_MB": round(peak),
-        "kept_MB": round(kept),
-    }
+    memory = {"peak_MB": round(peak_mb() - before), "kept_MB": round(memory_mb() - before)}
+    with clock(seconds, "digests_s"):
+        data_digests(dataset)
+    with clock(seconds, "batch_s"):
+        indices = {name: parts[name]["in"] for name in split.sources(source.domains)}
+        batches = TrainBatches(dataset, indices, transform=Exact(SPEC, "photos"), batch_size=32, seed=0, steps=1)
+        assert sum(len(batch.labels) for batch in batches[0]) == 32 * (DOMAINS - 1)
+    return {**seconds, **memory}
+
+
+@contextmanager
+def clock(seconds: Row, name: str) -> Generator[None]:
+    """Note the seconds spent inside."""
+    start = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - start, 3)
+
+
+def official_split(target: str) -> OfficialSplit:
+    return OfficialSplit(target=target, trial_seed=0)
+
+
+def random_split(target: str) -> Split:
+    return Split(target=target, trial_seed=0, holdout_fraction=0.2)
 
 
 def in_a_process(file: Path, official: bool) -> Row:
