@@ -1,7 +1,8 @@
 """Images that a list names: a CSV or Parquet file with the columns path, label, domain and, if you like, split, group.
 
 The images of a domain are in the order of the rows. Domains and classes are sorted by name, so a list that has the rows
-of an image folder in its order gives the same splits. The list is read in columns: a million rows keep 150 to 200 MB (benchmarks/lists.py).
+of an image folder in its order gives the same splits. The list is read in columns: a million rows keep 150 to 200 MB
+(benchmarks/lists.py).
 """
 
 from __future__ import annotations
