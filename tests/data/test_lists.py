@@ -163,6 +163,7 @@ def test_paths_are_kept_in_few_bytes_and_can_be_sliced_and_sent_to_other_process
     again = pickle.loads(pickle.dumps(paths.take(np.arange(0, 10_000, 3))))
     assert (list(paths), list(again)) == (expected, expected[::3])
     assert (paths[-1], list(paths[5:20:4])) == (expected[-1], expected[5:20:4])
+    assert list(again[1:9:2]) == expected[3:27:6]
     with pytest.raises(IndexError):
         paths[10_000]
     assert len(PathArray.of([], "/x")) == 0
@@ -226,6 +227,7 @@ g.png,cat,p,
 ./a.png,dog,s,out
 d/../a.png,dog,s,out
 """
+    rows += f"{tmp_path}/a.png,dog,s,out\n"
     for chunk in (100_000, 3):
         monkeypatch.setattr(list_table, "CHUNK", chunk)
         assert refused_list(tmp_path, rows).splitlines() == [
@@ -236,7 +238,8 @@ d/../a.png,dog,s,out
             "  a URL, but only files are read: download them: row 5 (https://x.org/d.png), row 6 (s3://x/e.png)",
             "  an unknown word in the column split; valid: in (training), out (validation), test: "
             "row 7 ('train', f.png), row 8 ('', g.png)",
-            "  a path that is there already: row 9 (a.png, as row 1), row 10 (a.png, as row 9)",
+            "  a path that is there already: row 9 (a.png, as row 1), row 10 (a.png, as row 9), "
+            "row 11 (a.png, as row 10)",
         ]
     many = "".join(f"{i}.png,,p\n" for i in range(1234))
     assert refused_list(tmp_path, HEADER + many).endswith(
@@ -269,6 +272,9 @@ def test_files_that_are_no_list_are_named(tmp_path):
     assert "Valid ends: .csv, .parquet." in refused_list(tmp_path, HEADER, "images.txt")
     assert "cannot read the list images.parquet: " in refused_list(tmp_path, HEADER, "images.parquet")
     pd.DataFrame({"path": ["a"], "label": [1.5], "domain": ["d"]}).to_parquet(tmp_path / "images.parquet")
+    pd.DataFrame({"path": ["a", "b"], "label": ["x", None], "domain": "d"}).to_parquet(tmp_path / "null.parquet")
+    with pytest.raises(UserError, match=r"no label: row 2 \(b\)"):
+        image_list(tmp_path / "null.parquet").read()
     with pytest.raises(UserError, match=r"the column label holds double; valid: text or whole numbers\."):
         image_list(tmp_path / "images.parquet").read()
 
@@ -315,14 +321,15 @@ def test_bad_arguments_are_refused_with_what_is_valid(root):
 
 def test_the_cache_is_keyed_by_content_as_for_folders(root, tmp_path):
     cache = {"cache": str(tmp_path / "cache")}
-    listed = image_list(write_list(root / "images.csv"), **cache)
+    listed = image_list(write_list(root / "images.csv", parts=lambda i, n: "out" if i == 1 else "in"), **cache)
     folders = image_folders(root, **cache)
     folder = folders.cache.folder(folders.read().domains["b"])
     domain = listed.read().domains["b"]
     assert listed.cache.folder(domain) == folder
     opened = listed.cache.open(domain)
     assert opened.load(3).shape == (48, 51, 3)
-    assert opened.official == domain.official
+    assert opened.official is domain.official
+    assert opened.official["out"].tolist() == [1, 6]
     assert image_list(root / "images.csv").cache.folders[0] == root / ".gsdg_cache"
     shutil.rmtree(root / "b/x")
     with pytest.raises(UserError, match="no such image"):
