@@ -34,7 +34,7 @@ from gsdg.data.cache.memory_map import as_arrays, in_memory
 from gsdg.data.dataset import DomainDataset
 from gsdg.data.loader import TrainBatches
 from gsdg.data.source import check_recorded_domains, data_source, pop_recorded_domains
-from gsdg.data.split import Split
+from gsdg.data.split import OfficialSplit, Split
 from gsdg.data.transforms_batched import Batched
 from gsdg.data.transforms_exact import Exact
 from gsdg.data.workers import fitting_workers
@@ -43,6 +43,8 @@ from gsdg.fits import (
     EVERYTHING_TRAINS,
     check_channels,
     check_held_out,
+    check_official_held_out,
+    check_official_split,
     check_sources,
     check_stored_size,
     check_updates,
@@ -91,7 +93,7 @@ class Plan:
 
     config: dict
     source: DataSource
-    split: Split
+    split: Split | OfficialSplit
     algorithm: Algorithm
     trainer: Trainer
     callbacks: Mapping[str, Callback] = field(default_factory=dict)
@@ -236,6 +238,7 @@ def prepare(raw: DictConfig | dict, build: Callable[..., Any] = build) -> Plan:
     check_recorded_domains(config["dataset"], noted_domains, source)
     split = build(config["split"])
     split.check(source.domains)
+    check_official_split(split, source)
     config["dataset"]["domains"], config["split"]["target"] = list(source.domains), list(split.targets)
 
     # Values that have to fit one another.
@@ -376,6 +379,10 @@ def train(plan: Plan, folder: RunFolder, device: torch.device, signals: Signals)
 
     # Batches.
     parts = plan.split.indices(dataset)  # {domain: {"in": indices, "out": indices}}
+    if plan.split.official:
+        check_official_held_out(trainer, {domain: len(parts[domain]["out"]) for domain in sources})
+    elif any(domain.official for domain in dataset.domains.values()):
+        log.warning("the column split of the list is not used: split=from_list takes its parts")
     if trainer.transform == "batched":
         dataset = as_arrays(dataset, plan.source.cache)
     workers = choose_workers(trainer, dataset, device)

@@ -6,6 +6,7 @@ What one value may be says the constructor's signature (config/schema.py), and w
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from functools import cache
 
 import torch
@@ -14,7 +15,7 @@ from gsdg.algorithms import Algorithm
 from gsdg.algorithms.base import RENAMED
 from gsdg.config.schema import build, import_target
 from gsdg.data import DataSource
-from gsdg.data.split import Split
+from gsdg.data.split import NO_OFFICIAL_SPLIT, OfficialSplit, Split
 from gsdg.head_only import check_phase
 from gsdg.optimizer_groups import NOTHING, build_optimizer
 from gsdg.trainer import Trainer
@@ -90,8 +91,19 @@ def check_updates(name: str, algorithm: Algorithm, trainer: Trainer) -> None:
         )
 
 
-def check_held_out(trainer: Trainer, split: Split) -> None:
-    """UserError if the averaging or `trainer.keep` needs held-out images of the sources, but nothing is held out."""
+def check_official_split(split: Split | OfficialSplit, source: DataSource) -> None:
+    """UserError if the split is the data set's own, and it has none."""
+    if split.official and not getattr(source, "has_official_split", False):
+        raise UserError(NO_OFFICIAL_SPLIT.format(source.name))
+
+
+def check_held_out(trainer: Trainer, split: Split | OfficialSplit) -> None:
+    """UserError if the averaging or `trainer.keep` needs held-out images of the sources, but nothing is held out.
+
+    What a data set's own split holds out is known when the data is read, see `check_official_held_out`.
+    """
+    if split.official:
+        return
     if trainer.keep == "selected" and not split.holdout_fraction:
         raise UserError(
             "trainer.keep=selected keeps the weights with the best held-out accuracy of the sources, but "
@@ -101,6 +113,21 @@ def check_held_out(trainer: Trainer, split: Split) -> None:
         raise UserError(
             f"trainer/averaging={trainer.averaging.name} needs the sources' held-out loss, but "
             "split.holdout_fraction=0.0 holds nothing out.\nSet it higher (DomainBed's is 0.2)."
+        )
+
+
+def check_official_held_out(trainer: Trainer, out_images: Mapping[str, int]) -> None:
+    """As `check_held_out`, for a data set's own split. out_images: {source domain: number of its `out` images}."""
+    lacking = [name for name, images in out_images.items() if not images]
+    if trainer.keep == "selected" and len(lacking) == len(out_images):
+        raise UserError(
+            "trainer.keep=selected keeps the weights with the best held-out accuracy of the sources, but no row of "
+            f"{listing(lacking)} has the word `out` in the column split.\nSet trainer.keep=last, or mark such rows."
+        )
+    if trainer.averaging and trainer.averaging.needs_losses and lacking:
+        raise UserError(
+            f"trainer/averaging={trainer.averaging.name} needs the sources' held-out loss, but no row of "
+            f"{listing(lacking)} has the word `out` in the column split.\nMark such rows."
         )
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -129,3 +130,23 @@ def photos(root: Path, *, domains: str = "abc", classes: str = "xy", each: int =
                 image = Image.fromarray(coarse).resize((size + i, size), Image.Resampling.BICUBIC)
                 image.save(root / domain / label / f"{i}.png")
     return root
+
+
+def write_list(file: Path, *, parts: Callable[[int, int], str] | None = None, **columns: Callable[[Path], str]) -> Path:
+    """Write a list (CSV) of the images <domain>/<class>/<file> in the folder of `file`, in the order of image folders.
+
+    Args:
+        parts: (number of the image in its class, images of the class) -> its word in the column split; None: no column.
+        columns: {name of a further column: path of an image -> its value}.
+
+    Returns: `file`.
+    """
+    rows = [["path", "label", "domain", *(["split"] if parts else []), *columns]]
+    for folder in sorted(file.parent.glob("*/*/")):
+        images = sorted(folder.glob("*.png"))
+        for i, path in enumerate(images):
+            further = [*([parts(i, len(images))] if parts else []), *(column(path) for column in columns.values())]
+            rows.append([path.relative_to(file.parent).as_posix(), folder.name, folder.parent.name, *further])
+    with file.open("w", newline="", encoding="utf-8") as lines:
+        csv.writer(lines).writerows(rows)
+    return file

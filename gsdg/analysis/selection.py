@@ -4,9 +4,10 @@
 2. Of each repetition (dataset, algorithm, target, trial seed, seed), choose the hyper-parameter draw with the best
    validation value at its chosen step; of equal draws the last.
 
-Whatever the selection, the reported value is the one on the target's `in` split at the chosen step. Validation and
-report are by the same metric, as in WILDS: by the accuracy, or another that the records hold. The best value is the
-highest, or the lowest of a metric of which lower is better.
+Whatever the selection, the reported value is the one on the target's `in` split at the chosen step, or on its `test`
+images if the data set defines such (split=from_list). Validation and report are by the same metric, as in WILDS: by the
+accuracy, or another that the records hold. The best value is the highest, or the lowest of a metric of which lower is
+better.
 
 Source: DomainBed's model_selection.py; `oracle_best` is the SWAD fork's.
 Deviation: if a step was recorded twice, only its last record counts; DomainBed uses both.
@@ -64,9 +65,18 @@ def last(records: pd.DataFrame, metric: Metric = ACCURACY) -> pd.DataFrame:
 def every_draw(records: pd.DataFrame, selection: str, metric: Metric = ACCURACY) -> pd.DataFrame:
     """One row (columns CHOSEN) per run: the step is chosen, the draw is not. `selection`: a key of METHODS."""
     steps = PICKED[selection](records, metric)
-    reported = records[records["is_target"] & (records["part"] == "in")]
+    reported = records[is_reported(records)]
     joined = reported.merge(steps[["run_id", "step", "validation"]], on=["run_id", "step"])
     return as_text(joined[CHOSEN]).sort_values(CHOSEN[:7]).reset_index(drop=True)
+
+
+def is_reported(records: pd.DataFrame) -> pd.Series:
+    """[rows] bool: whether tables report this value: that of a target's `test` images, else of its `in` images."""
+    is_in, is_test = (records["is_target"] & (records["part"] == part) for part in ("in", "test"))
+    if not is_test.any():
+        return is_in
+    has_test = is_test.groupby([records["run_id"], records["domain"]], observed=True).transform("any")
+    return is_test | (is_in & ~has_test)
 
 
 def as_text(rows: pd.DataFrame) -> pd.DataFrame:
@@ -139,13 +149,13 @@ def pair_validations(records: pd.DataFrame) -> pd.DataFrame:
     run that leaves out both. The rows of one run and step are in the order of the domains.
     """
     # A run with two targets serves both: as the pair of target a it gives the value of b, and the other way round.
-    reported = records["is_target"] & (records["part"] == "in")
-    left_out = as_text(records[(records["n_targets"] == 2) & reported])
+    is_in = records["is_target"] & (records["part"] == "in")
+    left_out = as_text(records[(records["n_targets"] == 2) & is_in])
     other = left_out[["run_id", "step", "domain"]].rename(columns={"domain": "other_target"})
     pairs = left_out.merge(other, on=["run_id", "step"])
     pairs = pairs[pairs["domain"] != pairs["other_target"]].assign(target=lambda rows: rows["other_target"])
 
-    single = as_text(records[(records["n_targets"] == 1) & reported])
+    single = as_text(records[(records["n_targets"] == 1) & is_reported(records)])
     joined = single[["run_id", "step", *DRAW]].merge(
         pairs[["step", *DRAW, "domain", "value"]], on=["step", *DRAW], validate="one_to_many"
     )
@@ -182,6 +192,12 @@ def _first_best(steps: pd.DataFrame, metric: Metric) -> pd.DataFrame:
     return ordered.drop_duplicates("run_id")
 
 
+def _last_steps(records: pd.DataFrame) -> pd.DataFrame:
+    """The last step of each run with one target: columns run_id, step."""
+    last = _last_step(records)
+    return last.loc[(last["n_targets"] == 1) & is_reported(last), ["run_id", "step"]]
+
+
 def _last_step(records: pd.DataFrame) -> pd.DataFrame:
     return records[records["step"] == records.groupby("run_id", observed=True)["step"].transform("max")]
 
@@ -192,5 +208,5 @@ PICKED: dict[str, Callable[[pd.DataFrame, Metric], pd.DataFrame]] = {
     "leave_one_domain_out": _best_on_left_out_sources,
     "oracle": lambda records, metric: _on_target(_last_step(records), "out"),
     "oracle_best": lambda records, metric: _first_best(_on_target(records, "out"), metric),
-    "last": lambda records, metric: _on_target(_last_step(records), "in").assign(validation=float("nan")),
+    "last": lambda records, metric: _last_steps(records).assign(validation=float("nan")),
 }

@@ -8,7 +8,8 @@ Imports only the standard library and Hydra. The identity is the resolved config
 - dataset.short_side where images are not stored (trainer.transform=exact), and a search at draw 0, the plain config.
 
 A `_target_` in gsdg counts by the name of the class, without its module; a file of weights by its content, without its
-path; the root of a data set by the name of its folder. The images themselves are compared when a run starts (reuse.py).
+path; the root of a data set by the name of its folder, a list of images by its name and that of its folder. The images
+and labels themselves are compared when a run starts (reuse.py).
 """
 
 from __future__ import annotations
@@ -78,10 +79,14 @@ def scientific(config: dict) -> dict:
 
 
 def _without_paths(config: dict) -> dict:
-    """Replace the path of the data by its last folder, that of weights by a digest; changes and returns `config`."""
+    """Replace the path of the data by its last folder or, for a list, its last folder and name; that of weights by a
+    digest. Changes and returns `config`."""
     dataset, model = config.get("dataset", {}), config.get("model", {})
     if isinstance(dataset.get("root"), str):
         dataset["root"] = _last_folder(Path(config.get("data_dir") or ".", Path(dataset["root"]).expanduser()))
+    if short_target(str(dataset.get("_target_"))) == "ImageList" and isinstance(dataset.get("file"), str):
+        path = Path(config.get("data_dir") or ".", Path(dataset["file"]).expanduser())
+        dataset["file"] = f"{_last_folder(path.parent)}/{path.name}"
     if isinstance(weights := model.get("weights"), str) and (path := Path(weights).expanduser()).is_file():
         model["weights"] = f"sha256 {file_digest(path)}"
     return config

@@ -1,7 +1,8 @@
 """Images grouped by domain, from files on disk to minibatches on the training device.
 
 Dataset types          dataset (Domain, DomainDataset)
-Where images come from folders and walk (image folders), image_io (one file), digits and mnist (in memory)
+Where images come from folders and walk (image folders), lists, list_table and path_array (lists of images), image_io
+                       (one file), digits and mnist (in memory)
 Splits                 split (source and target domains, in/out split)
 Transforms             transforms_exact (image by image, on the CPU), transforms_batched (on the device), cache (decoded
                        images)

@@ -106,7 +106,7 @@ def _add_cache_commands(cache: argparse.ArgumentParser) -> None:
 def _add_command(commands, name: str, function, text: str) -> argparse.ArgumentParser:
     """A command with the arguments that prepare, verify and show share."""
     command = commands.add_parser(name, help=text, description=text)
-    command.add_argument("dataset", help="a file in conf/dataset: pacs, vlcs, officehome, image_folder, ...")
+    command.add_argument("dataset", help="a file in conf/dataset: pacs, vlcs, officehome, image_folder, list, ...")
     command.add_argument("overrides", nargs="*", metavar="key=value", help="as for launch.py: data_dir=/data")
     command.add_argument("-cd", "--config-dir", type=Path, metavar="FOLDER", help="with YAML files of your own")
     command.set_defaults(command=function, verb=name)
@@ -129,8 +129,13 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _splits_to_verify(options: argparse.Namespace) -> dict:
-    """Arguments of `verify`: the splits of DomainBed's three trials and the one of the command line."""
+    """Arguments of `verify`: the splits of DomainBed's three trials and the one of the command line.
+
+    With split=from_list no random splits: a list's own split is always checked.
+    """
     split = compose_config(options).split
+    if split.holdout_fraction is None:
+        return {"trial_seeds": []}
     return {"trial_seeds": [*TRIALS, split.trial_seed], "holdout_fraction": split.holdout_fraction}
 
 

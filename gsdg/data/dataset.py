@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,7 @@ class Domain:
         load_many: load_many(indices) returns several images at once, [n, h, w] or [n, h, w, 3] uint8, the pixels of
             `load`; None where images are read one by one.
         files: files[i] is the path of the file that the i-th image is from; None if there are no files.
+        official: {"in", "out", "test": image indices}: the parts that the data set itself defines; None if it does not.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Domain:
     load: Callable[[int], Image.Image | np.ndarray]
     files: Sequence[str] | None = None
     load_many: Callable[[np.ndarray], np.ndarray] | None = None
+    official: Mapping[str, np.ndarray] | None = None
 
     def __post_init__(self) -> None:
         assert self.labels.ndim == 1, self.labels.shape

@@ -12,13 +12,17 @@ import hashlib
 import io
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+import numpy as np
+
 from gsdg.data.folders import ImageFolders
 from gsdg.data.image_io import UNREADABLE, open_image, reason
+from gsdg.data.list_table import OPTIONAL, PARTS, REQUIRED, ListTable, read_table
+from gsdg.data.lists import ImageList, rows_of_classes, rows_of_domains
 from gsdg.data.parallel import in_parallel
 from gsdg.data.published_counts import PUBLISHED, Counts, count_faults
 from gsdg.data.split import holdout
@@ -39,6 +43,7 @@ class ImageFile:
 
     Args:
         path: relative to the dataset's root.
+        domain: name of its domain.
         digest: SHA-256 of its bytes; empty if it cannot be read.
         size: bytes on disk.
         mode: Pillow's mode, such as "RGB".
@@ -47,6 +52,7 @@ class ImageFile:
     """
 
     path: str
+    domain: str
     digest: bytes = b""
     size: int = 0
     mode: str = ""
@@ -94,16 +100,21 @@ def verify(source: object, *, trial_seeds: Sequence[int] = TRIALS, holdout_fract
     """Check the dataset on disk behind `source`.
 
     Args:
-        source: the dataset object, an ImageFolders.
+        source: the dataset object, an ImageFolders or an ImageList.
         trial_seeds: trials in whose in/out splits no image may be on both sides.
         holdout_fraction: of these splits, 0 <= fraction < 1.
 
     Raises:
-        UserError: the dataset is not image folders or does not exist, or a folder cannot be listed.
+        UserError: the dataset is not image folders or a list, or does not exist; a folder cannot be listed; rows of the
+            list cannot be used.
     """
+    if isinstance(source, ImageList):
+        return _verify_list(source, trial_seeds, holdout_fraction)
     if not isinstance(source, ImageFolders):
         name = getattr(source, "name", type(source).__name__)
-        raise UserError(f"{name}: nothing on disk to verify: only folders of images are, not {type(source).__name__}.")
+        raise UserError(
+            f"{name}: nothing on disk to verify: only folders and lists of images are, not {type(source).__name__}."
+        )
     if not source.root.is_dir() or not folders_in(source.root):
         source.read()  # raises the error that a run would show
     # List the folders. The folder of a domain may itself be a link to a folder above it, which must not be listed.
@@ -115,8 +126,7 @@ def verify(source: object, *, trial_seeds: Sequence[int] = TRIALS, holdout_fract
         name: [path for class_folder in contents[name].values() for path in class_folder.images] for name in domains
     }
     # Read every image.
-    paths = [path for domain_images in images.values() for path in domain_images]
-    files = list(in_parallel(partial(_read, source.root), paths, source.name))
+    files = _read_all(source, images)
     # Collect faults and notes.
     counts = {
         name: {label: len(class_folder.images) for label, class_folder in contents[name].items()} for name in domains
@@ -129,13 +139,39 @@ def verify(source: object, *, trial_seeds: Sequence[int] = TRIALS, holdout_fract
     return report
 
 
+def _verify_list(source: ImageList, trial_seeds: Sequence[int], fraction: float) -> Report:
+    """Check the images of a list. An error in the list itself is raised, as in a run."""
+    source.check_present()
+    table = read_table(source.file, (*REQUIRED, *OPTIONAL))
+    rows = rows_of_domains(table, source.domains, source.file)
+    try:
+        fault = ""
+        rows = rows_of_classes(table, rows, source.class_order(table, rows))
+    except UserError as error:
+        fault = str(error)
+    images = {name: table.paths.take(of_domain) for name, of_domain in rows.items()}
+    files = _read_all(source, images)
+    labels = {name: (table.label.values[code] for code in table.label.codes[rows[name]]) for name in rows}
+    report = Report(source.name, source.file, {name: dict(Counter(labels[name])) for name in rows}, files)
+    report.kinds["classes"] = [fault] if fault else []
+    _check_files(report, _held_out(source, images, trial_seeds, fraction))
+    _check_parts(report, table, rows)
+    return report
+
+
+def _read_all(source: ImageFolders | ImageList, images: Mapping[str, Sequence[str]]) -> list[ImageFile]:
+    """Read every image. images: {domain: paths}."""
+    items = [(name, path) for name, paths in images.items() for path in paths]
+    return list(in_parallel(partial(_read, source.root), items, source.name))
+
+
 def _class_contents(domain: Path) -> dict[str, Contents]:
     """{class folder: the images in it}."""
     return {label: contents_of(domain / label) for label in folders_in(domain)}
 
 
 def _held_out(
-    source: ImageFolders, images: dict[str, list[str]], trial_seeds: Sequence[int], fraction: float
+    source: ImageFolders | ImageList, images: Mapping[str, Sequence[str]], trial_seeds: Sequence[int], fraction: float
 ) -> dict[int, set[str]]:
     """{trial seed: the images in the `out` split of their domain, as paths relative to the root}; see `Split`."""
     held_out: dict[int, set[str]] = {}
@@ -144,11 +180,13 @@ def _held_out(
             (paths, holdout(len(paths), fraction, seed_hash(trial_seed, source.domains.index(name)))[1])
             for name, paths in images.items()
         ]
-        held_out[trial_seed] = {os.path.relpath(paths[i], source.root) for paths, out in out_splits for i in out}
+        held_out[trial_seed] = {os.path.relpath(paths[int(i)], source.root) for paths, out in out_splits for i in out}
     return held_out
 
 
-def _read(root: Path, path: str) -> ImageFile:
+def _read(root: Path, item: tuple[str, str]) -> ImageFile:
+    """Read and decode one image. item: (domain, path)."""
+    domain, path = item
     name = os.path.relpath(path, root)
     content = b""
     try:
@@ -157,8 +195,8 @@ def _read(root: Path, path: str) -> ImageFile:
         mode, shape = image.mode, image.size
         image.convert("RGB")  # decodes the whole image, as a run does
     except UNREADABLE as error:
-        return ImageFile(name, size=len(content), fault=reason(error))
-    return ImageFile(name, hashlib.sha256(content).digest(), len(content), mode, shape)
+        return ImageFile(name, domain, size=len(content), fault=reason(error))
+    return ImageFile(name, domain, hashlib.sha256(content).digest(), len(content), mode, shape)
 
 
 # ---- checks: each adds faults and notes to the report ----------------------------------------------------------------
@@ -215,9 +253,9 @@ def _check_files(report: Report, held_out: dict[int, set[str]]) -> None:
     unreadable = [f"{file.path} ({file.size:,} bytes): {file.fault}" for file in report.files if file.fault]
     report.kinds["images that cannot be read"] = unreadable
     groups = _duplicates(report.files)
-    across = [_joined(paths) for paths in groups if len(_first_of_each_domain(paths)) > 1]
-    on_both_sides = [line for paths in groups if (line := _on_both_sides(paths, held_out))]
-    within = [_joined(paths) for paths in groups if len(_first_of_each_domain(paths)) == 1]
+    across = [_joined(copies) for copies in groups if len(_first_of_each_domain(copies)) > 1]
+    on_both_sides = [line for copies in groups if (line := _on_both_sides(copies, held_out))]
+    within = [_joined(copies) for copies in groups if len(_first_of_each_domain(copies)) == 1]
     # The published data sets contain duplicates themselves; in a complete copy they are not a fault.
     published = report.name in PUBLISHED and not count_faults(report.name, report.counts)
     if across and published:
@@ -234,43 +272,43 @@ def _check_files(report: Report, held_out: dict[int, set[str]]) -> None:
         report.notes.append(f"the same image more than once in a domain: {_examples(within)}")
 
 
-def _duplicates(files: list[ImageFile]) -> list[list[str]]:
+def _duplicates(files: list[ImageFile]) -> list[list[ImageFile]]:
     """Groups of readable files with the same bytes; in each group, the first file of every domain comes first."""
-    groups: dict[bytes, list[str]] = {}
+    groups: dict[bytes, list[ImageFile]] = {}
     for file in files:
         if not file.fault:
-            groups.setdefault(file.digest, []).append(file.path)
+            groups.setdefault(file.digest, []).append(file)
     return [
-        sorted(paths, key=_first_of_each_domain(paths).count, reverse=True)
-        for paths in groups.values()
-        if len(paths) > 1
+        sorted(copies, key=_first_of_each_domain(copies).count, reverse=True)
+        for copies in groups.values()
+        if len(copies) > 1
     ]
 
 
-def _first_of_each_domain(paths: list[str]) -> list[str]:
-    return list({Path(path).parts[0]: path for path in reversed(paths)}.values())
+def _first_of_each_domain(files: list[ImageFile]) -> list[ImageFile]:
+    return list({file.domain: file for file in reversed(files)}.values())
 
 
-def _on_both_sides(paths: list[str], held_out: dict[int, set[str]]) -> str:
+def _on_both_sides(copies: list[ImageFile], held_out: dict[int, set[str]]) -> str:
     """A line such as `a/x/1.png = a/x/2.png (split.trial_seed=0, 2)` if copies are in `in` and `out` of one domain.
 
     Args:
-        paths: files with the same bytes.
+        copies: files with the same bytes.
         held_out: see `_held_out`.
 
     Returns: "" if there is no such trial seed.
     """
-    domains = Counter(Path(path).parts[0] for path in paths)
     seeds = []
     for trial_seed, out in held_out.items():
-        sides = {(Path(path).parts[0], path in out) for path in paths}
-        if any({(domain, True), (domain, False)} <= sides for domain in domains):
+        sides = {(file.domain, file.path in out) for file in copies}
+        if any({(file.domain, True), (file.domain, False)} <= sides for file in copies):
             seeds.append(trial_seed)
-    return f"{_joined(paths)} (split.trial_seed={listing(seeds)})" if seeds else ""
+    return f"{_joined(copies)} (split.trial_seed={listing(seeds)})" if seeds else ""
 
 
-def _joined(paths: list[str]) -> str:
-    return " = ".join(paths[:NAMED] + [f"{len(paths) - NAMED:,} more"] * (len(paths) > NAMED))
+def _joined(copies: list[ImageFile]) -> str:
+    paths = [file.path for file in copies[:NAMED]]
+    return " = ".join(paths + [f"{len(copies) - NAMED:,} more"] * (len(copies) > NAMED))
 
 
 def _note_other_files(report: Report, contents: DomainContents) -> None:
@@ -290,6 +328,36 @@ def _note_other_files(report: Report, contents: DomainContents) -> None:
     ]
     if others:
         report.notes.append(f"files that are not read (not an image, or in no class folder): {_examples(others)}")
+
+
+# ---- checks of lists -------------------------------------------------------------------------------------------------
+
+
+def _check_parts(report: Report, table: ListTable, rows: dict[str, np.ndarray]) -> None:
+    """Copies of an image in several parts of the column split, and groups in several parts, which is only noted."""
+    if table.split is None:
+        return
+    numbers = np.concatenate(list(rows.values()))  # in the order of report.files
+    parts = [table.split.values[code] for code in table.split.codes[numbers]]
+    part_of = {file.path: part for file, part in zip(report.files, parts, strict=True)}
+    report.kinds["the same image in several parts of the column split"] = [
+        " = ".join(f"{file.path} ({part_of[file.path]})" for file in copies[:NAMED])
+        for copies in _duplicates(report.files)
+        if len({part_of[file.path] for file in copies}) > 1
+    ]
+    counts = Counter(parts)
+    report.notes.append(f"column split, which split=from_list takes: {listing(f'{counts[p]:,} {p}' for p in PARTS)}")
+    if table.group is not None:
+        several = _groups_in_several_parts(table.group.codes[numbers], table.split.codes[numbers])
+        names = [table.group.values[code] for code in several]
+        report.notes.extend([f"groups in several parts of the column split: {_examples(names)}"] * bool(names))
+
+
+def _groups_in_several_parts(groups: np.ndarray, parts: np.ndarray) -> np.ndarray:
+    """The codes of groups that have images in more than one part. Both arguments are [N] codes."""
+    pairs = np.unique(np.stack([groups, parts]), axis=1)
+    group, count = np.unique(pairs[0], return_counts=True)
+    return group[count > 1]
 
 
 def _examples(lines: list[str]) -> str:

@@ -52,6 +52,8 @@ class LabelledImages(Protocol):
     def files(self) -> Sequence[str] | None: ...
     @property
     def labels(self) -> np.ndarray: ...
+    @property
+    def official(self) -> Mapping[str, np.ndarray] | None: ...
     def __len__(self) -> int: ...
 
 
@@ -70,10 +72,11 @@ def data_digests(dataset: LabelledDomains) -> dict:
     The file names are relative to the data set's folder; images in memory have none.
 
     Returns:
-        {"classes": digest, "domains": {domain: {"images": number of images, "digest": of file names and labels}}}.
+        {"classes": digest, "domains": {domain: {"images": number of images, "digest": of file names and labels}}};
+        where the data set defines a split itself, also {"official": digest} for each domain.
     """
-    files = [file for domain in dataset.domains.values() for file in domain.files or ()]
-    root_length = len(os.path.commonpath([os.path.dirname(file) for file in files])) if files else 0
+    folders = {os.path.dirname(file) for domain in dataset.domains.values() for file in domain.files or ()}
+    root_length = len(os.path.commonpath(sorted(folders))) if folders else 0
     return {
         "classes": _digest("\n".join(dataset.classes).encode(errors="surrogateescape")),
         "domains": {name: _domain_digest(domain, root_length) for name, domain in dataset.domains.items()},
@@ -82,7 +85,10 @@ def data_digests(dataset: LabelledDomains) -> dict:
 
 def _domain_digest(domain: LabelledImages, root_length: int) -> dict:
     names = "\n".join(file[root_length:] for file in domain.files or ())
-    return {"images": len(domain), "digest": _digest(names.encode(errors="surrogateescape"), domain.labels.tobytes())}
+    digest = _digest(names.encode(errors="surrogateescape"), domain.labels.tobytes())
+    parts = domain.official
+    official = {"official": _digest(*(parts[part].tobytes() for part in sorted(parts)))} if parts else {}
+    return {"images": len(domain), "digest": digest, **official}
 
 
 def weights_digests(weights: str | None, file: Path | None) -> dict:
@@ -106,6 +112,8 @@ def _domain_differences(name: str, old: dict | None, new: dict | None) -> list[s
         return []
     if not old or not new:
         return [f"domain {name}: {'only then' if old else 'only now'}"]
+    if old["digest"] == new["digest"]:
+        return [f"domain {name}: another column split in the list"]
     same = ", with other names or labels" if old["images"] == new["images"] else ""
     return [f"domain {name}: {old['images']:,} images then, {new['images']:,} now{same}"]
 

@@ -73,6 +73,25 @@ def test_neither_the_targets_accuracy_nor_a_sources_in_accuracy_steers_training_
     assert training_domain(pd.concat([records, inside]))["step"].tolist() == [0]
 
 
+def test_the_test_images_of_a_target_are_reported_and_select_nothing():
+    """Those of an official split. Of a target without such images its `in` images are reported, as of any target."""
+    tested = [*PLACES, ("c", "test"), ("a", "test")]
+    curve = {step: (*values_, step / 10, 1 - step / 10) for step, values_ in CURVE.items()}
+    records = pd.concat([frame(curve, places=tested), frame(CURVE, run_id="s", seed=1)])
+    for method, step in ((training_domain, 5), (oracle, 10), (oracle_best, 5), (last, 10)):
+        assert values(method(records), "run_id", "value") == [["r", step / 10], ["s", CURVE[step][2]]]
+    only_test = frame(curve, places=tested, without=[(step, "c", "in") for step in curve])
+    assert values(training_domain(only_test), "step", "value") == [[5, 0.5]]
+
+
+def test_leave_one_domain_out_validates_on_in_images_and_reports_test_images():
+    places = [("b", "out"), ("c", "in"), ("c", "test")]
+    single = frame({0: (0.0, 0.1, 0.6), 5: (0.0, 0.9, 0.7)}, places=places)
+    pair = [("b", "in"), ("b", "test"), ("c", "in")]
+    pairs = frame({0: (0.8, 0.0, 0.0), 5: (0.7, 1.0, 0.0)}, run_id="p", target="b+c", places=pair)
+    assert values(leave_one_domain_out(pd.concat([single, pairs])), "run_id", "step", "value") == [["r", 0, 0.6]]
+
+
 def test_a_step_that_lacks_a_source_is_not_compared_with_complete_ones():
     assert training_domain(frame(CURVE, without=[(5, "b", "out")]))["step"].tolist() == [9]
 

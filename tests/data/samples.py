@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from gsdg.data.folders import ImageFolders
+from gsdg.data.lists import ImageList
 
 JPEG = io.BytesIO()
 Image.new("RGB", (4, 4)).save(JPEG, "jpeg")
@@ -46,6 +47,12 @@ def image_folders(root: Path, /, **changes) -> ImageFolders:
     """The data set "toy" of the images below `root`."""
     settings = {"name": "toy", "root": root.name, "domains": None, "augment": "photos", "data_dir": str(root.parent)}
     return ImageFolders(**settings | changes)
+
+
+def image_list(file: Path, /, **changes) -> ImageList:
+    """The data set "list" of the images that the file names."""
+    settings = {"name": "list", "file": file.name, "domains": None, "augment": "photos", "data_dir": str(file.parent)}
+    return ImageList(**settings | changes)
 
 
 def jpeg_tree(*, top: str = "", domains=("photo",), classes=("cat", "dog"), each: int = 2) -> dict[str, bytes]:

@@ -306,6 +306,23 @@ DATA = {
         short_side=batches(9, 12, "trainer.transform=batched", "dataset.cache=off"),
     ),
     **node(
+        "dataset",
+        "ImageList",
+        "dataset=list",
+        domains=batches(None, ["c", "b", "a", "d"]),
+        augment=batches("none", "photos"),
+        class_names=batches(None, ["y", "z", "x"]),
+        short_side=batches(9, 12, "trainer.transform=batched", "dataset.cache=off"),
+    ),
+    **node(
+        "split",
+        "OfficialSplit",
+        "dataset=list",
+        "split=from_list",
+        target=batches("d", "a"),
+        trial_seed=initial(0, 1),
+    ),
+    **node(
         "split",
         "Split",
         target=batches("d", "a"),

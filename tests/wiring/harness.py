@@ -25,7 +25,7 @@ from unittest import mock
 import hydra
 import numpy as np
 import torch
-from helpers import REPOSITORY, photos
+from helpers import REPOSITORY, photos, write_list
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -103,6 +103,14 @@ def images() -> Path:
 
 
 @cache
+def listed() -> Path:
+    """A list of the same images, with a split: of each class the first image is `out`, the last one `test`."""
+    return write_list(
+        images() / "images.csv", parts=lambda i, n: "out" if i == 0 else "test" if i == n - 1 > 1 else "in"
+    )
+
+
+@cache
 def mnist() -> Path:
     """A data_dir with two MNISTs of random images: MNIST/raw, and others in OTHER/raw."""
     data_dir, random = images().parent / "mnist", np.random.RandomState(0)
@@ -135,11 +143,15 @@ def compose_tiny(*overrides: str, **changed: object) -> DictConfig:
     data = next((own.split("=")[1] for own in overrides if own.startswith("dataset=")), "image_folder")
     if data == "image_folder":
         base.append(f"dataset.root={images()}")
+    elif data == "list":
+        base.append(f"dataset.file={listed()}")
     else:
         base.remove("dataset.augment=none")
     if data.endswith("mnist"):
         base.append(f"data_dir={mnist()}")
-    if any(own.startswith(("dataset=", "model=")) for own in overrides):  # the test chooses the images and the model
+    if any(
+        own.startswith(("dataset=", "model=")) and own != "dataset=list" for own in overrides
+    ):  # the test chooses the images and the model
         base = [own for own in base if not own.startswith(("model.", "+model."))]
     config = _composed((*base, *overrides)).copy()
     OmegaConf.update(config, "runs_dir", str(Path(tempfile.mkdtemp(dir=images().parent)) / "runs"))

@@ -28,11 +28,12 @@ from harness import (
     Observed,
     compose_tiny,
     first_difference,
+    listed,
     observe,
     observe_config,
     observe_plan,
 )
-from helpers import photos
+from helpers import photos, write_list
 from keys import every_key, launcher_keys
 from logger_files import NEEDS, mlflow_run, wandb_records
 from omegaconf import OmegaConf
@@ -632,6 +633,115 @@ def test_cache_is_where_decoded_images_are_kept_and_changes_no_result(tmp_path):
     assert len(list((tmp_path / "kept").glob("*/pixels.bin"))) == 4  # one per domain
     assert first_difference(kept, off) is None
     assert kept.plan.run_id == off.plan.run_id
+
+
+# ---- lists of images and their own split ----------------------------------------------------------------------------
+
+
+@shows("dataset.file (ImageList)")
+def test_file_is_the_list_that_is_read_and_a_list_of_folders_gives_the_run_of_the_folders(tmp_path):
+    listed_run, folders = observe("dataset=list"), observe()
+    assert first_difference(listed_run, folders) is None
+    assert listed_run.lines() == folders.lines()
+    other = photos(tmp_path / listed().parent.name, domains="abcd", classes="xyz", size=13)
+    there = observe("dataset=list", **{"dataset.file": str(write_list(other / "images.csv"))})
+    assert first_difference(listed_run, there) == "batches"
+    assert there.plan.run_id == listed_run.plan.run_id  # where a list lies does not count, only its folder and name
+    renamed = prepare(compose_tiny("dataset=list", **{"dataset.file": str(write_list(other / "other.csv"))}))
+    assert renamed.run_id != listed_run.plan.run_id
+    assert str(other.parent) not in json.dumps(renamed.identity)
+
+
+def test_a_run_with_another_list_of_the_same_name_is_refused(tmp_path):
+    file = write_list(photos(tmp_path / "p", domains="abcd", classes="xyz", size=12) / "l.csv", parts=in_or_out)
+    config = compose_tiny("dataset=list", "split=from_list", **{"dataset.file": str(file)})
+    observe_config(config)
+    lines = file.read_text()
+    for changed, message in (
+        (lines.replace("a/x/0.png,x", "a/x/0.png,y"), "domain a: 18 images then, 18 now, with other names or labels"),
+        (lines.replace("b/x/0.png,x,b,out", "b/x/0.png,x,b,in"), "domain b: another column split in the list"),
+        (lines.replace("c/x/0.png,x,c,out\n", ""), "domain c: 18 images then, 17 now"),
+    ):
+        file.write_text(changed)
+        with pytest.raises(UserError, match=message):
+            observe_config(config)
+    file.write_text(lines)
+    shutil.move(file.parent, tmp_path / "moved" / "p")
+    config.dataset.file = str(tmp_path / "moved" / "p" / "l.csv")
+    assert observe_config(config).batches == []  # done already, at another place
+
+
+@shows("dataset.classes (ImageList)")
+def test_classes_of_a_list_are_strict_united_or_those_of_all_domains(tmp_path):
+    root = photos(tmp_path / "photos", domains="abcd", classes="xyz", size=12)
+    shutil.rmtree(root / "a" / "x")
+    file = {"dataset.file": str(write_list(root / "images.csv"))}
+    with pytest.raises(UserError, match=r"classes differ .*a lacks x\."):
+        observe("dataset=list", **file)
+    runs = {kind: observe("dataset=list", **file, **{"dataset.classes": kind}) for kind in ("union", "intersection")}
+    assert {kind: run.algorithm.model.classes for kind, run in runs.items()} == {"union": 3, "intersection": 2}
+    assert runs["union"].plan.run_id != runs["intersection"].plan.run_id
+
+
+@shows("dataset.cache (ImageList)")
+def test_the_cache_of_a_list_keeps_decoded_images_and_the_official_parts(tmp_path):
+    """A list with spaces and umlauts in its paths, decoded once; the parts are those of the list with or without it."""
+    root = photos(tmp_path / "Bilder für mich", domains="abcd", classes="xyz", size=12)
+    (root / "b" / "y" / "3.png").rename(root / "b" / "y" / "ein Süßes.png")
+    overrides = ("dataset=list", "split=from_list", "trainer.transform=batched")
+    file = {"dataset.file": str(write_list(root / "Liste ä.csv", parts=in_or_out))}
+    kept = observe(*overrides, **file, **{"dataset.cache": str(tmp_path / "kept")})
+    off = observe(*overrides, **file, **{"dataset.cache": "off"})
+    assert len(list((tmp_path / "kept").glob("*/pixels.bin"))) == 4
+    assert first_difference(kept, off) is None
+    assert kept.plan.run_id == off.plan.run_id
+    assert kept.lines()[0]["accuracy"]["d"].keys() == {"in", "out"}
+
+
+def in_or_out(i: int, n: int) -> str:
+    return "out" if i == 0 else "in"
+
+
+def test_with_from_list_training_draws_from_in_and_test_images_are_only_evaluated():
+    settings = {"trainer.batch_size": 64, "trainer.evaluate": "all", "trainer.eval_every": 1}
+    run = observe("dataset=list", "split=from_list", **settings)
+    parts = run.plan.split.indices(run.plan.source.read())
+    assert {part: len(images) for part, images in parts["a"].items()} == {"in": 5, "out": 3, "test": 2}
+    for number, name in enumerate(SOURCES):
+        drawn = {image.numpy().tobytes() for step in run.batches for image in step[number].images}
+        assert drawn == {image.numpy().tobytes() for image in pixels(run, name, parts[name]["in"])}
+    for record in run.lines():
+        assert record["accuracy"].keys() == {*SOURCES, "d"}
+        assert all(list(accuracies) == ["in", "out", "test"] for accuracies in record["accuracy"].values())
+    fast = observe("dataset=list", "split=from_list").lines()[0]["accuracy"]
+    assert {name: list(accuracies) for name, accuracies in fast.items()} == {
+        **dict.fromkeys(SOURCES, ["out", "test"]),
+        "d": ["in", "out", "test"],
+    }
+
+
+@shows("split.holdout_fraction (OfficialSplit)")
+def test_contradictions_with_from_list_are_refused_before_a_run(tmp_path):
+    def refused(*overrides: str, **changed: object) -> str:
+        return refusal(prepare, compose_tiny(*overrides, **changed))
+
+    from_list = ("dataset=list", "split=from_list")
+    assert "contradicts split=from_list" in refused(*from_list, **{"split.holdout_fraction": 0.2})
+    assert "dataset=image_folder defines no split" in refused("split=from_list")
+    root = photos(tmp_path / "p", domains="abcd", classes="xyz", size=12)
+    without = {"dataset.file": str(write_list(root / "images.csv"))}
+    assert "dataset=list defines no split" in refused(*from_list, **without)
+    nothing_out = {"dataset.file": str(write_list(root / "no_out.csv", parts=lambda i, n: "in"))}
+    for overrides, message in (
+        (["trainer.keep=selected"], "no row of a, b, c has the word `out`"),
+        (
+            ["trainer/averaging=swad", "trainer.eval_every=1"],
+            "needs the sources' held-out loss, but no row of a, b, c has the word `out`",
+        ),
+    ):
+        config = compose_tiny(*from_list, *overrides, **nothing_out)
+        assert message in refusal(lambda config: experiment.run(prepare(config)), config)
+    assert "the column split of the list is not used" in observe("dataset=list").log
 
 
 TINY_BACKBONE = {"_target_": "tiny_backbone.tiny", "_partial_": True}

@@ -19,6 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -83,7 +84,7 @@ class Cache:
                 raise
             log.warning("%s Continuing without a cache: every image is decoded whenever it is drawn.", error)
             return decoded(domain, self.short_side)
-        return Domain(domain.name, domain.labels, stored, domain.files)
+        return replace(domain, load=stored, load_many=None)
 
     def find(self, domain: Domain) -> Path | None:
         """The folder of the domain's decoded images, or None if they have not been decoded yet."""
@@ -159,7 +160,7 @@ def in_memory(dataset: DomainDataset) -> bool:
 def decoded(domain: Domain, short_side: int | None) -> Domain:
     """The domain with images as arrays [h, w, 3] uint8, decoded on every access, without a cache."""
     load = partial(_load_array, domain.load, short_side)
-    return Domain(domain.name, domain.labels, load, domain.files)
+    return replace(domain, load=load, load_many=None)
 
 
 def _load_array(load: Callable[[int], Image.Image | np.ndarray], short_side: int | None, index: int) -> np.ndarray:
@@ -216,7 +217,7 @@ def fingerprint_files(paths: Sequence[str]) -> Fingerprint:
 
 def common_folder(paths: Sequence[str]) -> str:
     """The deepest folder that contains all of the files."""
-    return os.path.commonpath([os.path.dirname(path) for path in paths])
+    return os.path.commonpath(sorted({os.path.dirname(path) for path in paths}))
 
 
 def _write_note(path: Path, domain: Domain, content: str, fingerprint: Fingerprint) -> None:

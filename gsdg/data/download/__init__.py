@@ -66,7 +66,7 @@ def prepare(config: DictConfig, *, given: Path | None, source: str | None, accep
 def _recipe(name: str) -> Recipe:
     if name in RECIPES:
         return RECIPES[name]
-    why = {"image_folder": "these are your own images"}.get(name, "it ships with gsdg")
+    why = "these are your own images" if name in ("image_folder", "list") else "it ships with gsdg"
     raise UserError(f"{name}: nothing to prepare, {why}. Valid: {listing(RECIPES)}.")
 
 
