@@ -27,6 +27,7 @@ from gsdg.types import Batch
 from gsdg.utils.json_files import read_lines
 
 AIM = ">= 0.9"
+RANDOM_WEIGHTS = "model.weights=null model.freeze_bn=false"
 
 
 def measurements(setting: Setting) -> list[Measurement]:
@@ -41,7 +42,7 @@ def measurements(setting: Setting) -> list[Measurement]:
 
 
 def _network(model: str) -> tuple[str, ...]:
-    return f"model={model}", *"model.weights=null model.freeze_bn=false".split()
+    return f"model={model}", *RANDOM_WEIGHTS.split()
 
 
 def _rows(network: tuple[str, ...], model: str, precision: str, setting: Setting, left: float) -> list[Row]:
