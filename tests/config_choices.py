@@ -29,7 +29,7 @@ NOT_IMPORTABLE = {choice for choice in UNAVAILABLE if choice.startswith("optimiz
 PRESETS = sorted(choices("experiment"))
 NEEDED = {
     "dataset=image_folder": ["dataset.root=x"],
-    "dataset=list": ["dataset.file=x.csv"],
+    "dataset=list": ["dataset.file=x/x.csv"],
     "algorithm/partition=groups": ["algorithm.partition.patterns=['*.bias']"],
     "model=timm": ["model.arch=test_vit"],
     "model=torchvision": ["model.arch=resnet18"],

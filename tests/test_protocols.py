@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from config_choices import CHOICES, NEEDED
-from helpers import photos
+from helpers import photos, write_list
 from PIL import Image
 from torch import Tensor
 
@@ -34,8 +34,8 @@ RULES = [kind for name in rules.__all__ if not inspect.isabstract(kind := getatt
 
 @pytest.fixture
 def config(compose, tmp_path):
-    """A run's config with a data set; data_dir has the image folder `x`."""
-    photos(tmp_path / "x")
+    """A run's config with a data set; data_dir has the image folder `x` with a list of its images."""
+    write_list(photos(tmp_path / "x") / "x.csv")
 
     def config(choice: str) -> dict:
         dataset = compose(choice, *NEEDED.get(choice, []), "split.target=0").dataset
@@ -56,7 +56,7 @@ def test_every_data_set_is_a_data_source(config, choice):
     assert source.cache is None or isinstance(source.cache, Cache)
 
 
-@pytest.mark.parametrize("choice", [*IN_MEMORY, "dataset=image_folder"])
+@pytest.mark.parametrize("choice", [*IN_MEMORY, "dataset=image_folder", "dataset=list"])
 def test_a_data_source_reads_what_its_attributes_say(config, choice):
     source = data_source(config(choice))
     dataset = source.read()

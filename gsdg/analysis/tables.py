@@ -52,6 +52,7 @@ class Summary:
         error: form of the standard deviation, a key of `statistics.ERRORS`.
         notes: columns dataset, selection, note; see `caveats`.
         metric: what the numbers are values of.
+        on_test: the data sets with runs that are reported on a target's `test` images instead of its `in` split.
     """
 
     cells: pd.DataFrame
@@ -61,6 +62,7 @@ class Summary:
     error: str = "population"
     notes: pd.DataFrame = field(default_factory=lambda: pd.DataFrame(columns=["dataset", "selection", "note"]))
     metric: Metric = ACCURACY
+    on_test: frozenset[str] = frozenset()
 
 
 def report(
@@ -101,7 +103,9 @@ def summary(runs: Runs, selections: Sequence[str], *, error: str = "population",
         for name, frame in {"chosen": chosen, "missing": missing, "draws": draw_counts(rows)}.items():
             parts[name].append(frame.assign(selection=selection))
     frames = {name: pd.concat(frames, ignore_index=True) for name, frames in parts.items()}
-    return Summary(**frames, error=error, notes=caveats(runs, draws), metric=metric)
+    is_test = records["is_target"] & (records["part"] == "test")
+    on_test = frozenset(records.loc[is_test, "dataset"].unique())
+    return Summary(**frames, error=error, notes=caveats(runs, draws), metric=metric, on_test=on_test)
 
 
 def sheets(results: Summary, published: pd.DataFrame | None = None) -> list[Sheet]:
@@ -352,7 +356,9 @@ def _legend(cells: pd.DataFrame, results: Summary, dataset: str, selection: str)
     lines = [f"selection: {explanation(selection, metric)}{of_draws}"]
     what = f"mean over targets of the {metric.name}" if dataset == "all" else metric.name
     unit = ", %" if metric.percent else ""
-    lines.append(f"{what} on the target's in split{unit}; {error}{number}")
+    of_all = results.on_test if dataset == "all" else ()
+    part = "test images (in split, where it has none)" if results.on_test & {dataset, *of_all} else "in split"
+    lines.append(f"{what} on the target's {part}{unit}; {error}{number}")
     if metric is not ACCURACY:
         direction = "lower" if metric.lower_is_better else "higher"
         lines.append(f"{metric.name}: {metric.explained}; {direction} is better, and selections choose by it too")

@@ -40,6 +40,7 @@ from omegaconf import OmegaConf
 from tiny_backbone import tiny
 
 from gsdg import experiment, fits
+from gsdg.analysis.tables import report
 from gsdg.config.hparam_search import draw
 from gsdg.config.identity import NOT_SCIENTIFIC
 from gsdg.data.loader import train_loader
@@ -713,6 +714,7 @@ def test_with_from_list_training_draws_from_in_and_test_images_are_only_evaluate
     for record in run.lines():
         assert record["accuracy"].keys() == {*SOURCES, "d"}
         assert all(list(accuracies) == ["in", "out", "test"] for accuracies in record["accuracy"].values())
+    assert "accuracy on the target's test images (in split, where it has none), %" in report(run.folder.parent)
     fast = observe("dataset=list", "split=from_list").lines()[0]["accuracy"]
     assert {name: list(accuracies) for name, accuracies in fast.items()} == {
         **dict.fromkeys(SOURCES, ["out", "test"]),
