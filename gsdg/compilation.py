@@ -45,8 +45,11 @@ class Compilation:
         torch.compiler.cudagraph_mark_step_begin()
 
     def log_graphs(self) -> None:
-        """Log the number of graphs compiled so far, if it has grown."""
-        if (count := graphs() - self.before) > self.noted:
+        """Log the number of graphs compiled so far, if it has grown; a warning if there is none at all."""
+        count = graphs() - self.before
+        if not count:  # torch 2.6 leaves networks whose class is torch's own, such as nn.Sequential, as they are
+            log.warning("trainer.compile=%s: torch %s has compiled nothing", self.mode, torch.__version__)
+        if count > self.noted:
             self.noted = count
             log.info("trainer.compile=%s: %d graphs compiled so far", self.mode, count)
 
