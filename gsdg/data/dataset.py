@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from gsdg.utils.errors import UserError
+
 
 @dataclass(frozen=True, eq=False)
 class Domain:
@@ -47,6 +49,12 @@ class Domain:
         """`files` of a domain whose images are files."""
         assert self.files is not None, self.name
         return self.files
+
+
+def check_domain_names(domains: Sequence[str]) -> None:
+    """UserError unless dataset.domains has one name or more, each once."""
+    if not domains or len(set(domains)) < len(domains):
+        raise UserError(f"dataset.domains={list(domains)}: name at least one domain, each once.")
 
 
 @dataclass(frozen=True, eq=False)

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Generator, Tensor
 
-from gsdg.data.dataset import Domain, DomainDataset
+from gsdg.data.dataset import Domain, DomainDataset, check_domain_names
 from gsdg.utils.errors import UserError
 
 SIZE, INNER = 28, 20  # pixels: the image, and the enlarged digit in it
@@ -47,8 +47,7 @@ class Digits:
     def __init__(self, *, name: str, domains: Sequence[str | int], seed: int = 0) -> None:
         domains = [str(domain) for domain in domains]  # Hydra reads the angle 15 as a number
         self._check_names(domains)
-        if not domains or len(set(domains)) < len(domains):
-            raise UserError(f"dataset.domains={list(domains)}: name at least one domain, each once.")
+        check_domain_names(domains)
         if not 0 <= seed < 2**32:
             raise UserError(f"dataset.seed={seed}. Valid: 0 <= seed < 2**32.")
         self.name = name

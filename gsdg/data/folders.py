@@ -20,7 +20,7 @@ from PIL import Image
 
 from gsdg.config.names import Scalar, as_typed
 from gsdg.data.cache.memory_map import Cache
-from gsdg.data.dataset import Domain, DomainDataset
+from gsdg.data.dataset import Domain, DomainDataset, check_domain_names
 from gsdg.data.image_io import EXTENSIONS, read_image
 from gsdg.data.published_counts import PUBLISHED
 from gsdg.data.walk import Contents, contents_of, folders_in, loop_at
@@ -79,8 +79,7 @@ class ImageFolders:
         self.classes = classes
         self.domains = self._domain_folders() if domains is None else self._names_as_text(domains)
         self.cache = Cache(cache, beside=self.root, short_side=short_side)
-        if not self.domains or len(set(self.domains)) < len(self.domains):
-            raise UserError(f"dataset.domains={self.domains}: name at least one domain, each once.")
+        check_domain_names(self.domains)
         if undecodable := [name for name in self.domains if printable(name) != name]:
             raise UserError(
                 f"{name}: the names of the folders {listing(undecodable)} in {self.root} are not UTF-8. "

@@ -20,7 +20,7 @@ from PIL import Image
 
 from gsdg.config.names import Scalar, as_typed
 from gsdg.data.cache.memory_map import Cache
-from gsdg.data.dataset import Domain, DomainDataset
+from gsdg.data.dataset import Domain, DomainDataset, check_domain_names
 from gsdg.data.folders import Augment
 from gsdg.data.image_io import read_image
 from gsdg.data.list_table import PARTS, Column, ListTable, checked_columns, domains_of, read_table
@@ -77,8 +77,7 @@ class ImageList:
         self.class_names = class_names
         self.domains = self._all_domains() if domains is None else self._names_as_text(domains)
         self.cache = Cache(cache, beside=self.file, short_side=short_side)
-        if not self.domains or len(set(self.domains)) < len(self.domains):
-            raise UserError(f"dataset.domains={self.domains}: name at least one domain, each once.")
+        check_domain_names(self.domains)
 
     @property
     def root(self) -> Path:
