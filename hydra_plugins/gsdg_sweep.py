@@ -5,6 +5,7 @@ not be used with `from __future__ import annotations`: Hydra executes this file 
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,15 @@ register_generated()
 class GridSweeper(BasicSweeper):
     """Hydra's basic sweeper, with checks of the command and a fast check of thousands of configs."""
 
+    @cached_property
+    def composer(self) -> Any:
+        """Composes the configs of this sweep's jobs, and keeps what it has read."""
+        from gsdg.sweep.compose import Composer
+
+        assert self.config is not None  # Hydra has called `setup`
+        assert self.hydra_context is not None
+        return Composer(self.hydra_context.config_loader, self.config)
+
     def sweep(self, arguments: list[str]) -> Any:
         from gsdg.sweep.compose import refuse_empty_sweeps, refuse_swept
         from gsdg.sweep.folder import explain_write_errors
@@ -64,14 +74,10 @@ class GridSweeper(BasicSweeper):
 
     def split_arguments(self, overrides: list[Override], max_batch_size: int | None) -> list[list[list[str]]]:
         """The batches of jobs, as the base class makes them, with one job per target for `split.target=each`."""
-        from gsdg.sweep.compose import Composer
         from gsdg.sweep.targets import with_targets
 
-        assert self.config is not None
-        assert self.hydra_context is not None
-        composer = Composer(self.hydra_context.config_loader, self.config)
         batches = BasicSweeper.split_arguments(overrides, max_batch_size)
-        return [with_targets(batch, composer) for batch in batches]
+        return [with_targets(batch, self.composer) for batch in batches]
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
         """Raise Hydra's error for the first job that cannot be composed, unless the launcher `composes` all jobs."""
@@ -83,11 +89,8 @@ class GridSweeper(BasicSweeper):
         SweepCallback.size = sum(map(len, self.overrides))
         if getattr(self.launcher, "composes", False):
             return
-        from gsdg.sweep.compose import Composer
-
-        composer = Composer(self.hydra_context.config_loader, self.config)
         for overrides in batch:
-            composer.compose(overrides)
+            self.composer.compose(overrides)
 
 
 class OptunaSweeper(GridSweeper):
@@ -116,7 +119,7 @@ class OptunaSweeper(GridSweeper):
 
         from gsdg.config.places import absolute_path
         from gsdg.sweep import optuna_search
-        from gsdg.sweep.compose import Composer, refuse_swept
+        from gsdg.sweep.compose import refuse_swept
         from gsdg.sweep.enumerate_runs import freeze_runs
 
         assert self.config is not None
@@ -125,7 +128,7 @@ class OptunaSweeper(GridSweeper):
         optuna_search.check(self)
         refuse_swept(texts)
         space = optuna_search.Space.of(OverridesParser.create(config_loader=loader).parse_overrides(texts))
-        composer, runs_dir = Composer(loader, self.config), Path(absolute_path(self.config.runs_dir))
+        runs_dir = Path(absolute_path(self.config.runs_dir))
         study = optuna_search.open_study(
             runs_dir / ".sweeps" / "optuna", space.name(self.objective), sampler=self.sampler, seed=self.seed
         )
@@ -134,25 +137,24 @@ class OptunaSweeper(GridSweeper):
             space,
             self.n_trials,
             self.n_jobs,
-            run_ids=lambda jobs: [run.run_id for run in freeze_runs(composer, jobs)],
-            launch=lambda jobs: self._launch(jobs, freeze_runs(composer, jobs)),
+            run_ids=lambda jobs: [run.run_id for run in freeze_runs(self.composer, jobs)],
+            launch=self._launch,
             value=lambda run_id: optuna_search.selection_value(runs_dir / run_id, self.objective),
         )
         search.run()
         print(optuna_search.summary(study, space, runs_dir))
 
-    def _launch(self, jobs: list[list[str]], runs: list) -> None:
+    def _launch(self, jobs: list[list[str]], run_ids: list[str]) -> None:
         """Make the runs of these jobs and wait for them. The launchers of gsdg get a sweep folder for each round."""
+        from gsdg.config.places import absolute_path
         from gsdg.sweep.callback import SweepCallback
         from gsdg.sweep.optuna_search import ended, in_round
 
         assert self.config is not None
         assert self.launcher is not None
-        folder = Path(self.config.hydra.sweep.dir)
+        folder, runs_dir = Path(self.config.hydra.sweep.dir), Path(absolute_path(self.config.runs_dir))
+        separate = getattr(self.launcher, "composes", False)
         SweepCallback.size = self.batch_index + len(jobs)
-        with (
-            in_round(self.config, self.batch_index, own=getattr(self.launcher, "composes", False)),
-            ended(runs, folder),
-        ):
+        with in_round(self.config, self.batch_index, separate=separate), ended(run_ids, runs_dir, folder):
             self.launcher.launch(jobs, initial_job_idx=self.batch_index)
         self.batch_index += len(jobs)

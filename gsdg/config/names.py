@@ -14,6 +14,7 @@ from functools import cache
 from gsdg.utils.errors import UserError, listing
 
 Scalar = str | int | float | bool
+EACH = {"each": 1, "each_pair": 2}  # {a split.target that a sweep replaces: number of targets of each run}
 
 
 def as_typed(values: Iterable[Scalar], names: Sequence[str], key: str) -> list[str]:

@@ -17,12 +17,10 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from gsdg.config.names import Scalar, as_typed, override, readings
+from gsdg.config.names import EACH, Scalar, as_typed, override, readings
 from gsdg.data.dataset import DomainDataset
 from gsdg.utils.errors import UserError, listing
 from gsdg.utils.seeding import seed_hash
-
-EACH = ("each", "each_pair")  # targets that a sweep replaces, see gsdg/sweep/targets.py
 
 
 def holdout(n: int, fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -51,7 +51,7 @@ class Composer:
 
     def __init__(self, config_loader: ConfigLoader, master: DictConfig) -> None:
         assert isinstance(config_loader, ConfigLoaderImpl)  # Hydra has no other
-        self._loader, self.master = config_loader, master
+        self.config_loader, self.master = config_loader, master
         self._parser = OverridesParser.create()
         # A private method of Hydra: the list of config groups, including those that hydra.searchpath adds.
         _, self._repository = config_loader._parse_overrides_and_create_caching_repo(
@@ -102,7 +102,7 @@ class Composer:
         return self._bases[groups]
 
     def _compose_with_hydra(self, overrides: Sequence[str]) -> DictConfig:
-        config = self._loader.load_sweep_config(self.master, list(overrides))
+        config = self.config_loader.load_sweep_config(self.master, list(overrides))
         with read_write(config), open_dict(config):
             del config["hydra"]
         return config
@@ -118,12 +118,13 @@ def typed(overrides: ListConfig) -> list[str]:
     return cast("list[str]", OmegaConf.to_container(overrides, resolve=False))  # of a list node it is a list
 
 
-def expand(master: DictConfig, config_loader: ConfigLoader) -> list[list[str]]:
+def expand(composer: Composer) -> list[list[str]]:
     """The overrides of every job of a multirun, in order: the grid of `hydra.sweeper.params` and the command line.
 
     Where both set a key, the command line wins. UserError for a sweep over presets or folders; Hydra's errors for other
     mistakes.
     """
+    master, config_loader = composer.master, composer.config_loader
     arguments = typed(master.hydra.overrides.task)
     params = OmegaConf.select(master, "hydra.sweeper.params") or {}
     texts = [f"{key}={value}" for key, value in params.items()] + arguments
@@ -131,7 +132,7 @@ def expand(master: DictConfig, config_loader: ConfigLoader) -> list[list[str]]:
     refuse_empty_sweeps(texts, config_loader)
     parsed = OverridesParser.create(config_loader=config_loader).parse_overrides(texts)
     (jobs,) = BasicSweeper.split_arguments(parsed, max_batch_size=None)
-    return with_targets(jobs, Composer(config_loader, master))
+    return with_targets(jobs, composer)
 
 
 def refuse_swept(texts: Sequence[str]) -> None:
@@ -181,4 +182,5 @@ def from_command_line(
         hydra = GlobalHydra.instance().hydra
         assert hydra is not None  # inside `initialized`
         master = hydra.compose_config("config", [*overrides, "hydra.mode=MULTIRUN"], RunMode.MULTIRUN)
-        return Composer(hydra.config_loader, master), expand(master, hydra.config_loader), master
+        composer = Composer(hydra.config_loader, master)
+        return composer, expand(composer), master

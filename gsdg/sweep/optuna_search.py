@@ -4,10 +4,9 @@
         split.target=60 split.trial_seed=0,1 hydra.sweeper.n_trials=20
 
 Optuna's trial, one set of values, is called a draw in messages and tables, because a run has a trial seed. `interval`
-and `range` are numbers, a list of values is a choice. The targets and seeds
-(REPETITIONS) are no values: a trial makes a run for each of their combinations, and its result is the mean of these
-runs' selection values, in [0, 1], higher is better. Nothing else of a run is used, so the target's images play no part,
-unless the objective is an oracle.
+and `range` are numbers, a list of values is a choice. The targets and seeds (REPETITIONS) are no values: a trial makes
+a run for each of their combinations, and its result is the mean of these runs' selection values, in [0, 1], higher is
+better. Nothing else of a run is used, so the target's images play no part, unless the objective is an oracle.
 
 The study lies in <runs_dir>/.sweeps/optuna/, in Optuna's journal, under a name made of the space and the fixed values.
 So the same command goes on with its study: a trial that was interrupted is made again with the same values, its
@@ -23,7 +22,7 @@ import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,11 +30,13 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from omegaconf import DictConfig, open_dict, read_write
 
 from gsdg.runs.folder import RunFolder
+from gsdg.runs.kept_weights import held_out_accuracy
 from gsdg.sweep import slurm
 from gsdg.sweep.callback import note_run
-from gsdg.sweep.folder import FrozenRun
-from gsdg.sweep.run_states import ACTIVE, RunState, read_statuses, run_states
-from gsdg.utils.errors import UserError, listing, plural
+from gsdg.sweep.run_states import ACTIVE, read_statuses, state_names
+from gsdg.sweep.submissions import History
+from gsdg.utils.errors import UserError, listing, not_installed, plural
+from gsdg.utils.json_files import read_json
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -80,9 +81,9 @@ class Space:
 
     def jobs(self, values: Mapping[str, Any]) -> list[list[str]]:
         """The overrides of each run of the trial with these values."""
-        own = [f"{key}={value}" for key, value in values.items()]
+        chosen = [f"{key}={value}" for key, value in values.items()]
         repeated = [[f"{key}={text}" for text in texts] for key, texts in self.repeated.items()]
-        return [[*self.fixed, *repetition, *own] for repetition in product(*repeated)]
+        return [[*self.fixed, *repetition, *chosen] for repetition in product(*repeated)]
 
     def distributions(self) -> dict[str, BaseDistribution]:
         return {key: distribution(override) for key, override in self.searched.items()}
@@ -133,7 +134,8 @@ class Search:
         n_trials: trials that the study shall have; those of earlier starts count.
         n_jobs: trials that are launched together.
         run_ids: jobs -> the id of each run.
-        launch: makes the runs of these jobs, and returns when they have ended; failed runs raise nothing.
+        launch: makes the runs of these jobs, with these ids, and returns when they have ended; failed runs raise
+            nothing.
         value: run id -> its selection value; None: it has none.
     """
 
@@ -142,7 +144,7 @@ class Search:
     n_trials: int
     n_jobs: int
     run_ids: Callable[[Sequence[list[str]]], list[str]]
-    launch: Callable[[list[list[str]]], None]
+    launch: Callable[[list[list[str]], list[str]], None]
     value: Callable[[str], float | None]
 
     def run(self) -> None:
@@ -151,9 +153,10 @@ class Search:
         while (left := self.n_trials - self._made()) > 0:
             trials = [self.study.ask(self.space.distributions()) for _ in range(min(self.n_jobs, left))]
             jobs = [self.space.jobs(trial.params) for trial in trials]
-            self.launch([job for of_trial in jobs for job in of_trial])
-            for trial, of_trial in zip(trials, jobs, strict=True):
-                self._tell(trial, self.run_ids(of_trial))
+            run_ids = [self.run_ids(of_trial) for of_trial in jobs]
+            self.launch(list(chain(*jobs)), list(dict.fromkeys(chain(*run_ids))))
+            for trial, of_trial in zip(trials, run_ids, strict=True):
+                self._tell(trial, of_trial)
 
     def _go_on(self) -> None:
         """Put the trials that an earlier start has not finished in line again, with the same values."""
@@ -201,11 +204,11 @@ def check(sweeper: Any) -> None:
 
 
 @contextmanager
-def in_round(config: DictConfig, number: int, *, own: bool) -> Generator[None]:
-    """Inside, hydra.sweep.dir is a folder of this round, if the launcher keeps its sweep in it (`own`)."""
+def in_round(config: DictConfig, number: int, *, separate: bool) -> Generator[None]:
+    """Inside, hydra.sweep.dir is a folder of this round, if the launcher needs a `separate` one for each."""
     before = config.hydra.sweep.dir
     with read_write(config), open_dict(config):
-        config.hydra.sweep.dir = f"{before}_{number}" if own else before
+        config.hydra.sweep.dir = f"{before}_{number}" if separate else before
     try:
         yield
     finally:
@@ -214,33 +217,31 @@ def in_round(config: DictConfig, number: int, *, own: bool) -> Generator[None]:
 
 
 @contextmanager
-def ended(runs: Sequence[FrozenRun], sweep: Path) -> Generator[None]:
+def ended(run_ids: Sequence[str], runs_dir: Path, sweep: Path) -> Generator[None]:
     """Inside, a launcher starts the runs; at the end all of them have ended, whether the launcher waits or not.
 
     sweep: the folder of the whole search, which then lists them. UserError of the launcher: only if it started none.
     """
-    runs_dir = Path(runs[0].config["runs_dir"])
     try:
         yield
     except UserError as error:
-        if not any(read_statuses(runs_dir, [run.run_id for run in runs]).values()):
+        if not any(read_statuses(runs_dir, run_ids).values()):
             raise
         log.warning("%s", error)
-    while active := [state for state in states(runs, runs_dir) if state.state in ACTIVE]:
+    while active := [state for state in state_names(_history(runs_dir), run_ids).values() if state in ACTIVE]:
         log.info("waiting for %s", plural(len(active), "run"))
         time.sleep(POLL)
     sweep.mkdir(parents=True, exist_ok=True)
-    for run in runs:
-        note_run(sweep, run.run_id)
+    for run_id in run_ids:
+        note_run(sweep, run_id)
 
 
-def states(runs: Sequence[FrozenRun], runs_dir: Path) -> list[RunState]:
-    """The states of the runs, with SLURM's queue where there is one."""
+def _history(runs_dir: Path) -> History:
+    """The submissions of all sweeps, with SLURM's queue where there is one."""
     try:
-        queue = slurm.queue()
+        return History(runs_dir, slurm.queue())
     except UserError:  # no SLURM here, or it does not answer
-        queue = None
-    return run_states(list(runs), runs_dir, queue)
+        return History(runs_dir, None)
 
 
 def summary(study: Study, space: Space, runs_dir: Path) -> str:
@@ -264,9 +265,7 @@ def open_study(folder: Path, name: str, *, sampler: str, seed: int) -> Study:
         import optuna
         from optuna.storages.journal import JournalFileBackend
     except ImportError as error:
-        raise UserError(
-            "hydra/sweeper=optuna needs Optuna: pip install 'gsdg[search]' (in a checkout: '.[search]')."
-        ) from error
+        raise not_installed("hydra/sweeper=optuna", "optuna", "search") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     folder.mkdir(parents=True, exist_ok=True)
     storage = optuna.storages.JournalStorage(JournalFileBackend(str(folder / f"{name}.log")))
@@ -286,19 +285,11 @@ def selection_value(run: Path, objective: str) -> float | None:
     folder = RunFolder(run)
     if folder.status.get("state") != "done":
         return None
-    records, targets = folder.records(), _targets(run)
+    target = read_json(run / "config.json")["split"]["target"]
+    targets = [target] if isinstance(target, str) else target
+    accuracies = [record["accuracy"] for record in folder.records()]
     if objective == "oracle":
-        values = [records[-1]["accuracy"][name]["out"] for name in targets if "out" in records[-1]["accuracy"][name]]
-        return sum(values) / len(values) if values else None
-    means = [_mean_of_sources(record["accuracy"], targets) for record in records]
+        return held_out_accuracy(accuracies[-1], targets)
+    sources = [name for name in accuracies[0] if name not in targets]
+    means = [held_out_accuracy(accuracy, sources) for accuracy in accuracies]
     return max((mean for mean in means if mean is not None), default=None)
-
-
-def _mean_of_sources(accuracy: Mapping[str, Mapping[str, float]], targets: Sequence[str]) -> float | None:
-    values = [parts["out"] for name, parts in accuracy.items() if name not in targets and "out" in parts]
-    return sum(values) / len(values) if values else None
-
-
-def _targets(run: Path) -> list[str]:
-    target = json.loads((run / "config.json").read_text())["split"]["target"]
-    return [target] if isinstance(target, str) else target

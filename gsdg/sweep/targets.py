@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from gsdg.config.names import in_hydra
+from gsdg.config.names import EACH, in_hydra
 from gsdg.config.places import with_absolute_places
 from gsdg.config.schema import as_dict
 from gsdg.utils.errors import UserError, listing
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from gsdg.sweep.compose import Composer
 
 KEY = "split.target"
-EACH = {"each": 1, "each_pair": 2}  # {word: number of targets of a run}
 
 
 def with_targets(jobs: Sequence[Sequence[str]], composer: Composer) -> list[list[str]]:
