@@ -37,7 +37,8 @@ class Compilation:
     """
 
     def __init__(self, featurizer: nn.Module, mode: Compile) -> None:
-        self.mode, self.noted, self.before = mode, 0, graphs()
+        self.mode, self.before = mode, graphs()
+        self.noted: int | None = None  # the number of graphs that was logged last
         featurizer.compile(mode=mode)
 
     def start_step(self) -> None:
@@ -45,13 +46,15 @@ class Compilation:
         torch.compiler.cudagraph_mark_step_begin()
 
     def log_graphs(self) -> None:
-        """Log the number of graphs compiled so far, if it has grown; a warning if there is none at all."""
+        """Log the number of graphs compiled so far, if it has changed; a warning if there is none."""
         count = graphs() - self.before
-        if not count:  # torch 2.6 leaves networks whose class is torch's own, such as nn.Sequential, as they are
-            log.warning("trainer.compile=%s: torch %s has compiled nothing", self.mode, torch.__version__)
-        if count > self.noted:
-            self.noted = count
+        if count == self.noted:
+            return
+        self.noted = count
+        if count:
             log.info("trainer.compile=%s: %d graphs compiled so far", self.mode, count)
+        else:  # torch 2.6 leaves networks whose class is torch's own, such as nn.Sequential, as they are
+            log.warning("trainer.compile=%s: torch %s has compiled nothing", self.mode, torch.__version__)
 
 
 def graphs() -> int:

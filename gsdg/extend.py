@@ -74,10 +74,9 @@ def longer_config(finished: Path, changes: Sequence[str]) -> tuple[dict, int]:
     after = config["trainer"]["steps"]
     if not isinstance(after, int) or after <= before:
         raise UserError(f"trainer.steps={after}: the run has made {before} steps; give a larger number.")
-    if config["algorithm"].get("total_steps") == before:  # ${trainer.steps} in conf/algorithm
-        config["algorithm"]["total_steps"] = after
-    if (config["algorithm"].get("surgery") or {}).get("total_steps") == before:
-        config["algorithm"]["surgery"]["total_steps"] = after
+    for node in (config["algorithm"], config["algorithm"].get("surgery") or {}):
+        if node.get("total_steps") == before:  # ${trainer.steps} in conf/algorithm
+            node["total_steps"] = after
     return config, before
 
 

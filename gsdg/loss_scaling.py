@@ -65,9 +65,3 @@ class LossScaling:
                 f"trainer.precision=fp16: gradients overflow at every step, and at step {step + 1} the loss scale is "
                 f"{scale:.1e}. Use trainer.precision=bf16 or float32, or a lower learning rate."
             )
-
-    def state_dict(self) -> dict:
-        return self.scaler.state_dict()
-
-    def load_state_dict(self, state: dict) -> None:
-        self.scaler.load_state_dict(state)

@@ -95,7 +95,7 @@ class TrainingLoop:
             "clock": self.throughput,
             "averaging": self.averaging,
             "scheduler": self.scheduler,
-            "scaler": self.scaling,
+            "scaler": self.scaling.scaler if self.scaling else None,
             "callbacks": self.callbacks if self.callbacks.have_state else None,
         }
         return {name: part for name, part in parts.items() if part is not None}
