@@ -8,8 +8,10 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 
 os.environ.pop("HYDRA_FULL_ERROR", None)  # the tests expect messages, not tracebacks
 os.environ.pop("PYTHONUNBUFFERED", None)  # or a missing flush would not be seen
@@ -203,3 +205,16 @@ def desk(tmp_path):
     desk = Desk(tmp_path / "runs")
     yield desk
     desk.clear()
+
+
+@pytest.fixture
+def users_class(monkeypatch) -> Callable[..., dict]:
+    """A function: the node of a class that a test defines, as one of the user's module `mine`."""
+
+    def users_class(kind: type, **settings: object) -> dict:
+        module = ModuleType("mine")
+        setattr(module, kind.__name__, kind)
+        monkeypatch.setitem(sys.modules, "mine", module)
+        return {"_target_": f"mine.{kind.__name__}", **settings}
+
+    return users_class

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import random
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from signal import SIGTERM
-from types import ModuleType
 
 import numpy as np
 import pytest
@@ -32,16 +30,9 @@ def nothing_seen():
 
 
 @pytest.fixture
-def node(monkeypatch) -> Callable[..., dict]:
+def node(users_class) -> Callable[..., dict]:
     """The config of one callback, of a class in a module of the user."""
-
-    def node(kind: type, **settings: object) -> dict:
-        users = ModuleType("mine")
-        setattr(users, kind.__name__, kind)
-        monkeypatch.setitem(sys.modules, "mine", users)
-        return {"callbacks.mine": {"_target_": f"mine.{kind.__name__}", **settings}}
-
-    return node
+    return lambda kind, **settings: {"callbacks.mine": users_class(kind, **settings)}
 
 
 class Notes(Callback):

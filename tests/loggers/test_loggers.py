@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
@@ -45,19 +43,6 @@ RICH = (
 
 
 CSV_TOO = {"logger.csv": {"_target_": "gsdg.loggers.CSV"}}
-
-
-@pytest.fixture
-def importable(monkeypatch) -> Callable[..., dict]:
-    """The node of a class of this file, as one of a user's module."""
-
-    def node(kind: type, **settings: object) -> dict:
-        module = ModuleType("mine")
-        setattr(module, kind.__name__, kind)
-        monkeypatch.setitem(sys.modules, "mine", module)
-        return {"_target_": f"mine.{kind.__name__}", **settings}
-
-    return node
 
 
 @pytest.fixture(autouse=True)
@@ -134,10 +119,10 @@ class Interrupts(Callback):
 
 
 @pytest.mark.parametrize("name", EACH)
-def test_after_a_resume_every_number_is_there_once_and_in_the_same_run(name, importable):
+def test_after_a_resume_every_number_is_there_once_and_in_the_same_run(name, users_class):
     """Interrupted after step 4, of which everything was logged; the checkpoint is after step 2."""
     words = (*RICH, f"logger={name}")
-    plan = prepare(compose_tiny(*words, **{"callbacks.interrupts": importable(Interrupts, after=4)}))
+    plan = prepare(compose_tiny(*words, **{"callbacks.interrupts": users_class(Interrupts, after=4)}))
     folder = Path(plan.config["runs_dir"]) / plan.run_id
     with pytest.raises(InterruptedError):
         observe_plan(plan)
@@ -226,9 +211,9 @@ class Broken(Logger):
 
 
 @pytest.mark.parametrize("where", ["open", "log", "close"])
-def test_a_logger_that_fails_is_said_once_is_off_from_then_on_and_the_run_goes_on(importable, where):
+def test_a_logger_that_fails_is_said_once_is_off_from_then_on_and_the_run_goes_on(users_class, where):
     Broken.calls.clear()
-    failing = observe(*RICH, **{"logger.broken": importable(Broken, where=where), **CSV_TOO})
+    failing = observe(*RICH, **{"logger.broken": users_class(Broken, where=where), **CSV_TOO})
     assert failing.log.count("logger Broken failed and is off from now on") == 1
     assert f"ConnectionError: no route, in {where}" in failing.log
     assert Broken.calls[where] == 1
