@@ -550,7 +550,7 @@ def test_resubmit_reaches_the_submission_of_a_sweep(monkeypatch, tmp_path):
         composer, jobs, master = from_command_line(
             ["hydra/launcher=local", "split.target='15'", f"runs_dir={tmp_path}", *overrides]
         )
-        context = SimpleNamespace(config_loader=composer._loader)
+        context = SimpleNamespace(config_loader=composer.config_loader)
         parameters = {"side_by_side": 3, "tasks_per_node": 1, "nodes": 1}
         launcher = SimpleNamespace(config=master, hydra_context=context, params=parameters, _EXECUTOR="local")
         gsdg_launchers._submit(launcher, jobs)
