@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import random
-import resource
 import signal
+import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import REPOSITORY
 
 from gsdg.runs.checkpoint import Checkpoints, random_states, restore_random_states, save_atomically
 from gsdg.runs.disk import NotWritten
@@ -123,21 +125,23 @@ def test_a_failing_disk_ends_the_run_and_loses_nothing(tmp_path, two, folder):
         assert two.load_latest()["step"] == 10
 
 
+LOAD_WITH_LITTLE_MEMORY = """
+import resource, sys
+from pathlib import Path
+from gsdg.runs.checkpoint import Checkpoints
+used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 100_000_000, -1))
+Checkpoints(Path(sys.argv[1])).load_latest()
+"""
+
+
 def test_too_little_memory_is_not_taken_for_damage(tmp_path):
-    """The memory limit is set in another process, because this one could not allocate anything any more."""
-    checkpoints = Checkpoints(tmp_path)
-    checkpoints.save(5, {"x": torch.zeros(50_000_000)})
-    pid = os.fork()
-    if not pid:
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + 100_000_000, -1))
-        try:
-            checkpoints.load_latest()
-        except (MemoryError, RuntimeError) as error:
-            os._exit(7 if isinstance(error, MemoryError) or "allocate memory" in str(error) else 8)
-        finally:
-            os._exit(9)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 7
+    """In a new process: a fork of this one would find, and use, the memory that earlier tests have freed."""
+    Checkpoints(tmp_path).save(5, {"x": torch.zeros(50_000_000)})
+    command = [sys.executable, "-c", LOAD_WITH_LITTLE_MEMORY, str(tmp_path)]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "allocate memory" in done.stderr.splitlines()[-1] or "MemoryError" in done.stderr
     assert os.listdir(tmp_path) == ["step_00000005.pt"]
 
 
