@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_original_cwd
@@ -47,6 +48,7 @@ from gsdg.fits import (
     check_official_split,
     check_sources,
     check_stored_size,
+    check_unlabelled,
     check_updates,
     refuse_surgery,
     selects_parameters,
@@ -248,7 +250,8 @@ def prepare(raw: DictConfig | dict, build: Callable[..., Any] = build) -> Plan:
     config["optimizer"] |= refinements
     named_device(config["device"])
     algorithm, trainer = build(config["algorithm"]), build(config["trainer"])
-    check_sources(config["algorithm"]["name"], algorithm, split.sources(source.domains))
+    check_sources(config["algorithm"]["name"], algorithm, split.sources(source.domains), trainer.domains_per_step)
+    check_unlabelled(config["algorithm"]["name"], algorithm, split)
     check_updates(config["algorithm"]["name"], algorithm, trainer)
     check_held_out(trainer, split)
     if selects_parameters(config, trainer):
@@ -373,12 +376,14 @@ def train(plan: Plan, folder: RunFolder, device: torch.device, signals: Signals)
 
     # The optimizer after setup: an algorithm may add parameters of its own.
     sources = plan.split.sources(plan.source.domains)
+    parts = plan.split.indices(dataset)  # {domain: {"in": indices, "out": indices}}
+    unlabelled = unlabelled_images(algorithm, parts)
+    algorithm.unlabelled_domains = tuple(unlabelled)
     algorithm.setup(model.to(device=device, memory_format=trainer.memory_format), sources)
     algorithm.micro_batch_size = trainer.micro_batch_size
     optimizer = build_optimizer(plan.config["optimizer"], algorithm)
 
     # Batches.
-    parts = plan.split.indices(dataset)  # {domain: {"in": indices, "out": indices}}
     if plan.split.official:
         check_official_held_out(trainer, {domain: len(parts[domain]["out"]) for domain in sources})
     elif any(domain.official for domain in dataset.domains.values()):
@@ -394,6 +399,9 @@ def train(plan: Plan, folder: RunFolder, device: torch.device, signals: Signals)
         seed=plan.seed,
         steps=trainer.steps,
         class_balanced=trainer.class_balanced,
+        domains_per_step=trainer.domains_per_step,
+        domain_sampling=trainer.domain_sampling,
+        unlabelled=unlabelled,
     )
     workers = limit_workers(workers, trainer, batches)
     evaluator = evaluator_of(plan, dataset, model.spec, workers=workers, device=device)
@@ -411,6 +419,28 @@ def train(plan: Plan, folder: RunFolder, device: torch.device, signals: Signals)
         loop.run(batches, workers)
     finally:
         evaluator.close()
+
+
+def unlabelled_images(algorithm: Algorithm, parts: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """{target domain: its images that are used without labels}; {} if there are none or the algorithm takes none.
+
+    UserError: uda_fraction is so small that no image of a target is used without label.
+    """
+    images = {domain: by_part["uda"] for domain, by_part in parts.items() if "uda" in by_part}
+    if not images:
+        return {}
+    if not algorithm.takes_unlabelled:
+        log.info("unlabelled target images are left out: %s does not use them", type(algorithm).__name__)
+        return {}
+    if empty := [domain for domain, indices in images.items() if not len(indices)]:
+        raise UserError(
+            f"split.uda_fraction leaves no image of {listing(empty)} to be used without label. Set it higher."
+        )
+    log.info(
+        "trained with unlabelled target images: %s",
+        listing(f"{len(indices):,} of {domain}" for domain, indices in images.items()),
+    )
+    return images
 
 
 def read_images(plan: Plan) -> DomainDataset:
@@ -459,7 +489,8 @@ def limit_workers(workers: int, trainer: Trainer, batches: TrainBatches) -> int:
     if not workers:
         return 0
     sizes = batches.bytes_per_image().values()
-    batch_bytes = trainer.batch_size * sum(sizes) + trainer.eval_batch_size * max(sizes)
+    largest = sorted(sizes)[-batches.batches_per_step() :]
+    batch_bytes = trainer.batch_size * sum(largest) + trainer.eval_batch_size * max(sizes)
     return fitting_workers(workers, chosen=trainer.workers is not None, batch_bytes=batch_bytes)
 
 

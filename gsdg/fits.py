@@ -52,13 +52,43 @@ def refuse_surgery(algorithm: dict) -> None:
         raise UserError(f"algorithm={algorithm['name']} takes no algorithm/surgery: {algorithm_class.no_surgery}.")
 
 
-def check_sources(name: str, algorithm: Algorithm, sources: list[str]) -> None:
-    """UserError if there are fewer source domains than the algorithm needs."""
+def check_sources(name: str, algorithm: Algorithm, sources: list[str], per_step: int | None = None) -> None:
+    """UserError if there are fewer source domains, in all or `per_step`, than the algorithm needs."""
     refuse_renamed(type(algorithm), vars(algorithm), RENAMED)
+    if per_step is not None:
+        check_domains_per_step(name, algorithm, sources, per_step)
     if len(sources) < algorithm.min_domains:
         raise UserError(
             f"algorithm={name} needs {algorithm.min_domains} source domains or more, found {listing(sources)}.\n"
             "Choose fewer targets (split.target), more domains (dataset.domains), or another algorithm."
+        )
+
+
+def check_domains_per_step(name: str, algorithm: Algorithm, sources: list[str], per_step: int) -> None:
+    """UserError if there are not more source domains than a step draws, or the algorithm needs more."""
+    if per_step >= len(sources):
+        raise UserError(
+            f"trainer.domains_per_step={per_step}: it draws some of the source domains, and there are {len(sources)} "
+            f"({listing(sources)}).\nSet it to {len(sources) - 1} or less, or leave it out: every step has all of them."
+        )
+    if algorithm.needs_all_domains:
+        raise UserError(
+            f"trainer.domains_per_step: algorithm={name} {algorithm.needs_all_domains}.\nLeave it out, or choose "
+            "another algorithm."
+        )
+    if per_step < algorithm.min_domains:
+        raise UserError(
+            f"trainer.domains_per_step={per_step}: algorithm={name} needs {algorithm.min_domains} source domains or "
+            "more in every step."
+        )
+
+
+def check_unlabelled(name: str, algorithm: Algorithm, split: Split | OfficialSplit) -> None:
+    """UserError if the algorithm needs unlabelled images of the target, and the split sets none apart."""
+    if algorithm.needs_unlabelled and not getattr(split, "uda_fraction", 0):
+        raise UserError(
+            f"algorithm={name} needs unlabelled images of the target domain.\nSet the share of the target's images "
+            "that are used so, and not tested on: split.uda_fraction=0.5."
         )
 
 

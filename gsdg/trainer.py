@@ -15,6 +15,7 @@ import torch
 
 from gsdg.averaging import Averaging
 from gsdg.compilation import Compile
+from gsdg.data.loader import DomainSampling
 from gsdg.metrics import check_metrics
 from gsdg.models.classifier import Precision
 from gsdg.runs.kept_weights import Keep
@@ -37,7 +38,7 @@ class Trainer:
         transform: `exact` decodes an image whenever it is drawn and uses torchvision's transforms on Pillow's images;
             `batched` does the same random draws and arithmetic on the training device, from images that were decoded
             once (dataset.cache).
-        batch_size: training images per source domain and step.
+        batch_size: training images per domain and step.
         eval_batch_size: images per batch of an evaluation.
         class_balanced: draw every class of a source domain equally often.
         precision: of the forward pass, `float32`, or `bf16` or `fp16` (autocast). With fp16 the loss is scaled, and a
@@ -63,6 +64,10 @@ class Trainer:
         micro_batch_size: images per forward and backward pass of ERM and of GradSurgery's engine micro_batch, whose
             gradients are added up; None: the whole batch. Less memory, the same gradient to rounding, if BatchNorm
             keeps its statistics; in train mode it normalises each piece for itself.
+        domains_per_step: source domains of which a step has a minibatch, drawn anew in each step, >= 1 and fewer than
+            there are; None: all of them.
+        domain_sampling: `uniform`: every source domain is equally likely to be drawn; `size`: as likely as one of its
+            training images. Only with `domains_per_step`.
         head_only_steps: the first so many updates change the head only (see head_only.py), >= 0 and < `steps`.
         metrics: what evaluations record, names of `gsdg.metrics.METRICS`; the accuracy always, listed or not. Changes
             no result, so a run that is done records further metrics only if it is run again (force=true).
@@ -90,6 +95,8 @@ class Trainer:
     scheduler: Schedule | Scheduler | None = None
     clip_norm: float | None = None
     micro_batch_size: int | None = None
+    domains_per_step: int | None = None
+    domain_sampling: DomainSampling = "uniform"
     head_only_steps: int = 0
     metrics: Sequence[str] = ("accuracy",)
 
@@ -106,6 +113,12 @@ class Trainer:
             )
         check_range("trainer", "(0, inf)", clip_norm=self.clip_norm)
         check_range("trainer", "[1, inf)", micro_batch_size=self.micro_batch_size)
+        check_range("trainer", "[1, inf)", domains_per_step=self.domains_per_step)
+        if self.domain_sampling != "uniform" and self.domains_per_step is None:
+            raise UserError(
+                f"trainer.domain_sampling={self.domain_sampling} needs trainer.domains_per_step: without it every step "
+                "has all source domains."
+            )
         check_metrics(self.metrics, "trainer.metrics")
         if isinstance(self.scheduler, Schedule):
             self.scheduler.check(self.steps)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+UNLABELLED = -1  # the label of an image whose label must not be used; `ignore_index` of torch's losses
 
 
 class ImageSpec(NamedTuple):
@@ -27,7 +29,7 @@ class Batch(NamedTuple):
     """A minibatch of one domain.
 
     images: [B, C, H, W] float32 on the device; before that, whatever the host half of the transform returns.
-    labels: [B] int64.
+    labels: [B] int64; all UNLABELLED in a minibatch of a target domain.
     domain: its name.
     """
 
@@ -52,11 +54,11 @@ class Joint(NamedTuple):
         """rows [N, ...] -> one tensor per domain."""
         return rows.split(self.sizes)
 
-    @property
-    def domains(self) -> Tensor:
-        """[N] int64: the index of each image's domain, for losses that classify or compare domains."""
+    def repeated(self, numbers: Iterable[int]) -> Tensor:
+        """[N] int64: for each image the number that is given for its domain, for losses that classify domains."""
         device = self.labels.device
-        return torch.cat([torch.full((size,), d, device=device) for d, size in enumerate(self.sizes)])
+        pairs = zip(numbers, self.sizes, strict=True)
+        return torch.cat([torch.full((size,), number, device=device) for number, size in pairs])
 
 
 def join(batches: Sequence[Batch]) -> Joint:

@@ -32,6 +32,7 @@ NEEDED = {
     "dataset=list": ["dataset.file=x/x.csv"],
     "split=from_list": ["dataset=list", "dataset.file=x/x.csv"],
     "algorithm/partition=groups": ["algorithm.partition.patterns=['*.bias']"],
+    "algorithm=pseudo_label": ["split.uda_fraction=0.5"],
     "model=timm": ["model.arch=test_vit"],
     "model=torchvision": ["model.arch=resnet18"],
 } | {choice: ["algorithm=irm"] for choice in CHOICES if choice.startswith("algorithm/surgery=")}

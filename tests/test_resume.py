@@ -7,13 +7,14 @@ import random
 import re
 import shlex
 import signal
+import string
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import Launcher, assert_same, only_run, photos, records_without_time, status
+from helpers import Launcher, assert_same, only_run, photos, records_without_time, status, write_list
 
 from gsdg.experiment import Plan, prepare, run
 from gsdg.utils.json_files import read_lines
@@ -54,10 +55,18 @@ VARIANTS = [
     ("trainer/averaging=ema", "trainer.workers=0", "trainer.steps=70"),
     ("trainer/averaging=swad", "trainer.workers=0", "trainer.steps=70", "trainer.eval_every=5"),
     ("trainer/averaging=ema", "trainer.workers=0", "trainer.steps=70", *PARTS),
+    ("algorithm=grad_surgery", "trainer.workers=2", "trainer.domains_per_step=2", "trainer.domain_sampling=size"),
+    ("algorithm=cdann", "trainer.workers=0", "split.uda_fraction=0.5"),
+    ("algorithm=pseudo_label", "trainer.workers=0", "split.uda_fraction=0.5", "algorithm.ramp_steps=30"),
     ("algorithm=grad_surgery", "trainer.workers=0", "trainer.precision=fp16", "trainer.steps=30", *SMALL_DIGITS),
     ("algorithm=erm", "trainer.transform=exact", "trainer.workers=2", *PHOTOS),
     ("algorithm=grad_surgery", "trainer.transform=batched", *PHOTOS),
 ]
+SLIDES = shlex.split("""
+    split.target=[e,E] trainer.domains_per_step=4 trainer.batch_size=4 trainer.steps=30 trainer.eval_every=12
+    trainer.checkpoint_every=4 trainer.workers=0 model=resnet18 model.weights=null model.freeze_bn=false
+    model.image_size=32 device=cpu
+""")
 RANDOM_ORDER = ("algorithm=grad_surgery", "algorithm.rule.order=random", "algorithm.alpha_schedule=log")
 
 
@@ -97,6 +106,21 @@ def test_a_run_killed_three_times_ends_like_an_uninterrupted_one(compose, tmp_pa
     assert "resuming at step" in (second / "log.txt").read_text()
     assert bool(read_lines(first / "averaged.jsonl")) == ("averaging" in variant[0])
     assert_same(first, second)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["erm", "grad_surgery"])
+def test_four_of_forty_domains_per_step_killed_and_resumed(compose, tmp_path, name):
+    """Forty slides of a hospital each, as in Camelyon17, with the list's own split."""
+    root = photos(tmp_path / "slides", domains=string.ascii_letters[:40], each=4, size=24)
+    file = write_list(root / "slides.csv", parts=lambda i, n: "out" if i == n - 1 else "in")
+    overrides = [f"algorithm={name}", "dataset=list", f"dataset.file={file}", "split=from_list", *SLIDES]
+    whole, broken = (prepare(compose(*overrides, f"runs_dir={tmp_path / place}")) for place in ("whole", "broken"))
+    run(whole)
+    run_until_killed(broken)
+    run(broken)
+    assert_same(only_run(tmp_path / "whole"), only_run(tmp_path / "broken"))
+    assert len(records_without_time(only_run(tmp_path / "whole"))[0]["accuracy"]) == 40
 
 
 @pytest.mark.slow

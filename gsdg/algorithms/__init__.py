@@ -19,6 +19,7 @@ from gsdg.algorithms.mixstyle import MixStyle
 from gsdg.algorithms.mixup import Mixup
 from gsdg.algorithms.mldg import MLDG
 from gsdg.algorithms.mtl import MTL
+from gsdg.algorithms.pseudo_label import PseudoLabel
 from gsdg.algorithms.rsc import RSC
 from gsdg.algorithms.sagm import SAGM
 from gsdg.algorithms.sagnet import SagNet
@@ -54,6 +55,7 @@ __all__ = [
     "GroupDRO",
     "MixStyle",
     "Mixup",
+    "PseudoLabel",
     "SagNet",
     "SelfReg",
     "VREx",

@@ -72,11 +72,18 @@ class Algorithm(nn.Module, ABC):
             derivatives; then trainer.compile is refused. An instance attribute where hyper-parameters decide it.
         takes_loss_scaling: whether `backward` passes every loss through `scaled`, computes no gradients in between, and
             `step` is not overridden; else trainer.precision=fp16 is refused.
+        needs_all_domains: why every step needs a minibatch of every source domain, as text for the message that refuses
+            trainer.domains_per_step; "" if some of them will do. An instance attribute where hyper-parameters decide.
+        takes_unlabelled: whether `backward` uses unlabelled images of the target domains (split.uda_fraction > 0).
+        needs_unlabelled: whether it cannot do without them.
+        unlabelled_domains: names of the target domains with such images, set by the program before `setup`; () if there
+            are none or the algorithm does not take them.
         scaler: scales the losses, set by the program with trainer.precision=fp16.
         acts_on_features: the part of the algorithm that has an effect on the featurizer alone, as text for the message
             that refuses a model whose featurizer does not train; "" if there is no such part.
         model: the model to train, after `setup`.
-        domains: names of the source domains, in the order of the batches, after `setup`.
+        domains: names of all source domains, after `setup`. State per domain goes by `indices`, because with
+            trainer.domains_per_step a step has minibatches of some domains only.
     """
 
     min_domains: int = 1
@@ -89,6 +96,10 @@ class Algorithm(nn.Module, ABC):
     micro_batch_size: int | None = None
     reuses_graph: bool = False
     takes_loss_scaling: ClassVar[bool] = False
+    needs_all_domains: str = ""
+    takes_unlabelled: ClassVar[bool] = False
+    needs_unlabelled: ClassVar[bool] = False
+    unlabelled_domains: tuple[str, ...] = ()
     scaler: GradScaler | None = None
     acts_on_features: ClassVar[str] = ""
 
@@ -127,12 +138,18 @@ class Algorithm(nn.Module, ABC):
         The caller has set all gradients to None. A parameter whose `.grad` is still None afterwards is not updated.
 
         Args:
-            batches: one minibatch per source domain, in domain order.
+            batches: one minibatch per source domain, in domain order; with trainer.domains_per_step of some of them.
+                Then one per domain of `unlabelled_domains`, whose labels are all UNLABELLED.
 
         Returns:
             Metrics to record: 0-dim tensors, `loss` among them, left on the device because reading them here would
             synchronize with it.
         """
+
+    def indices(self, batches: Sequence[Batch]) -> list[int]:
+        """The index of each minibatch's domain in `domains`, followed by `unlabelled_domains`."""
+        names = [*self.domains, *self.unlabelled_domains]
+        return [names.index(batch.domain) for batch in batches]
 
     def scaled(self, loss: Tensor) -> Tensor:
         """The loss to call `backward()` of: multiplied by the loss scale, if there is one."""

@@ -76,7 +76,7 @@ class CAD(Algorithm):
         joint = join(batches)
         features = self.model.featurize(joint.images)
         nll = F.cross_entropy(self.model.head(features), joint.labels)
-        penalty = self.bottleneck(features, joint.labels, joint.domains)
+        penalty = self.bottleneck(features, joint.labels, joint.repeated(range(len(batches))))
         loss = nll + self.penalty_weight * penalty
         self.scaled(loss).backward()
         return {"loss": loss.detach(), "nll": nll.detach(), "penalty": penalty.detach()}

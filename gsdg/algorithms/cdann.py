@@ -33,9 +33,9 @@ class CDANN(DANN):
         super().setup(model, domains)
         self.embeddings = nn.Embedding(model.classes, model.features).to(next(model.parameters()))
 
-    def disc_inputs(self, features: Tensor, labels: Tensor) -> Tensor:
-        return features + self.embeddings(labels)
+    def disc_inputs(self, features: Tensor, classes: Tensor) -> Tensor:
+        return features + self.embeddings(classes)
 
-    def domain_loss(self, logits: Tensor, domains: Tensor, labels: Tensor) -> Tensor:
-        counts = (labels[:, None] == labels).sum(1)  # [N], images of the same class
+    def domain_loss(self, logits: Tensor, domains: Tensor, classes: Tensor) -> Tensor:
+        counts = (classes[:, None] == classes).sum(1)  # [N], images of the same class
         return (F.cross_entropy(logits, domains, reduction="none") / (counts * self.model.classes)).sum()

@@ -1,16 +1,19 @@
 """DANN, domain-adversarial neural networks (Ganin et al., JMLR 2016, arXiv:1505.07818), between the source domains.
 
+With split.uda_fraction > 0 also between these and the target, which is the authors' domain adaptation.
+
     V = 1/N sum_i CE(h(f(x_i)), y_i) - w U,   U = 1/N sum_i CE(D(f(x_i)), d_i) + v 1/N sum_i |d CE_i / d f(x_i)|^2
 
 The model (featurizer f, head h) minimises V, the discriminator D minimises U. The updates alternate, with
 `d_steps_per_g_step` updates of D per update of the model. With `d_steps_per_g_step: 0` every step updates both, and the
-gradient of U is multiplied by -w where it enters the featurizer (the paper's gradient reversal).
+gradient of U is multiplied by -w where it enters the featurizer (the paper's gradient reversal). Unlabelled images of
+a target are one more domain of the discriminator, and no part of the first term of V.
 
 Deviations from DomainBed: none in the update. Here a discriminator step does not backpropagate through the model, and
 the gradient penalty (second term of U) is not computed if v = 0. DomainBed before August 2022 (issue 105), and still
 the copy in SWAD, penalise another gradient, which is 0 if all domains have equally many images.
 Deviations from the authors: they use gradient reversal and SGD, increase w from 0 to 1 while the learning rate
-decreases, and their two domains are labelled source images and images of the target.
+decreases, and their discriminator tells the target from one source domain, here from each of several.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from torch.optim import Optimizer
 from gsdg.algorithms.base import Algorithm
 from gsdg.algorithms.common.adversarial import Turns, gradient_penalty, perceptron, reverse_gradient
 from gsdg.models.classifier import Classifier
-from gsdg.types import Batch, Joint, join
+from gsdg.types import UNLABELLED, Batch, join
 from gsdg.utils.errors import check_range
 
 
@@ -46,6 +49,7 @@ class DANN(Algorithm):
     """
 
     min_domains = 2
+    takes_unlabelled = True
     no_surgery = "its model and its discriminator minimise opposing losses"
     acts_on_features = "changes the features so that a discriminator cannot tell the domain"
 
@@ -77,43 +81,51 @@ class DANN(Algorithm):
 
     def setup(self, model: Classifier, domains: Sequence[str]) -> None:
         super().setup(model, domains)
-        self.discriminator = self.perceptron(model.features, len(domains)).to(next(model.parameters()))
+        n_domains = len(domains) + len(self.unlabelled_domains)
+        self.discriminator = self.perceptron(model.features, n_domains).to(next(model.parameters()))
 
     def backward(self, batches: Sequence[Batch]) -> dict[str, Tensor]:
         joint = join(batches)
+        domains = joint.repeated(self.indices(batches))
         of_model, of_discriminator = self.split_parameters()
         if self.turns.model:
             # Minimise V in f and h; with d_steps_per_g_step = 0 the same backward pass also minimises U in D.
             features = self.model.featurize(joint.images)
-            nll = F.cross_entropy(self.model.head(features), joint.labels)
-            disc_loss = self.disc_loss(reverse_gradient(features, self.adversary_weight), joint)
+            nll, classes = self.classify(features, joint.labels)
+            disc_loss = self.disc_loss(reverse_gradient(features, self.adversary_weight), domains, classes)
             updated = of_model + (of_discriminator if self.turns.discriminator else [])
             (nll + disc_loss).backward(inputs=updated)
         else:
             # Minimise U in D; the features are constants, and nll is only recorded.
             with torch.no_grad():
                 features = self.model.featurize(joint.images)
-                nll = F.cross_entropy(self.model.head(features), joint.labels)
-            disc_loss = self.disc_loss(features, joint)
+                nll, classes = self.classify(features, joint.labels)
+            disc_loss = self.disc_loss(features, domains, classes)
             disc_loss.backward(inputs=of_discriminator)
         nll, disc_loss = nll.detach(), disc_loss.detach()
         return {"loss": nll - self.adversary_weight * disc_loss, "nll": nll, "disc_loss": disc_loss}
 
-    def disc_loss(self, features: Tensor, joint: Joint) -> Tensor:
-        """U, 0-dim, of features [N, F]."""
-        inputs, domains = self.disc_inputs(features, joint.labels), joint.domains
+    def classify(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean cross-entropy of the labelled images, 0-dim, and the classes [N]: labels, or else predictions."""
+        logits = self.model.head(features)
+        nll = F.cross_entropy(logits, labels, ignore_index=UNLABELLED)
+        return nll, torch.where(labels == UNLABELLED, logits.detach().argmax(1), labels)
+
+    def disc_loss(self, features: Tensor, domains: Tensor, classes: Tensor) -> Tensor:
+        """U, 0-dim, of features [N, F] of images of these domains [N] and classes [N]."""
+        inputs = self.disc_inputs(features, classes)
         if self.grad_penalty and not inputs.requires_grad:
             inputs = inputs.detach().requires_grad_()
         logits = self.discriminator(inputs)
-        loss = self.domain_loss(logits, domains, joint.labels)
+        loss = self.domain_loss(logits, domains, classes)
         return loss + self.grad_penalty * gradient_penalty(logits, domains, inputs) if self.grad_penalty else loss
 
-    def disc_inputs(self, features: Tensor, labels: Tensor) -> Tensor:
-        """The discriminator's input [N, F], from features [N, F] and labels [N]."""
+    def disc_inputs(self, features: Tensor, classes: Tensor) -> Tensor:
+        """The discriminator's input [N, F], from features [N, F] and classes [N]."""
         return features
 
-    def domain_loss(self, logits: Tensor, domains: Tensor, labels: Tensor) -> Tensor:
-        """U without the gradient penalty, 0-dim, from logits [N, D], domain indices [N] and labels [N]."""
+    def domain_loss(self, logits: Tensor, domains: Tensor, classes: Tensor) -> Tensor:
+        """U without the gradient penalty, 0-dim, from logits [N, D], domain indices [N] and classes [N]."""
         return F.cross_entropy(logits, domains)
 
     def step(self, optimizer: Optimizer) -> dict[str, Tensor]:

@@ -47,6 +47,7 @@ class Fishr(DomainLosses):
 
     min_domains = 2
     needs = "a linear head"
+    needs_all_domains = "compares moving averages over the same steps of all domains"
 
     averages: Tensor  # moving averages of the variances, [D, classes, F + 1], in domain order
 

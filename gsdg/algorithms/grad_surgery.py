@@ -107,6 +107,8 @@ class GradSurgery(HoldsSurgery, Algorithm):
         self.surgery_factory = SurgeryFactory(
             partition=partition, rule=rule, outliers=outliers, storage=storage, diagnostics=self.statistics
         )
+        if rule.per_part_state:
+            self.needs_all_domains = f"has the rule {type(rule).__name__}, whose state belongs to domains"
         self.engine, self.takes_micro_batches, self.reuses_graph = engine, engine == "micro_batch", engine == "joint"
 
     def setup(self, model: Classifier, domains: Sequence[str]) -> None:

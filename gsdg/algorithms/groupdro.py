@@ -4,7 +4,8 @@
     min_theta  sum_d q_d R_d                                q held constant
 
 R_d is the mean cross-entropy of domain d; the weights q are updated before they are used. Written as one loss per
-domain, whose mean is the loss above: L_d = D q_d R_d.
+domain, whose mean is the loss above: L_d = D q_d R_d. With trainer.domains_per_step the weights of the domains that are
+not drawn change by the normalization only.
 
 Deviations from DomainBed and the authors' code: log q is stored instead of q, because a weight q that has underflowed
 to 0 stays 0. DomainBed makes one forward pass per domain, which is different if BatchNorm is in train mode. The
@@ -17,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from gsdg.algorithms.common.domain_losses import DomainLosses
@@ -52,6 +54,9 @@ class GroupDRO(DomainLosses):
 
     def losses(self, batches: Sequence[Batch]) -> tuple[list[Tensor], dict[str, Tensor]]:
         risks = domain_risks(self.model, batches)
-        self.log_q.copy_((self.log_q + self.eta * risks.detach()).log_softmax(0))
-        losses = len(risks) * self.log_q.exp() * risks
+        drawn = self.indices(batches)
+        for d, risk in zip(drawn, risks.detach(), strict=True):
+            self.log_q[d] += self.eta * risk
+        self.log_q.copy_(self.log_q.log_softmax(0))
+        losses = len(self.log_q) * torch.stack([self.log_q[d] for d in drawn]).exp() * risks
         return list(losses), {"nll": risks.mean(), "worst": risks.max(), "largest_weight": self.log_q.max().exp()}

@@ -66,8 +66,10 @@ class MTL(DomainLosses):
         joint = join(batches)
         features = joint.split(self.model.featurize(joint.images))
         means = torch.stack([domain_features.mean(0) for domain_features in features])
-        embeddings = self.ema * means + (1 - self.ema) * self.embeddings
-        self.embeddings.copy_(embeddings.detach())
+        drawn = self.indices(batches)
+        embeddings = self.ema * means + (1 - self.ema) * torch.stack([self.embeddings[d] for d in drawn])
+        for d, embedding in zip(drawn, embeddings.detach(), strict=True):
+            self.embeddings[d] = embedding
         logits = [self._logits(z, e) for z, e in zip(features, embeddings, strict=True)]
         labels = joint.split(joint.labels)
         return [F.cross_entropy(domain_logits, y) for domain_logits, y in zip(logits, labels, strict=True)], {}

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import cache, partial
-from typing import Any, NamedTuple
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,13 +25,18 @@ from torch import Tensor
 from gsdg.data import Transform
 from gsdg.data.dataset import Domain, DomainDataset
 from gsdg.data.workers import HostLoader
-from gsdg.types import Batch
+from gsdg.types import UNLABELLED, Batch
 from gsdg.utils.errors import UserError
 from gsdg.utils.seeding import cpu_seed, seed_hash
+
+DomainSampling = Literal["uniform", "size"]
 
 
 class TrainBatches:
     """The training batches: `batches[step]` is a list with one Batch per source domain, in the dataset's order.
+
+    With `domains_per_step` they are of that many different source domains, drawn anew in each step (as WILDS does with
+    n_groups_per_batch, arXiv:2012.07421). Then comes a Batch of each domain in `unlabelled`, without labels.
 
     Args:
         dataset: all domains.
@@ -40,6 +46,9 @@ class TrainBatches:
         seed: of the sampling and the augmentation.
         steps: number of steps, the length of this dataset.
         class_balanced: draw every class of a domain with the same probability.
+        domains_per_step: source domains per step; None: all.
+        domain_sampling: `uniform`: every domain is equally likely; `size`: as likely as one of its images.
+        unlabelled: {target domain: indices of the images to draw from}, whose labels are not handed out.
     """
 
     def __init__(
@@ -52,12 +61,19 @@ class TrainBatches:
         seed: int,
         steps: int,
         class_balanced: bool = False,
+        domains_per_step: int | None = None,
+        domain_sampling: DomainSampling = "uniform",
+        unlabelled: Mapping[str, np.ndarray] = MappingProxyType({}),
     ) -> None:
         assert indices.keys() <= dataset.domains.keys(), (indices.keys(), dataset.domains.keys())
         if batch_size < 1:
             raise UserError(f"batch size {batch_size}: every step needs at least 1 image of each source domain.")
         self.domains = [domain for name, domain in dataset.domains.items() if name in indices]
-        self.indices = indices
+        self.unlabelled = [domain for name, domain in dataset.domains.items() if name in unlabelled]
+        self.indices = {**indices, **unlabelled}
+        self.domains_per_step = domains_per_step
+        sizes = np.array([len(indices[domain.name]) for domain in self.domains])
+        self.domain_weights = sizes / sizes.sum() if domain_sampling == "size" else None
         self.weights = {
             domain.name: balanced_weights(domain.labels[indices[domain.name]]) if class_balanced else None
             for domain in self.domains
@@ -74,23 +90,39 @@ class TrainBatches:
     def __getitem__(self, step: int) -> list[Batch]:
         if not 0 <= step < self.steps:
             raise IndexError(f"step {step} of {self.steps}")
-        return [
-            _batch(domain, self._draw(step, domain.name), self.transform, ("augment", self.seed, step, domain.name))
-            for domain in self.domains
-        ]
+        labelled = [self._batch(step, domain) for domain in self._drawn_domains(step)]
+        return [*labelled, *(_without_labels(self._batch(step, domain)) for domain in self.unlabelled)]
+
+    def _batch(self, step: int, domain: Domain) -> Batch:
+        images = self._draw(step, domain.name)
+        return _batch(domain, images, self.transform, ("augment", self.seed, step, domain.name))
+
+    def _drawn_domains(self, step: int) -> list[Domain]:
+        """The source domains of this step, in the dataset's order."""
+        if self.domains_per_step is None:
+            return self.domains
+        self.random.seed(seed_hash("domains", self.seed, step))
+        drawn = self.random.choice(len(self.domains), self.domains_per_step, replace=False, p=self.domain_weights)
+        return [self.domains[i] for i in sorted(drawn)]
 
     def _draw(self, step: int, name: str) -> np.ndarray:
         """[batch_size] image indices, with replacement."""
         # RandomState, because NumPy guarantees that its stream never changes between versions.
         self.random.seed(seed_hash("batch", self.seed, step, name))
-        return self.random.choice(self.indices[name], self.batch_size, p=self.weights[name])
+        return self.random.choice(self.indices[name], self.batch_size, p=self.weights.get(name))
 
     def bytes_per_image(self) -> dict[str, int]:
-        """{source domain: bytes of one image as a worker sends it}, measured on the first image of each domain."""
-        first = {domain.name: domain.load(int(self.indices[domain.name][0])) for domain in self.domains}
+        """{domain: bytes of one image as a worker sends it}, measured on the first image of each domain."""
+        first = {name: domain.load(int(self.indices[name][0])) for name, domain in self._by_name().items()}
         with cpu_seed(0):
             prepared = {name: self.transform.on_host([image]) for name, image in first.items()}
         return {name: max(_tensor_bytes(prepared[name]), getattr(image, "nbytes", 0)) for name, image in first.items()}
+
+    def batches_per_step(self) -> int:
+        return (self.domains_per_step or len(self.domains)) + len(self.unlabelled)
+
+    def _by_name(self) -> dict[str, Domain]:
+        return {domain.name: domain for domain in [*self.domains, *self.unlabelled]}
 
 
 def _tensor_bytes(prepared: Any) -> int:
@@ -182,6 +214,10 @@ class _RequestedBatches:
 
     def __getitem__(self, request: _Request) -> list[Batch]:
         return [_batch(self.domains[request.domain], request.indices, self.transforms[request.domain], request.seed)]
+
+
+def _without_labels(batch: Batch) -> Batch:
+    return batch._replace(labels=torch.full_like(batch.labels, UNLABELLED))
 
 
 def _batch(domain: Domain, indices: np.ndarray, transform: Transform, seed: tuple[object, ...]) -> Batch:

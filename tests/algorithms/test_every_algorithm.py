@@ -24,6 +24,7 @@ from algorithm_cases import (
     refusal,
     seed_all,
 )
+from config_choices import NEEDED
 from helpers import REPOSITORY
 from hydra.utils import get_object
 
@@ -225,7 +226,8 @@ def test_a_frozen_parameter_is_neither_trained_nor_moved():
 def test_too_few_sources_are_refused_before_anything_is_read(compose):
     for name in NAMES:
         needed = made(name).min_domains
-        single = compose(f"algorithm={name}", "dataset.domains=['0','30']", "split.target='30'")
+        choice = f"algorithm={name}"
+        single = compose(choice, *NEEDED.get(choice, ()), "dataset.domains=['0','30']", "split.target='30'")
         if needed < 2:
             prepare(single)
         else:
@@ -318,6 +320,7 @@ INTERVALS = {
         dann.grad_penalty eqrm.anneal_steps eqrm.final_lr fishr.anneal_steps fishr.penalty_weight gga_l.gamma
         groupdro.eta iga.penalty_weight irm.anneal_steps irm.penalty_weight mldg.beta mldg.inner_lr
         mldg.inner_weight_decay mmd.penalty_weight sagm.alpha sagm.rho sagnet.adversary_weight sam.rho
+        pseudo_label.ramp_steps pseudo_label.weight
         sd.penalty_weight selfreg.feature_weight selfreg.logit_weight vrex.anneal_steps vrex.penalty_weight""",
     "(0, inf)": "cad.temperature fish.meta_lr mixstyle.alpha mixup.alpha selfreg.alpha",
     "[1, inf)": "arm.support_size dann.mlp_width mldg.n_meta_test",
@@ -325,7 +328,7 @@ INTERVALS = {
     "[0, 1)": "dann.beta1 dann.mlp_dropout fishr.ema rsc.batch_drop rsc.feature_drop",
     "(0, 1)": "eqrm.quantile",
     "(0, 1]": "mtl.ema",
-    "[0, 1]": "mixstyle.p",
+    "[0, 1]": "mixstyle.p pseudo_label.threshold",
 }
 WORDS = {
     "eqrm.gradient": "exact, bracket",

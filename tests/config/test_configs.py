@@ -207,8 +207,9 @@ def test_the_papers_table_on_a_data_set_is_its_preset_with_every_method(compose)
 
 
 def test_every_algorithm_is_in_the_presets_of_all():
-    assert params("every_algorithm/digits")["algorithm"].split(",") == ALGORITHMS
-    assert params("every_algorithm/features")["algorithm"].split(",") == [a for a in ALGORITHMS if a != "mixstyle"]
+    generalizing = [a for a in ALGORITHMS if a != "pseudo_label"]  # it sees images of the target
+    assert params("every_algorithm/digits")["algorithm"].split(",") == generalizing
+    assert params("every_algorithm/features")["algorithm"].split(",") == [a for a in generalizing if a != "mixstyle"]
 
 
 def test_n_parts_has_a_short_and_a_long_name_for_the_same_run(compose):

@@ -82,6 +82,37 @@ def assert_equal(ours, theirs):
             assert torch.equal(a.labels, b.labels)
 
 
+def test_some_domains_are_drawn_anew_in_each_step_each_as_often_in_the_order_of_the_data(marked):
+    whole, some = raw(marked), raw(marked, domains_per_step=2)
+    drawn = ["".join(batch.domain for batch in some[step]) for step in range(400)]
+    assert {pair: round(drawn.count(pair) / 400, 1) for pair in ("ab", "ac", "bc")} == {"ab": 0.3, "ac": 0.3, "bc": 0.3}
+    assert drawn == ["".join(batch.domain for batch in some[step]) for step in range(400)]
+    assert drawn != ["".join(batch.domain for batch in raw(marked, domains_per_step=2, seed=1)[i]) for i in range(400)]
+    for step in range(5):  # a domain's images are those that it has in a step of all domains
+        of_all = {batch.domain: batch for batch in whole[step]}
+        assert_equal([some[step]], [[of_all[name] for name in drawn[step]]])
+
+
+def test_domains_are_drawn_by_their_number_of_images(marked):
+    indices = {"a": np.arange(40), "b": np.arange(10), "c": np.arange(10)}
+    for sampling, share in (("size", 40 / 60), ("uniform", 1 / 3)):
+        batches = raw(marked, indices=indices, domains_per_step=1, domain_sampling=sampling)
+        drawn = [batch.domain for step in range(400) for batch in batches[step]]
+        assert drawn.count("a") / 400 == pytest.approx(share, abs=0.07)
+
+
+def test_unlabelled_batches_come_last_and_have_no_labels(marked):
+    parts = {"indices": {"a": np.arange(40), "c": np.arange(40)}, "unlabelled": {"b": np.arange(5, 60)}}
+    plain = raw(marked, indices={"a": np.arange(40), "b": np.arange(5, 60), "c": np.arange(40)})
+    for mine, labelled in zip(trained_on(raw(marked, steps=9, **parts)), trained_on(plain)[:9], strict=True):
+        assert [batch.domain for batch in mine] == ["a", "c", "b"]
+        assert_equal([mine[:2]], [labelled[::2]])
+        assert mine[2].labels.tolist() == [-1] * 32
+        assert torch.equal(mine[2].images, labelled[1].images)
+    balanced = raw(marked, class_balanced=True, **parts)  # the labels must not decide what is drawn
+    assert torch.equal(balanced[0][2].images, raw(marked, **parts)[0][2].images)
+
+
 @pytest.mark.parametrize("mode", [Exact, Batched])
 def test_neither_workers_nor_the_start_step_change_a_batch(digits, mode):
     batches = augmented(digits, mode=mode)

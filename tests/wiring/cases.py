@@ -125,6 +125,15 @@ ALGORITHMS = {
         after=gradients(None, ["0"], "algorithm.p=1.0"),
     ),
     **algorithm("Mixup", alpha=gradients(0.2, 5.0)),
+    **node(
+        "algorithm",
+        "PseudoLabel",
+        "algorithm=pseudo_label",
+        "split.uda_fraction=0.5",
+        weight=gradients(1.0, 0.1, "algorithm.ramp_steps=0", "algorithm.threshold=0.0"),
+        threshold=gradients(0.0, 1.0, "algorithm.ramp_steps=0"),
+        ramp_steps=gradients(1, 9, "algorithm.threshold=0.0"),
+    ),
     **algorithm("RSC", feature_drop=gradients(1 / 3, 0.6), batch_drop=gradients(1 / 3, 0.9)),
     **algorithm("SAGM", rho=gradients(0.05, 0.5), alpha=gradients(0.001, 0.1)),
     **algorithm("SAM", rho=gradients(0.05, 0.5)),
@@ -328,7 +337,7 @@ DATA = {
         target=batches("d", "a"),
         trial_seed=initial(0, 1),
         holdout_fraction=batches(0.2, 0.5),
-        uda_fraction=records(0.0, 0.5),
+        uda_fraction=initial(0.0, 0.5, "algorithm=dann"),  # the discriminator knows one more domain
     ),
 }
 
@@ -422,6 +431,8 @@ CASES: dict[str, Effect] = {
     **AVERAGING,
     **SCHEDULER,
     "trainer.clip_norm (Trainer)": gradients(None, 0.01),
+    "trainer.domains_per_step (Trainer)": batches(None, 2),
+    "trainer.domain_sampling (Trainer)": batches("uniform", "size", "trainer.domains_per_step=1"),
     # BatchNorm in train mode: pieces have other statistics
     "trainer.micro_batch_size (Trainer)": gradients(None, 2, "algorithm=erm"),
     "trainer.scheduler (Trainer)": weights(None, {"_target_": "gsdg.schedules.Constant", "warmup_steps": 2}),

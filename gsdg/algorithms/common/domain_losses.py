@@ -42,6 +42,8 @@ class DomainLosses(Algorithm):
         self.surgery_factory = surgery.surgery_factory if surgery else None
         self.surgery: SurgeryModule | None = None
         self.reuses_graph = self.reuses_graph or surgery is not None
+        if surgery is not None and surgery.needs_all_domains:
+            self.needs_all_domains = surgery.needs_all_domains
 
     def setup(self, model: Classifier, domains: Sequence[str]) -> None:
         """Store the model and build the surgery on all trainable parameters.
@@ -60,7 +62,7 @@ class DomainLosses(Algorithm):
         losses, metrics = self.losses(batches)
         metrics = {name: value.detach() for name, value in metrics.items()}
         if self.surgery:
-            return self.surgery.backward(losses, self.domains, self.scaler) | metrics
+            return self.surgery.backward(losses, [batch.domain for batch in batches], self.scaler) | metrics
         loss = torch.stack(losses).mean()
         self.scaled(loss).backward()
         return {"loss": loss.detach(), **metrics}

@@ -19,6 +19,9 @@ from gsdg.analysis.read.run import Run
 from gsdg.utils.errors import UserError, listing
 
 SEARCHED = '"searched"'  # in a method's settings, the value of a key that a hyper-parameter search draws
+# What a label says of a setting that is none of the algorithm's, unless it has this value: without it, a result with
+# images of the target would look like one of domain generalization.
+ALWAYS_SHOWN = {"split.uda_fraction": "0.0"}
 RECORDERS = {"domainbed": "DomainBed", "swad": "SWAD"}  # source of a run -> what a label says; GSDG's own runs: nothing
 
 
@@ -43,6 +46,10 @@ class Method:
     def of(cls, run: Run) -> Method:
         return cls(run.metadata["algorithm"], run.settings, RECORDERS.get(run.metadata["source"], ""))
 
+    def has_unusual(self, key: str) -> bool:
+        """Whether a setting of ALWAYS_SHOWN has another value than the usual one."""
+        return self.settings.get(key, ALWAYS_SHOWN[key]) != ALWAYS_SHOWN[key]
+
     def described(self, key: str) -> str:
         """`partition.n_parts=5`: one setting as labels show it, with the key as short as the command line allows."""
         return f"{key.removeprefix('algorithm.').removesuffix('.name')}={as_written(self.settings.get(key))}"
@@ -62,7 +69,7 @@ def label(runs: Sequence[Run]) -> None:
 def method_labels(methods: Iterable[Method]) -> dict[Method, str]:
     """The label of each distinct method: `name`, or `name (recorder, key=value, ...)`.
 
-    Shown are the settings that differ among the methods of the same name and recorder.
+    Shown are the settings that differ among the methods of the same name and recorder, and those of ALWAYS_SHOWN.
     """
     same_name: dict[tuple[str, str], dict[Method, None]] = defaultdict(dict)
     for method in methods:
@@ -70,7 +77,8 @@ def method_labels(methods: Iterable[Method]) -> dict[Method, str]:
     labels = {}
     for (name, recorder), distinct in same_name.items():
         for method, settings in zip(distinct, _distinguishing_settings(list(distinct)), strict=True):
-            shown = [recorder] * bool(recorder) + settings
+            always = [method.described(key) for key in ALWAYS_SHOWN if method.has_unusual(key)]
+            shown = [recorder] * bool(recorder) + settings + [text for text in always if text not in settings]
             labels[method] = f"{name} ({', '.join(shown)})" if shown else name
     return labels
 
