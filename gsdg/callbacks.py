@@ -9,9 +9,11 @@ A callback is a subclass of `Callback` with one hook or more, in the user's pack
 and `python launch.py +callbacks.largest._target_=mine.Largest`, or a file `callbacks/largest.yaml` in the folder of
 `--config-dir` with the node `largest: {_target_: mine.Largest}`, and `callbacks=largest`.
 
-The state of all random number generators is restored after each hook. An exception in a hook ends the run, with its
-traceback. If a callback has `state_dict` and `load_state_dict`, its state is part of the checkpoints: a dict of tensors
-and plain values. A run that is killed resumes from its last checkpoint, so steps after it are seen again.
+The state of all random number generators is restored after each hook. To end a run early, raise
+`gsdg.utils.stop_signals.StopRun("why")`: its state is then `stopped`, and the same command without the callback goes
+on. Any other exception in a hook fails the run, with its traceback. If a callback has `state_dict` and
+`load_state_dict`, its state is part of the checkpoints: a dict of tensors and plain values. A run that is killed
+resumes from its last checkpoint, so steps after it are seen again.
 """
 
 from __future__ import annotations

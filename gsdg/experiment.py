@@ -72,7 +72,7 @@ from gsdg.types import ImageSpec
 from gsdg.utils.errors import UserError, listing
 from gsdg.utils.machine import usable_cores
 from gsdg.utils.seeding import seed_everything, seed_hash
-from gsdg.utils.stop_signals import Signals, Stopped, end
+from gsdg.utils.stop_signals import Signals, Stopped, StopRun, end
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +149,11 @@ def _run(plan: Plan, signals: Signals, submission: str | None, patience: float) 
     from_scratch = from_scratch or reuse.code_change(folder, start, plan.config["on_code_change"])
     if done_already(plan, folder, from_scratch):
         return
-    with folder.acquire(from_scratch=from_scratch, patience=patience, steps=plan.trainer.steps, submission=submission):
+    # A callback that ends the run has been obeyed, and status.json says so: the program ends without an error.
+    with (
+        suppress(StopRun),
+        folder.acquire(from_scratch=from_scratch, patience=patience, steps=plan.trainer.steps, submission=submission),
+    ):
         if done_already(plan, folder, locked=True):  # the process that held the lock before has finished the run
             return
         with logged_to(folder), outcome_recorded(folder, signals):

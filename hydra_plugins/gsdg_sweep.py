@@ -97,7 +97,7 @@ class OptunaSweeper(GridSweeper):
     """Launches the trials of an Optuna study: gsdg/sweep/optuna_search.py.
 
     Args:
-        n_trials, n_jobs, objective, sampler, seed: see conf/hydra/sweeper/optuna.yaml.
+        n_trials, n_jobs, objective, sampler, seed, prune_after: see conf/hydra/sweeper/optuna.yaml.
     """
 
     def __init__(
@@ -110,8 +110,10 @@ class OptunaSweeper(GridSweeper):
         objective: str,
         sampler: str,
         seed: int,
+        prune_after: int | None,
     ) -> None:
         super().__init__(max_batch_size, params)
+        self.prune_after = prune_after
         self.n_trials, self.n_jobs, self.objective, self.sampler, self.seed = n_trials, n_jobs, objective, sampler, seed
 
     def sweep(self, arguments: list[str]) -> Any:
@@ -130,16 +132,18 @@ class OptunaSweeper(GridSweeper):
         space = optuna_search.Space.of(OverridesParser.create(config_loader=loader).parse_overrides(texts))
         runs_dir = Path(absolute_path(self.config.runs_dir))
         study = optuna_search.open_study(
-            runs_dir / ".sweeps" / "optuna", space.name(self.objective), sampler=self.sampler, seed=self.seed
+            optuna_search.study_folder(runs_dir), space.name(self.objective), sampler=self.sampler, seed=self.seed
         )
         search = optuna_search.Search(
             study,
             space,
             self.n_trials,
             self.n_jobs,
+            runs_dir,
+            self.objective,
+            self.prune_after,
             run_ids=lambda jobs: [run.run_id for run in freeze_runs(self.composer, jobs)],
             launch=self._launch,
-            value=lambda run_id: optuna_search.selection_value(runs_dir / run_id, self.objective),
         )
         search.run()
         print(optuna_search.summary(study, space, runs_dir))

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from gsdg.runs.disk import os_errors_named
 from gsdg.runs.folder import LockLost, RunFolder
 from gsdg.runs.process_identity import node_name
-from gsdg.utils.stop_signals import Signals, Stopped
+from gsdg.utils.stop_signals import Signals, Stopped, StopRun
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +104,9 @@ def reason_of(error: BaseException) -> str:
 
 
 def stop_reason(error: BaseException) -> str:
-    """`SIGUSR2 on n3: saved after 1200 of 5001 steps`; "" if no signal ended the run."""
+    """`SIGUSR2 on n3: saved after 1200 of 5001 steps`, or what a callback said; "" if the run failed."""
+    if isinstance(error, StopRun):
+        return str(error)
     if isinstance(error, Stopped):
         return f"{error.signal.name} on {node_name()}: {error.message}"
     code = error.code if isinstance(error, SystemExit) else None

@@ -10,7 +10,7 @@ better. Nothing else of a run is used, so the target's images play no part, unle
 
 The study lies in <runs_dir>/.sweeps/optuna/, in Optuna's journal, under a name made of the space and the fixed values.
 So the same command goes on with its study: a trial that was interrupted is made again with the same values, its
-finished runs are found by their ids, and only missing trials are added.
+finished runs are found by their ids, and only missing trials are added. Runs may be stopped early: pruning.py.
 """
 
 from __future__ import annotations
@@ -29,14 +29,13 @@ from typing import TYPE_CHECKING, Any
 from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from omegaconf import DictConfig, open_dict, read_write
 
-from gsdg.runs.folder import RunFolder
-from gsdg.runs.kept_weights import held_out_accuracy
-from gsdg.sweep import slurm
+from gsdg.sweep import pruning, slurm
 from gsdg.sweep.callback import note_run
+from gsdg.sweep.objective import OBJECTIVES, selection_value, value_until
 from gsdg.sweep.run_states import ACTIVE, read_statuses, state_names
 from gsdg.sweep.submissions import History
 from gsdg.utils.errors import UserError, listing, not_installed, plural
-from gsdg.utils.json_files import read_json
+from gsdg.utils.json_files import write_json
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 REPETITIONS = ("split.target", "split.trial_seed", "seed")
-OBJECTIVES = ("training_domain", "oracle")
 SAMPLERS = ("tpe", "random")
 POLL = 10.0  # seconds between looks at the runs
 RUNS, ORACLE = "runs", "this search sees the target's labels (objective=oracle): report it as an oracle, or not at all"
@@ -133,19 +131,23 @@ class Search:
         space: what is searched.
         n_trials: trials that the study shall have; those of earlier starts count.
         n_jobs: trials that are launched together.
+        runs_dir: where the runs are.
+        objective: by which runs are judged, one of OBJECTIVES.
+        prune_after: step from which on evaluations may stop a run, see pruning.py; None: no run is stopped.
         run_ids: jobs -> the id of each run.
         launch: makes the runs of these jobs, with these ids, and returns when they have ended; failed runs raise
             nothing.
-        value: run id -> its selection value; None: it has none.
     """
 
     study: Study
     space: Space
     n_trials: int
     n_jobs: int
+    runs_dir: Path
+    objective: str
+    prune_after: int | None
     run_ids: Callable[[Sequence[list[str]]], list[str]]
     launch: Callable[[list[list[str]], list[str]], None]
-    value: Callable[[str], float | None]
 
     def run(self) -> None:
         """Make trials until there are `n_trials`."""
@@ -154,7 +156,8 @@ class Search:
             trials = [self.study.ask(self.space.distributions()) for _ in range(min(self.n_jobs, left))]
             jobs = [self.space.jobs(trial.params) for trial in trials]
             run_ids = [self.run_ids(of_trial) for of_trial in jobs]
-            self.launch(list(chain(*jobs)), list(dict.fromkeys(chain(*run_ids))))
+            more = self._pruner()
+            self.launch([[*job, *more] for job in chain(*jobs)], list(dict.fromkeys(chain(*run_ids))))
             for trial, of_trial in zip(trials, run_ids, strict=True):
                 self._tell(trial, of_trial)
 
@@ -170,11 +173,26 @@ class Search:
         """The number of trials whose runs have ended, with a result or without."""
         return sum(RUNS in trial.user_attrs for trial in self.study.trials)
 
+    def _pruner(self) -> list[str]:
+        """The overrides of each run that may be stopped early; [] without pruning."""
+        from optuna.trial import TrialState
+
+        if self.prune_after is None:
+            return []
+        completed = self.study.get_trials(states=(TrialState.COMPLETE,))
+        ended = study_folder(self.runs_dir) / f"{self.study.study_name}.ended.json"
+        write_json(ended, {"runs": list(chain(*(trial.user_attrs[RUNS] for trial in completed)))})
+        return pruning.overrides(ended, self.objective, self.prune_after)
+
     def _tell(self, trial: Any, run_ids: Sequence[str]) -> None:
         from optuna.trial import TrialState
 
         trial.set_user_attr(RUNS, list(run_ids))
-        values = [self.value(run_id) for run_id in run_ids]
+        statuses = read_statuses(self.runs_dir, run_ids)
+        if pruned := [run_id for run_id in run_ids if pruning.was_pruned(statuses[run_id])]:
+            self._tell_pruned(trial, run_ids, statuses[pruned[0]])
+            return
+        values = [selection_value(self.runs_dir / run_id, self.objective) for run_id in run_ids]
         if lacking := [run_id for run_id, value in zip(run_ids, values, strict=True) if value is None]:
             log.warning("draw %d has no result: run %s has no selection value", trial.number, listing(lacking))
             self.study.tell(trial, state=TrialState.FAIL)
@@ -182,6 +200,21 @@ class Search:
             mean = sum(value for value in values if value is not None) / len(values)
             self.study.tell(trial, mean)
             log.info("draw %d: %.4f  %s", trial.number, mean, described(trial.params))
+
+    def _tell_pruned(self, trial: Any, run_ids: Sequence[str], status: Mapping[str, Any]) -> None:
+        """Tell the study the mean of what the trial's runs have reached. status: of its first pruned run."""
+        from optuna.trial import TrialState
+
+        values = [value_until(self.runs_dir / run_id, self.objective) for run_id in run_ids]
+        reached = [value for value in values if value is not None]
+        trial.report(sum(reached) / len(reached), status["step"])
+        self.study.tell(trial, state=TrialState.PRUNED)
+        log.info("draw %d: %s  %s", trial.number, status["reason"], described(trial.params))
+
+
+def study_folder(runs_dir: Path) -> Path:
+    """Where the journals of all studies are."""
+    return runs_dir / ".sweeps" / "optuna"
 
 
 def described(values: Mapping[str, Any]) -> str:
@@ -196,9 +229,9 @@ def check(sweeper: Any) -> None:
     for name, valid in {"objective": OBJECTIVES, "sampler": SAMPLERS}.items():
         if (found := getattr(sweeper, name)) not in valid:
             raise UserError(f"hydra.sweeper.{name}: found {found!r}; valid: {listing(valid)}.")
-    for name in ("n_trials", "n_jobs"):
-        if getattr(sweeper, name) < 1:
-            raise UserError(f"hydra.sweeper.{name}: found {getattr(sweeper, name)}, expected 1 or more.")
+    for name, least in {"n_trials": 1, "n_jobs": 1, "prune_after": 0}.items():
+        if (found := getattr(sweeper, name)) is not None and found < least:
+            raise UserError(f"hydra.sweeper.{name}: found {found}, expected {least} or more.")
     if sweeper.objective == "oracle":
         log.warning(ORACLE)
 
@@ -252,9 +285,11 @@ def summary(study: Study, space: Space, runs_dir: Path) -> str:
     if not done:
         return f"no draw of {len(study.trials)} has a result"
     best = study.best_trial
+    pruned = len(study.get_trials(states=(TrialState.PRUNED,)))
+    ended_early = f" ({pruned} more were pruned)" if pruned else ""
     command = f"python -m analysis {runs_dir} --draws {' '.join(space.searched)}"
     return (
-        f"best of {len(done)} draws: {best.value:.4f}  {described(best.params)}\n"
+        f"best of {len(done)} draws{ended_early}: {best.value:.4f}  {described(best.params)}\n"
         f"its runs: {' '.join(best.user_attrs[RUNS])}\ntable: {command}"
     )
 
@@ -275,21 +310,3 @@ def open_study(folder: Path, name: str, *, sampler: str, seed: int) -> Study:
     if study.trials:
         log.info("the study %s goes on: it has %d draws", folder / f"{name}.log", len(study.trials))
     return study
-
-
-def selection_value(run: Path, objective: str) -> float | None:
-    """The value in [0, 1] by which the objective judges a run; None if it is not done or has no such record.
-
-    training_domain: the best mean held-out accuracy of the source domains; oracle: the target's `out` at the last step.
-    """
-    folder = RunFolder(run)
-    if folder.status.get("state") != "done":
-        return None
-    target = read_json(run / "config.json")["split"]["target"]
-    targets = [target] if isinstance(target, str) else target
-    accuracies = [record["accuracy"] for record in folder.records()]
-    if objective == "oracle":
-        return held_out_accuracy(accuracies[-1], targets)
-    sources = [name for name in accuracies[0] if name not in targets]
-    means = [held_out_accuracy(accuracy, sources) for accuracy in accuracies]
-    return max((mean for mean in means if mean is not None), default=None)

@@ -32,6 +32,10 @@ class Stopped(BaseException):
         return f"{self.signal.name}: {self.message}"
 
 
+class StopRun(Exception):
+    """A callback ends a run early: its state becomes `stopped`, with this message as the reason."""
+
+
 def end(number: int) -> NoReturn:
     """End the program as the signal would have done: KeyboardInterrupt, or SystemExit(128 + number)."""
     raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
