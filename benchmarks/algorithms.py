@@ -32,8 +32,8 @@ from torchvision import models
 
 from gsdg.algorithms import Algorithm
 from gsdg.config.schema import build
-from gsdg.experiment import resolve_config
 from gsdg.models import Classifier
+from gsdg.plan import resolve_config
 from gsdg.types import Batch
 
 NAMES = sorted(path.stem for path in (REPOSITORY / "conf" / "algorithm").glob("*.yaml"))

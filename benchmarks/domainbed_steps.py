@@ -34,8 +34,8 @@ sys.path.insert(0, str(REPOSITORY))
 
 from gsdg.algorithms import Algorithm  # noqa: E402
 from gsdg.config.schema import build  # noqa: E402
-from gsdg.experiment import resolve_config  # noqa: E402
 from gsdg.models import Classifier  # noqa: E402
+from gsdg.plan import resolve_config  # noqa: E402
 from gsdg.types import Batch  # noqa: E402
 
 STEPS, DOMAINS, IMAGES, CLASSES = 20, 3, 8, 10

@@ -32,7 +32,8 @@ from timing import Row, Time, medians, options, parsed, provenance, report
 from gsdg.config.choices import CONF
 from gsdg.config.schema import build
 from gsdg.data.workers import HostLoader
-from gsdg.experiment import Plan, prepare, run
+from gsdg.experiment import run
+from gsdg.plan import Plan, prepare
 from gsdg.utils.json_files import read_lines
 
 REPOSITORY = Path(__file__).parents[1]

@@ -27,7 +27,7 @@ import timing
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY))
 from gsdg.config.identity import run_id  # noqa: E402
-from gsdg.experiment import prepare  # noqa: E402
+from gsdg.plan import prepare  # noqa: E402
 from gsdg.sweep.compose import from_command_line  # noqa: E402
 
 TARGETS = 4

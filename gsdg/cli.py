@@ -53,7 +53,8 @@ def job(config) -> None:
 
 def check_and_run(config, sweep) -> None:
     """Check one config and run it. sweep: Hydra's own config if this is one run of a sweep, else None."""
-    from gsdg.experiment import prepare, run  # here, because it imports torch, which `--cfg` and `--help` do not need
+    from gsdg.experiment import run  # here, because it imports torch, which `--cfg` and `--help` do not need
+    from gsdg.plan import prepare  # here, because it imports torch, which `--cfg` and `--help` do not need
 
     plan = prepare(config)
     if sweep is not None:

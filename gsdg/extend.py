@@ -22,7 +22,8 @@ from omegaconf import OmegaConf
 
 from gsdg.averaging import Averaging
 from gsdg.config.identity import NOT_SCIENTIFIC
-from gsdg.experiment import Plan, prepare, run
+from gsdg.experiment import run
+from gsdg.plan import Plan, prepare
 from gsdg.runs.folder import EVALUATION_FILES
 from gsdg.runs.weights_index import FOLDER, STATE
 from gsdg.schedules import Schedule

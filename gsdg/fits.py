@@ -1,4 +1,4 @@
-"""Checks of a config before any data is read: do its values fit one another? `experiment.prepare` calls them.
+"""Checks of a config before any data is read: do its values fit one another? `plan.prepare` calls them.
 
 What one value may be says the constructor's signature (config/schema.py), and what no signature says config/checks.py.
 """

@@ -27,9 +27,10 @@ from gsdg.data.cache.builder import resize_short_side
 from gsdg.data.image_io import UNREADABLE, as_rgb, open_image, reason
 from gsdg.data.source import data_source
 from gsdg.data.walk import images_in
-from gsdg.experiment import SUPPLIED, TRANSFORMS, Plan, prepare
+from gsdg.experiment import TRANSFORMS
 from gsdg.models.classifier import head_inputs
 from gsdg.models.weights_files import fitted, read_state
+from gsdg.plan import SUPPLIED, Plan, prepare
 from gsdg.runs.weights_index import INDEX, find_weights
 from gsdg.runtime import choose_device
 from gsdg.utils.errors import UserError, plural

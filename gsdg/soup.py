@@ -30,8 +30,9 @@ from torch import Tensor
 from gsdg.config.identity import VERSION, hash_identity, identity
 from gsdg.data.dataset import DomainDataset
 from gsdg.evaluation import DomainMeans
-from gsdg.experiment import Plan, evaluator_of, read_images
+from gsdg.experiment import evaluator_of, read_images
 from gsdg.models.weights_files import State, read_state
+from gsdg.plan import Plan
 from gsdg.predict import Predictor, load, plan_of
 from gsdg.runs.checkpoint import Checkpoints
 from gsdg.runs.folder import RunFolder

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from helpers import REPOSITORY
 
 from gsdg.config.choices import choices, groups
-from gsdg.experiment import SUPPLIED
+from gsdg.plan import SUPPLIED
 
 CONF = REPOSITORY / "conf"
 CHOICES = [

@@ -98,7 +98,8 @@ def compose(tmp_path):
 @pytest.fixture
 def train(compose, tmp_path):
     """A function that makes the run of SMALL and more overrides in this process, and returns its folder."""
-    from gsdg.experiment import prepare, run
+    from gsdg.experiment import run
+    from gsdg.plan import prepare
 
     def train(*overrides: str) -> Path:
         plan = prepare(compose(*SMALL, *overrides))
@@ -117,7 +118,8 @@ def finished_runs() -> dict:
 @pytest.fixture
 def trained(compose, tmp_path, tmp_path_factory, finished_runs):
     """Like `train`, but equal overrides are trained once per test process: every test gets a copy of the run."""
-    from gsdg.experiment import prepare, run
+    from gsdg.experiment import run
+    from gsdg.plan import prepare
 
     def trained(*overrides: str) -> Path:
         if overrides not in finished_runs:

@@ -16,7 +16,8 @@ from harness import compose_tiny, first_difference, observe, observe_plan
 from gsdg import callbacks as module
 from gsdg.averaging import EMA
 from gsdg.callbacks import Callback, Callbacks, WatchedRun
-from gsdg.experiment import prepare, run
+from gsdg.experiment import run
+from gsdg.plan import prepare
 from gsdg.utils.json_files import read_json, read_lines
 from gsdg.utils.stop_signals import Signals, Stopped
 

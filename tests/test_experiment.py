@@ -15,8 +15,9 @@ from gsdg import experiment, runtime
 from gsdg.algorithms import GradSurgery
 from gsdg.config.identity import run_id
 from gsdg.data.cache.memory_map import as_arrays
-from gsdg.experiment import choose_workers, prepare, run
+from gsdg.experiment import choose_workers, run
 from gsdg.models import resnet18
+from gsdg.plan import prepare
 from gsdg.runs import folder as runs
 from gsdg.runs.lock import LockLost, RunLock
 from gsdg.step_metrics import NonFinite

@@ -11,8 +11,8 @@ from harness import compose_tiny, observe
 from torch.amp import GradScaler
 
 from gsdg.algorithms import ERM, Algorithm
-from gsdg.experiment import prepare
 from gsdg.loss_scaling import SMALLEST, LossScaling
+from gsdg.plan import prepare
 from gsdg.step_metrics import MetricMeans, NonFinite, gradient_norm
 
 SCALED = sorted(name for name in choices("algorithm") if made(name).takes_loss_scaling)

@@ -12,7 +12,7 @@ from config_choices import choices
 from harness import compose_tiny
 
 from gsdg.evaluation import Evaluator
-from gsdg.experiment import prepare
+from gsdg.plan import prepare
 from gsdg.runs.folder import RunFolder
 from gsdg.training_loop import TrainingLoop
 

@@ -10,8 +10,8 @@ from algorithm_cases import batches, made, ready, refusal
 from harness import compose_tiny, first_difference, observe
 
 from gsdg import optimizer_groups
-from gsdg.experiment import prepare
 from gsdg.optimizer_groups import build_optimizer, layer_scales, pop_refinements, with_fused
+from gsdg.plan import prepare
 from gsdg.utils.errors import UserError
 
 ADAM = {"_target_": "torch.optim.AdamW", "lr": 0.01, "weight_decay": 0.3}

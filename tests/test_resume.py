@@ -16,7 +16,8 @@ import pytest
 import torch
 from helpers import Launcher, assert_same, only_run, photos, records_without_time, status, write_list
 
-from gsdg.experiment import Plan, prepare, run
+from gsdg.experiment import run
+from gsdg.plan import Plan, prepare
 from gsdg.utils.json_files import read_lines
 
 RUN = shlex.split("""

@@ -26,7 +26,8 @@ import gsdg.runs.checkpoint
 from gsdg.algorithms import ERM
 from gsdg.analysis.tables import report
 from gsdg.data.folders import ImageFolders
-from gsdg.experiment import Plan, prepare, run
+from gsdg.experiment import run
+from gsdg.plan import Plan, prepare
 from gsdg.runs.checkpoint import Checkpoints
 from gsdg.runs.folder import RunFolder
 from gsdg.utils.errors import UserError

@@ -9,7 +9,7 @@ from algorithm_cases import refusal
 from harness import compose_tiny, first_difference, observe
 from helpers import status
 
-from gsdg.experiment import prepare
+from gsdg.plan import prepare
 from gsdg.step_metrics import Throughput
 from gsdg.utils.progress import clock_time
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from helpers import REPOSITORY, SMALL, copy_checkout, in_case, photos, status
 
-from gsdg.experiment import inputs_here, prepare, run
+from gsdg.experiment import inputs_here, run
+from gsdg.plan import prepare
 from gsdg.sweep.compose import from_command_line
 from gsdg.sweep.enumerate_runs import freeze_runs
 from gsdg.sweep.folder import FrozenRun

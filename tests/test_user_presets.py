@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from gsdg.config.choices import CONF
 from gsdg.config.config_dirs import config_dir_of
 from gsdg.data.__main__ import main as data_command
-from gsdg.experiment import prepare
+from gsdg.plan import prepare
 from gsdg.sweep.__main__ import main as sweep_command
 from gsdg.sweep.compose import from_command_line
 from gsdg.sweep.submit import prepare_command

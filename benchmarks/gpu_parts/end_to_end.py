@@ -21,8 +21,9 @@ from gpu_parts.launches import COMMON, SMALL_NET, photos, schedule, steady_secon
 from gpu_parts.measurement import Measurement, Setting, row
 from gsdg.config.choices import CONF
 from gsdg.config.schema import build
-from gsdg.experiment import Plan, prepare, run
+from gsdg.experiment import run
 from gsdg.optimizer_groups import build_optimizer
+from gsdg.plan import Plan, prepare
 from gsdg.types import Batch
 from gsdg.utils.json_files import read_lines
 

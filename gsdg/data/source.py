@@ -18,7 +18,7 @@ def data_source(config: dict, build: Callable[..., Any] = build) -> DataSource:
 
     Args:
         config: a run's config.
-        build: instantiates a node with `_target_`, see `experiment.prepare`.
+        build: instantiates a node with `_target_`, see `plan.prepare`.
     """
     node = config["dataset"]
     if "domains" not in parameters_of(node):
@@ -29,7 +29,7 @@ def data_source(config: dict, build: Callable[..., Any] = build) -> DataSource:
 def pop_recorded_domains(dataset: dict) -> list[str] | None:
     """If the dataset's class has no argument `domains`, remove that key from its node and return its value.
 
-    An earlier `experiment.prepare` added the key, because a plan's config always has it.
+    An earlier `plan.prepare` added the key, because a plan's config always has it.
     """
     if "_target_" not in dataset or "domains" in parameters_of(dataset):
         return None

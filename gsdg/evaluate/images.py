@@ -17,8 +17,9 @@ from gsdg.config.schema import as_dict, build, check
 from gsdg.data.cache.memory_map import as_arrays, in_memory
 from gsdg.data.dataset import DomainDataset
 from gsdg.evaluation import DomainMeans, Evaluator
-from gsdg.experiment import SUPPLIED, choose_workers, evaluator_of, read_images
+from gsdg.experiment import choose_workers, evaluator_of, read_images
 from gsdg.fits import check_channels
+from gsdg.plan import SUPPLIED
 from gsdg.predict import Predictor, plan_of
 from gsdg.runs.reuse import data_digests, differences
 from gsdg.utils.errors import UserError, listing

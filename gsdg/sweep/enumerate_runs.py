@@ -24,7 +24,7 @@ def freeze_runs(composer: Composer, jobs: Sequence[Sequence[str]]) -> list[Froze
         UserError: a config is wrong; the message names the overrides of its run.
     """
     from gsdg.config.schema import BuiltOnce
-    from gsdg.experiment import prepare  # imports torch
+    from gsdg.plan import prepare  # imports torch
 
     build = BuiltOnce()  # plans may share objects, because only their configs and ids are used here
     runs: dict[str, FrozenRun] = {}

@@ -26,7 +26,8 @@ PATIENCE = STALE_AFTER + 30.0  # seconds: after this the heartbeat of a process 
 
 def main(request: dict) -> int:
     """Execute the run that the task asks for; the exit code."""
-    from gsdg.experiment import prepare, run  # imports torch
+    from gsdg.experiment import run  # imports torch
+    from gsdg.plan import prepare  # imports torch
 
     folder = RunFolder(Path(request["config"]["runs_dir"]) / request["run_id"])
     # SLURM sends SIGTERM before SIGKILL when a job is preempted or cancelled: save, and keep training until the end.

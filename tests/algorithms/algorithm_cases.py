@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from gsdg.algorithms import Algorithm
 from gsdg.config.schema import build
-from gsdg.experiment import resolve_config
 from gsdg.models import Classifier
+from gsdg.plan import resolve_config
 from gsdg.types import Batch
 from gsdg.utils.errors import UserError
 

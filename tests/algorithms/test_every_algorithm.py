@@ -31,8 +31,8 @@ from hydra.utils import get_object
 from gsdg.algorithms import ERM, Algorithm
 from gsdg.algorithms.__main__ import page
 from gsdg.config.schema import build
-from gsdg.experiment import prepare, resolve_config
 from gsdg.fits import check_sources
+from gsdg.plan import prepare, resolve_config
 from gsdg.surgery import PerElement, Surgery
 from gsdg.surgery.rules import AgrRand, Mean
 from gsdg.surgery.rules.base import ElementRule

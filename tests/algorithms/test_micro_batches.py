@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from algorithm_cases import batches, made, ready
 from torch import nn
 
-from gsdg.experiment import prepare
+from gsdg.plan import prepare
 from gsdg.surgery import GradSurgery as Surgery
 from gsdg.utils.errors import UserError
 

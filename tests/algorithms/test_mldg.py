@@ -10,7 +10,7 @@ from algorithm_cases import assert_same, batches, classifier, gradients, gradien
 from torch import nn
 
 from gsdg.algorithms import MLDG
-from gsdg.experiment import prepare
+from gsdg.plan import prepare
 from gsdg.utils.errors import UserError
 
 INNER = {"inner_lr": 0.01, "inner_weight_decay": 0.1}

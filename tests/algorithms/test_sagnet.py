@@ -9,7 +9,8 @@ from helpers import SMALL
 from torch import Tensor
 
 from gsdg.algorithms import SagNet
-from gsdg.experiment import prepare, run
+from gsdg.experiment import run
+from gsdg.plan import prepare
 from gsdg.step_metrics import NonFinite
 from gsdg.surgery import NonFiniteGradient
 from gsdg.types import join

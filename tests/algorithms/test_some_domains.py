@@ -8,10 +8,10 @@ import pytest
 import torch
 from algorithm_cases import assert_same, batches, gradients, gradients_of, made, ready, refusal, risk
 from helpers import SMALL
-from test_every_algorithm import NAMES, active
+from test_every_algorithm import NAMES, SEPARABLE, active
 
 from gsdg.algorithms import DANN, MTL, GroupDRO
-from gsdg.experiment import prepare
+from gsdg.plan import prepare
 
 ALL = {"fishr", "gradvac"}  # the algorithms that need every source domain in every step
 OTHER_SIZE = {"dann", "cdann", "groupdro"}  # their gradient depends on how many source domains there are
@@ -32,6 +32,14 @@ def test_a_step_with_three_of_six_domains_is_a_step_on_these_three(name):
     actual = gradients(of_six, data)
     assert_same(actual, gradients(of_three, data), name)
     assert any(value.any() for value in actual.values())
+
+
+@pytest.mark.parametrize("name", sorted({*SEPARABLE} - ALL - OTHER_SIZE))
+def test_surgery_on_the_losses_of_three_of_six_domains_is_surgery_on_these_three(name):
+    options, data = ["algorithm/surgery=pcgrad", "trainer.batch_size=4", *active(name)], batches(6)[1::2]
+    of_six, of_three = (ready(made(name, *options), domains=domains) for domains in (6, 3))
+    of_three.domains = tuple(batch.domain for batch in data)
+    assert_same(gradients(of_six, data), gradients(of_three, data), name)
 
 
 @pytest.mark.parametrize("name", NAMES)

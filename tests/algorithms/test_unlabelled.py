@@ -11,7 +11,8 @@ from test_dann import OPTIONS, W, adversary_of, both_gradients, disc_loss, game,
 
 from gsdg.algorithms import CDANN, DANN, PseudoLabel
 from gsdg.analysis.read.frames import read_runs
-from gsdg.experiment import prepare, run
+from gsdg.experiment import run
+from gsdg.plan import prepare
 from gsdg.types import UNLABELLED, Batch
 from gsdg.utils.errors import UserError
 

@@ -13,9 +13,9 @@ from torch import nn
 from gsdg.algorithms import Algorithm
 from gsdg.averaging.weights import WeightMean, Weights
 from gsdg.config.schema import build
-from gsdg.experiment import prepare
 from gsdg.head_only import HeadOnly
 from gsdg.models import Classifier
+from gsdg.plan import prepare
 
 DOMAINS = [batch.domain for batch in batches()]
 # Algorithms of which a part acts on the features alone.

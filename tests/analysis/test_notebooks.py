@@ -27,7 +27,8 @@ SHOWN = {
 @pytest.fixture(scope="module")
 def demo_runs(tmp_path_factory):
     """Runs of the quickstart's two algorithms with fewer steps and targets, with an ablation and diagnostics."""
-    from gsdg.experiment import prepare, run
+    from gsdg.experiment import run
+    from gsdg.plan import prepare
 
     runs = tmp_path_factory.mktemp("demo") / "runs"
     small = ["trainer.steps=5", "trainer.eval_every=2", "trainer.log_every=1", "device=cpu", f"runs_dir={runs}"]

@@ -173,7 +173,7 @@ def test_real_pacs_images_are_drawn(pacs_root, tmp_path, compose):
     from gsdg.data.transforms_exact import Exact
     from gsdg.evaluation import Evaluator
     from gsdg.evaluation.predictions import features, load_images, predict
-    from gsdg.experiment import prepare
+    from gsdg.plan import prepare
 
     options = ["model=convnet", "model.mean=[0,0,0]", "model.std=[1,1,1]", "+model.backbone.channels=3"]
     plan = prepare(compose("dataset=pacs", f"data_dir={pacs_root}", "split.target=sketch", *options, "model.name=mine"))

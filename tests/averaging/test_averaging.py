@@ -25,7 +25,8 @@ from gsdg.averaging.valley import LossValley, ReleasedValley
 from gsdg.averaging.weights import WeightMean, Weights, with_mean
 from gsdg.config.identity import run_id
 from gsdg.evaluation import Evaluator
-from gsdg.experiment import prepare, run
+from gsdg.experiment import run
+from gsdg.plan import prepare
 from gsdg.runs.folder import RunFolder
 from gsdg.utils.errors import UserError
 from gsdg.utils.json_files import read_lines

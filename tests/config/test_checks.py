@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from gsdg.config import checks, choices
 from gsdg.config.checks import GROUPS, VALUES, shipped_node
 from gsdg.config.messages import explain
-from gsdg.experiment import SUPPLIED, WATCHING, prepare, resolve_config
+from gsdg.plan import SUPPLIED, WATCHING, prepare, resolve_config
 from gsdg.utils.errors import UserError
 
 ON_PHOTOS = ["dataset=pacs", "split.target=photo"]

@@ -18,8 +18,8 @@ from gsdg.config.choices import choices
 from gsdg.config.config_dirs import initialized
 from gsdg.config.identity import run_id
 from gsdg.config.schema import check
-from gsdg.experiment import SUPPLIED, prepare, resolve_config
 from gsdg.models.backbone import with_declared_images
+from gsdg.plan import SUPPLIED, prepare, resolve_config
 from gsdg.sweep.compose import from_command_line
 
 ALGORITHMS = sorted(path.stem for path in (CONF / "algorithm").glob("*.yaml"))

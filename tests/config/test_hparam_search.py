@@ -11,7 +11,7 @@ from helpers import REPOSITORY, in_case
 from omegaconf import OmegaConf
 
 from gsdg.config.hparam_search import apply, draw, merge_ranges
-from gsdg.experiment import prepare, resolve_config
+from gsdg.plan import prepare, resolve_config
 from gsdg.sweep.compose import from_command_line
 from gsdg.sweep.enumerate_runs import freeze_runs
 from gsdg.utils.errors import UserError

@@ -16,7 +16,7 @@ from helpers import in_case, photos
 from omegaconf import OmegaConf
 
 from gsdg.config.identity import _defaults, edited_keys, identity, run_id
-from gsdg.experiment import prepare
+from gsdg.plan import prepare
 from gsdg.runs.user_code import targets
 from gsdg.utils.errors import UserError
 

@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 
 from gsdg.config.names import as_typed, override, readings
 from gsdg.data.__main__ import main as data_command
-from gsdg.experiment import prepare, run
+from gsdg.experiment import run
+from gsdg.plan import prepare
 from gsdg.sweep.compose import from_command_line
 from gsdg.utils.errors import UserError
 

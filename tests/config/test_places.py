@@ -9,7 +9,7 @@ import pytest
 from helpers import SMALL, in_case, only_run, status
 
 from gsdg.config.places import absolute_path, with_absolute_places
-from gsdg.experiment import prepare
+from gsdg.plan import prepare
 from gsdg.sweep.compose import from_command_line
 from gsdg.utils.errors import UserError
 

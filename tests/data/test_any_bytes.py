@@ -16,7 +16,8 @@ from gsdg.analysis.__main__ import main as analysis_main
 from gsdg.data.__main__ import main as data_main
 from gsdg.data.cache.memory_map import fingerprint_files
 from gsdg.data.contact_sheet import show
-from gsdg.experiment import prepare, run
+from gsdg.experiment import run
+from gsdg.plan import prepare
 from gsdg.runs.reuse import data_digests
 from gsdg.utils.errors import UserError
 from gsdg.utils.text import let_streams_print_any_text, printable

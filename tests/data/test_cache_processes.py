@@ -22,7 +22,8 @@ from helpers import only_run, records_without_time
 from gsdg.data.cache import memory_map
 from gsdg.data.cache.builder import is_complete
 from gsdg.data.dataset import Domain
-from gsdg.experiment import prepare, run
+from gsdg.experiment import run
+from gsdg.plan import prepare
 from tests.data.samples import image_folders, write_image
 
 FORK = multiprocessing.get_context("fork")  # torch is imported already: a child is at work within milliseconds

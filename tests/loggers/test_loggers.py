@@ -18,11 +18,12 @@ from logger_files import INSTALLED, LIBRARIES, NEEDS, READ, Numbers, mlflow_run,
 
 from gsdg import log as command
 from gsdg.callbacks import Callback, WatchedRun
-from gsdg.experiment import prepare, run
+from gsdg.experiment import run
 from gsdg.loggers import CSV, Logger
 from gsdg.loggers.mlflow_run import valid_name
 from gsdg.loggers.values import of_diagnosis, of_record
 from gsdg.loggers.wandb_run import default_mode
+from gsdg.plan import prepare
 from gsdg.runs.folder import RunFolder
 from gsdg.utils.json_files import read_json, read_lines
 

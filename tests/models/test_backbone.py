@@ -9,8 +9,8 @@ from harness import observe
 from torch import Tensor, nn
 
 from gsdg.config.schema import build, check
-from gsdg.experiment import prepare
 from gsdg.models import Classifier
+from gsdg.plan import prepare
 from gsdg.utils.errors import UserError
 
 SETTINGS = {"classes": 4, "head": "linear", "dropout": 0.0, "freeze_bn": False, "image_size": 4, "mean": [0.0] * 3}

@@ -6,7 +6,8 @@ import pytest
 import torch
 from helpers import assert_same, only_run, photos
 
-from gsdg.experiment import prepare, run
+from gsdg.experiment import run
+from gsdg.plan import prepare
 
 RUN = (
     *("dataset=image_folder", "split.target=b", "device=cpu", "model.weights=null", "model.freeze_bn=false"),

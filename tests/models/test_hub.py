@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from gsdg.experiment import prepare, weights_here
+from gsdg.experiment import weights_here
 from gsdg.models import timm_model
 from gsdg.models.hf_cache import HubFile
+from gsdg.plan import prepare
 from gsdg.sweep.prefetch import missing_inputs, prefetch
 from gsdg.utils.errors import UserError
 from tests.models.hub_server import COMMIT, HubServer

@@ -9,9 +9,9 @@ from config_choices import NEEDED, UNAVAILABLE
 from omegaconf import OmegaConf
 
 from gsdg.config.schema import build
-from gsdg.experiment import resolve_config
 from gsdg.models import Classifier
 from gsdg.models.backbone import with_declared_images
+from gsdg.plan import resolve_config
 
 FOLDER = Path(__file__).resolve().parents[2] / "conf" / "model"
 FILES = sorted(FOLDER.glob("*.yaml"))

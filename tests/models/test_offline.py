@@ -18,8 +18,8 @@ from helpers import REPOSITORY, SMALL, only_run, photos, status
 from torchvision import models as torchvision_models
 
 from gsdg.config import identity
-from gsdg.experiment import resolve_config
 from gsdg.models.weights import hub, hub_file, hub_state, weights_source
+from gsdg.plan import resolve_config
 from gsdg.utils.errors import UserError
 from tests.data.http_server import Server
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 from algorithm_cases import refusal
 
-from gsdg.experiment import prepare
 from gsdg.models import timm_model
 from gsdg.models.timm_model import file_names, pretrained_cfg
+from gsdg.plan import prepare
 from gsdg.utils.errors import UserError
 
 timm = pytest.importorskip("timm", reason="timm is not installed: pip install 'gsdg[backbones]'")

@@ -7,9 +7,9 @@ import torch
 from algorithm_cases import refusal
 from torchvision import models
 
-from gsdg.experiment import prepare
 from gsdg.models import torchvision_model
 from gsdg.models.torchvision_model import torchvision_images, torchvision_weights
+from gsdg.plan import prepare
 from gsdg.utils.errors import UserError
 
 PHOTOS = ("dataset=pacs", "split.target=photo")

@@ -13,9 +13,9 @@ import torch
 from helpers import SMALL, in_case
 from torch import nn
 
-from gsdg.experiment import prepare
 from gsdg.models import convnet
 from gsdg.models.weights_files import fitted, load_head, read_state
+from gsdg.plan import prepare
 from gsdg.utils.errors import UserError
 from gsdg.utils.json_files import read_json, write_json
 

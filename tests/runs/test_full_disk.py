@@ -14,7 +14,8 @@ from helpers import SMALL, Launcher, assert_same, fill, in_case, only_run, statu
 
 import gsdg.runs.folder
 import gsdg.runs.run_log
-from gsdg.experiment import Plan, prepare, run
+from gsdg.experiment import run
+from gsdg.plan import Plan, prepare
 from gsdg.runs.disk import NotWritten
 from gsdg.runs.kept_weights import KeptWeights
 

@@ -15,7 +15,7 @@ from helpers import SMALL, assert_same, in_case
 
 from gsdg.analysis.read.frames import read_runs
 from gsdg.analysis.selection import _means, every_draw
-from gsdg.experiment import prepare
+from gsdg.plan import prepare
 from gsdg.runs.folder import EVALUATION_FILES, RunFolder
 from gsdg.runs.kept_weights import KeptWeights, held_out_accuracy
 from gsdg.runs.weights_index import find_weights, lacks_weights

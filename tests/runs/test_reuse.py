@@ -17,8 +17,9 @@ from torchvision.models import resnet18
 from gsdg import experiment, models
 from gsdg.analysis.read.frames import read_runs
 from gsdg.config.identity import VERSION, hash_identity
-from gsdg.experiment import prepare, run
+from gsdg.experiment import run
 from gsdg.models.weights import hub
+from gsdg.plan import prepare
 from gsdg.runs import reuse
 from gsdg.runs.folder import RunFolder
 from gsdg.runs.user_code import _own_path

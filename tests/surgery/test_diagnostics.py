@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from gsdg.analysis.read.frames import read_diagnostics
-from gsdg.experiment import prepare, run
+from gsdg.experiment import run
+from gsdg.plan import prepare
 from gsdg.surgery import Diagnostics, GradSurgery
 
 MODULES = {"0": [0, 1], "2": [2, 3]}  # module -> its tensors

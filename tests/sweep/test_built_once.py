@@ -9,7 +9,7 @@ import pytest
 
 from gsdg.config import schema
 from gsdg.config.schema import BuiltOnce
-from gsdg.experiment import prepare
+from gsdg.plan import prepare
 from gsdg.sweep.compose import from_command_line
 from gsdg.sweep.enumerate_runs import freeze_runs, storable
 

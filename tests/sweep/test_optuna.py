@@ -8,7 +8,7 @@ import pytest
 from helpers import SMALL, Launcher
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from gsdg.experiment import prepare
+from gsdg.plan import prepare
 from gsdg.sweep import optuna_search
 from gsdg.sweep.folder import all_sweeps
 from gsdg.sweep.objective import selection_value
@@ -76,7 +76,10 @@ def test_what_cannot_be_searched_is_refused():
 
 def record(**accuracy: float | None) -> dict:
     """A record with these held-out accuracies; None: nothing is held out."""
-    return {"step": 0, "accuracy": {name: {"in": 0.1} | ({} if v is None else {"out": v}) for name, v in accuracy.items()}}
+    return {
+        "step": 0,
+        "accuracy": {name: {"in": 0.1} | ({} if v is None else {"out": v}) for name, v in accuracy.items()},
+    }
 
 
 def test_the_objective_is_the_sources_best_held_out_mean_or_the_targets_last_one(tmp_path):

@@ -9,7 +9,8 @@ import pytest
 from helpers import SMALL, only_run, records_without_time, status
 
 from gsdg.callbacks import Callback, WatchedRun
-from gsdg.experiment import prepare, run
+from gsdg.experiment import run
+from gsdg.plan import prepare
 from gsdg.sweep import pruning
 from gsdg.sweep.objective import value_until
 from gsdg.sweep.optuna_search import open_study

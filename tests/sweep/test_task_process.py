@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from helpers import REPOSITORY, SMALL, status
 
-from gsdg.experiment import prepare
+from gsdg.plan import prepare
 from gsdg.runs.folder import RunFolder
 from gsdg.sweep import run_one, task_process
 from gsdg.sweep.bootstrap import DAMAGED

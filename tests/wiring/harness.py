@@ -32,6 +32,7 @@ from torch import Tensor
 from gsdg import experiment
 from gsdg.data.loader import TrainBatches
 from gsdg.evaluation import Evaluator
+from gsdg.plan import Plan, prepare
 from gsdg.training_loop import TrainingLoop
 from gsdg.types import Batch
 
@@ -64,7 +65,7 @@ CODE = "0123456789ab"  # the fingerprint of the code that the runs record
 class Observed:
     """The plan of one run, what the run did, and its files."""
 
-    plan: experiment.Plan
+    plan: Plan
     folder: Path
     events: list[tuple[str, str]] = field(default_factory=list)  # (what, digest or text), in order
     batches: list[list[Batch]] = field(default_factory=list)  # of each step
@@ -166,10 +167,10 @@ def observe(*overrides: str, at_start: Callable[[Any], None] | None = None, **ch
 
 
 def observe_config(config: DictConfig | dict, *, at_start: Callable[[Any], None] | None = None) -> Observed:
-    return observe_plan(experiment.prepare(config), at_start=at_start)
+    return observe_plan(prepare(config), at_start=at_start)
 
 
-def observe_plan(plan: experiment.Plan, *, at_start: Callable[[Any], None] | None = None) -> Observed:
+def observe_plan(plan: Plan, *, at_start: Callable[[Any], None] | None = None) -> Observed:
     observed = Observed(plan, Path(plan.config["runs_dir"]) / plan.run_id)
     with watched(observed, at_start or (lambda algorithm: None)):
         experiment.run(plan)

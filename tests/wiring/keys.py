@@ -17,7 +17,7 @@ from hydra_plugins.hydra_submitit_launcher.config import LocalQueueConf, SlurmQu
 from omegaconf import OmegaConf
 
 from gsdg.config.schema import parameters_of
-from gsdg.experiment import SUPPLIED
+from gsdg.plan import SUPPLIED
 from hydra_plugins.gsdg_launchers import LocalConf, SlurmConf
 
 SEARCH = "search=domainbed"

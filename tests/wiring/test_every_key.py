@@ -47,7 +47,7 @@ from gsdg.config.identity import NOT_SCIENTIFIC
 from gsdg.data.loader import train_loader
 from gsdg.data.transforms_batched import Batched
 from gsdg.data.transforms_exact import Exact
-from gsdg.experiment import SUPPLIED, prepare
+from gsdg.plan import SUPPLIED, prepare
 from gsdg.runs.saver import Saver
 from gsdg.runtime import use_matmul
 from gsdg.surgery import Surgery
