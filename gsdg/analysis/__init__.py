@@ -7,6 +7,7 @@ read.filters                                      `--where` and `--exclude`: whi
 read.frames, read.run_folders                     run folders -> pandas frames; paths and run ids -> run folders
 selection, statistics                             frame -> selected steps and draws -> means, errors, ranks; pure
 caveats, tables                                   notes about how a table's runs were made; the tables and the CSV
+significance, intervals                           tests of several methods; bootstrap intervals, and rliable's arrays
 style, plots, figures                             plot style; one function per kind of plot; rows -> axes
 prediction_plots, prediction_figures              the same for the predictions for single images
 html, provenance, report                          HTML helpers; the report's last section; the whole report

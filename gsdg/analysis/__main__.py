@@ -16,9 +16,11 @@ from typing import Any
 import pandas as pd
 
 from gsdg.analysis.formats import FORMATS, Sheet, text
+from gsdg.analysis.intervals import intervals, write_scores
 from gsdg.analysis.read.frames import Runs, read_config, read_runs
 from gsdg.analysis.read.run_folders import folders_of, ids_of
 from gsdg.analysis.selection import METHODS
+from gsdg.analysis.significance import ROPE, significance
 from gsdg.analysis.statistics import ERRORS
 from gsdg.analysis.tables import (
     Summary,
@@ -40,7 +42,13 @@ from gsdg.utils.text import align_columns, let_streams_print_any_text
 
 NOTHING_TO_COMPARE = "no comparison with {}: it has no results yet, or no other method has\n"
 NOTHING_TO_RANK = "--ranks: no ranks: they need two methods with results on the same targets"
-NOT_IN_CSV = ("ranks", "chosen", "published")  # options that do nothing with --format csv, which writes one table
+NOT_IN_CSV = (
+    "ranks",
+    "chosen",
+    "published",
+    "significance",
+    "intervals",
+)  # options that do nothing with --format csv, which writes one table
 
 HELP = {
     "run": "a run folder; or the id, or the beginning of the id, of a run in --runs-dir",
@@ -53,6 +61,13 @@ HELP = {
     "runs record it if trainer.metrics lists it",
     "--format": "format of the tables (default: text)",
     "--ranks": "also print a table of average ranks",
+    "--significance": "also show tests over all cells (data set, target): Friedman and Nemenyi for three or more "
+    "methods, the Bayesian signed-rank test for two methods or against --baseline",
+    "--rope": "half-width of the region in which the Bayesian test calls methods practically equivalent, in percentage "
+    f"points or in the metric's unit (default: {ROPE:g})",
+    "--intervals": "also show interquartile means with stratified-bootstrap intervals, and with --baseline the "
+    "probability of improvement",
+    "--rliable": "also write the values behind --intervals to this .npz file, which the library rliable reads",
     "--chosen": "also print the run, step and hyper-parameter draw behind every number",
     "--published": "show the paper's results beside the runs'",
     "--baseline": "also show paired differences to this method (with --format csv: only these): its name in the "
@@ -102,6 +117,8 @@ def parse_arguments(arguments: Sequence[str]) -> tuple[Callable[[argparse.Namesp
             f"--format csv writes one table, without {without}. "
             f"Leave out {without}, or choose another format: {', '.join(FORMATS)}"
         )
+    if getattr(options, "rope", None) is not None and not options.significance:
+        raise UserError("--rope: only the Bayesian test has such a region. Add --significance, or leave out --rope.")
     if getattr(options, "published", False) and options.metric != "accuracy":
         raise UserError(f"--published: the paper has accuracies only, not {options.metric}. Leave out one of the two.")
     return command, options
@@ -122,8 +139,12 @@ def _add_options(parser: argparse.ArgumentParser, *, page_only: bool) -> None:
         add("--format", choices=[*FORMATS, "csv"], default="text")
         add("--ranks", action="store_true")
         add("--chosen", action="store_true")
+        add("--rliable", metavar="FILE")
     add("--published", action="store_true")
     add("--baseline", metavar="METHOD")
+    add("--significance", action="store_true")
+    add("--rope", type=float, metavar="POINTS")
+    add("--intervals", action="store_true")
     add("--draws", nargs="+", default=[], metavar="KEY")
     add("--where", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
     add("--exclude", nargs="+", action="extend", default=[], metavar="KEY=VALUE")
@@ -138,6 +159,9 @@ def _add_options(parser: argparse.ArgumentParser, *, page_only: bool) -> None:
 def tables(options: argparse.Namespace) -> None:
     """Print the tables."""
     runs, results = _read(options)
+    tests = _tests(results, options)
+    if options.rliable:
+        print(write_scores(options.rliable, results), file=sys.stderr)
     # Everything that is not a table goes to stderr, unless the format is text: a file of tables stays valid.
     if options.format == "csv":
         _print_csv(results, options.baseline)
@@ -148,7 +172,7 @@ def tables(options: argparse.Namespace) -> None:
     ranks = ranking(results) if options.ranks else []
     if options.ranks and not ranks:
         print(NOTHING_TO_RANK, file=sys.stderr)
-    shown += ranks
+    shown += ranks + tests
     shown += chosen_runs(results, runs) if options.chosen else []
     if options.format == "text":
         blocks = [text(sheet, terminal=sys.stdout.isatty()) for sheet in shown]
@@ -175,7 +199,8 @@ def page(options: argparse.Namespace) -> None:
     runs, results = _read(options)
     published = _published(results) if options.published else None
     command = shlex.join(options.command_line)
-    print(f"written: {write_page(options.output, runs, results, published, options.baseline, command)}")
+    path = write_page(options.output, runs, results, published, options.baseline, command, _tests(results, options))
+    print(f"written: {path}")
 
 
 def _read(options: argparse.Namespace) -> tuple[Runs, Summary]:
@@ -183,6 +208,12 @@ def _read(options: argparse.Namespace) -> tuple[Runs, Summary]:
     run_ids = ids_of(options.ids.split(","), folders) if options.ids else None
     runs = read_runs(folders, run_ids, options.draws, options.where, options.exclude, options.metric)
     return runs, summary(runs, options.selection, error=options.error, unfinished=options.unfinished)
+
+
+def _tests(results: Summary, options: argparse.Namespace) -> list[Sheet]:
+    """The tables of --significance and --intervals. UserError if one of them cannot be computed."""
+    shown = significance(results, options.baseline, options.rope) if options.significance else []
+    return shown + (intervals(results, options.baseline) if options.intervals else [])
 
 
 def _published(results: Summary) -> pd.DataFrame:

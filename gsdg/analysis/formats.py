@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import html
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 BOLD, UNDERLINE, PLAIN = "\033[1m", "\033[4m", "\033[0m"  # terminal escape codes
 LATEX_ESCAPES = (
-    {"\\": r"\textbackslash{}", "±": r"$\pm$"}
+    {"\\": r"\textbackslash{}", "±": r"$\pm$", "<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}"}
     | {c: f"\\{c}" for c in "&%$#_{}"}
     | {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 )
+MINUS = re.compile(r"(?<![\w.)-])-(?=\d)")  # before a number, not inside a word, a range or 1e-3
 
 
 class Entry(NamedTuple):
@@ -59,12 +61,15 @@ def markdown(sheet: Sheet) -> str:
 
 
 def latex(sheet: Sheet) -> str:
-    """A tabular for the booktabs package; title and notes are comments above it."""
+    """A tabular for the booktabs package; title and notes are comments above it. It needs no other package.
+
+    Numbers are text, and their signs are in math mode: bold numbers stay bold, and a minus is no hyphen.
+    """
     marks = {"best": r"\textbf{{{}}}", "second": r"\underline{{{}}}", "": "{}"}
     rows = [" & ".join(marks[entry.mark].format(_latex(entry.text)) for entry in row) + r" \\" for row in sheet.rows]
     head = " & ".join(_latex(name) for name in sheet.header) + r" \\"
     columns = "l" + "c" * (len(sheet.header) - 1)
-    comments = [f"% {line}" for line in [sheet.title, *sheet.notes]]
+    comments = [f"% {line}" for note in [sheet.title, *sheet.notes] for line in note.splitlines()]
     body = [rf"\begin{{tabular}}{{{columns}}}", r"\toprule", head, r"\midrule", *rows, r"\bottomrule", r"\end{tabular}"]
     return "\n".join([*comments, *body])
 
@@ -96,4 +101,7 @@ def _text_row(row: Sequence[Entry], widths: Sequence[int], terminal: bool) -> st
 
 
 def _latex(text: str) -> str:
-    return "".join(LATEX_ESCAPES.get(character, character) for character in text)
+    if text == "-":  # no value
+        return "--"
+    escaped = "".join(LATEX_ESCAPES.get(character, character) for character in text)
+    return MINUS.sub("$-$", escaped)

@@ -44,6 +44,7 @@ def write_page(
     published: pd.DataFrame | None = None,
     baseline: str | None = None,
     command: str = "",
+    tests: Sequence[Sheet] = (),
 ) -> Path:
     """Write `folder`/index.html and return its path. The file is replaced at once: readers never see half a page.
 
@@ -52,6 +53,7 @@ def write_page(
         published: the paper's results, to show beside the runs', see `tables.read_published`.
         baseline: method to compare the others with, see `tables.comparison`.
         command: the command that makes the page; shown at its top.
+        tests: more tables, see `significance` and `intervals`.
 
     Raises:
         UserError: the file cannot be written; raised before any figure is drawn.
@@ -62,7 +64,7 @@ def write_page(
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
     try:
-        text = page(runs, results, published, baseline, command)
+        text = page(runs, results, published, baseline, command, tests)
         with _oserror_as_user_error(path):
             temporary.write_bytes(text.encode(errors="replace"))  # JSON may hold lone surrogates
             os.replace(temporary, path)
@@ -71,11 +73,18 @@ def write_page(
     return path
 
 
-def page(runs: Runs, results: Summary, published: pd.DataFrame | None, baseline: str | None, command: str) -> str:
+def page(
+    runs: Runs,
+    results: Summary,
+    published: pd.DataFrame | None,
+    baseline: str | None,
+    command: str,
+    tests: Sequence[Sheet] = (),
+) -> str:
     """The HTML of the whole page."""
     environments = {run["run_id"]: read_environment(run["folder"]) for run in runs.status.to_dict("records")}
     sections = {
-        "Tables": tables_section(runs, results, published, baseline),
+        "Tables": tables_section(runs, results, published, baseline, tests),
         "Curves": curves_section(runs, results),
         "Ablations and pairs": ablations_section(runs, results, baseline),
         "Conflicts": conflicts_section(runs),
@@ -121,8 +130,14 @@ def page_head(runs: Runs, results: Summary, environments: dict[str, list[dict]],
     return f'<dl class="facts">{"".join(items)}{made_by if command else ""}</dl>'
 
 
-def tables_section(runs: Runs, results: Summary, published: pd.DataFrame | None, baseline: str | None) -> str:
-    """Results, comparison, ranks, the chosen runs, and at the end what was left out."""
+def tables_section(
+    runs: Runs,
+    results: Summary,
+    published: pd.DataFrame | None,
+    baseline: str | None,
+    tests: Sequence[Sheet] = (),
+) -> str:
+    """Results, comparison, ranks, tests, the chosen runs, and at the end what was left out."""
     parts = [sheets_html(sheets(results, published)) or note("No table: no run has one target.")]
     if baseline:
         parts.append(_comparison(results, baseline))
@@ -131,6 +146,7 @@ def tables_section(runs: Runs, results: Summary, published: pd.DataFrame | None,
             _folded_if_long(results, "Average ranks", ranking(results))
             or note("No average ranks: no cell (data set, target) has a result of every method.")
         )
+    parts.append(_folded_if_long(results, "Tests and intervals", tests))
     if len(results.chosen):
         parts.append(details("The runs behind the numbers", sheets_html(chosen_runs(results, runs))))
 

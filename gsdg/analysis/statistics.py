@@ -20,7 +20,7 @@ import pandas as pd
 from gsdg.analysis.read.labels import natural
 from gsdg.analysis.selection import DRAW, REPETITION
 from gsdg.metrics import ACCURACY, Metric
-from gsdg.utils.errors import UserError
+from gsdg.utils.errors import UserError, not_installed
 
 ROW = ["dataset", "algorithm"]
 CELL = [*ROW, "target"]
@@ -212,15 +212,12 @@ def sign_flip_p(values: np.ndarray) -> float:
     return float(test((np.round(values, 9),), np.mean, **options).pvalue)
 
 
-def import_scipy_stats() -> ModuleType:
-    """scipy.stats, which only comparisons need. UserError if scipy is not installed."""
+def import_scipy_stats(what: str = "a comparison with a baseline") -> ModuleType:
+    """scipy.stats, which only comparisons need. UserError if scipy is not installed. what: that needs it."""
     try:
         from scipy import stats
     except ImportError:
-        raise UserError(
-            "a comparison with a baseline needs scipy: pip install 'gsdg[statistics]' "
-            "(in a checkout: pip install -e '.[statistics]')"
-        ) from None
+        raise not_installed(what, "scipy", "statistics") from None
     return stats
 
 
@@ -233,12 +230,32 @@ def average_ranks(cells: pd.DataFrame, metric: Metric = ACCURACY) -> pd.DataFram
     Args:
         cells: the cells of one selection, columns CELLS.
     """
-    single = cells[(cells["target"] != AVERAGE) & cells["mean"].notna()]
-    table = single.pivot(index=["dataset", "target"], columns="algorithm", values="mean").dropna()
-    printed = table.map(lambda mean: float(format_mean(mean, metric)))
-    ranks = printed.rank(axis="columns", ascending=metric.lower_is_better).mean().dropna()
-    frame = pd.DataFrame({"algorithm": ranks.index, "rank": ranks.to_numpy(), "cells": len(table)})
+    ranks = ranks_by_block(cells, metric)
+    means = ranks.mean().dropna()
+    frame = pd.DataFrame({"algorithm": means.index, "rank": means.to_numpy(), "cells": len(ranks)})
     return frame.sort_values("rank", kind="stable").reset_index(drop=True)[RANKS]
+
+
+def ranks_by_block(cells: pd.DataFrame, metric: Metric = ACCURACY) -> pd.DataFrame:
+    """[blocks, methods]: the rank of each method in the cells that every method has; see `average_ranks`.
+
+    The index is (dataset, target), the columns are the methods that have a result.
+    """
+    printed = means_by_block(cells).dropna().map(lambda mean: float(format_mean(mean, metric)))
+    return printed.rank(axis="columns", ascending=metric.lower_is_better)
+
+
+def means_by_block(cells: pd.DataFrame) -> pd.DataFrame:
+    """[cells, methods]: the mean of each method in each cell (dataset, target); NaN where the method has no result.
+
+    Methods without any result are left out. The others are in the order of the tables.
+
+    Args:
+        cells: the cells of one selection, columns CELLS.
+    """
+    single = cells[(cells["target"] != AVERAGE) & cells["mean"].notna()]
+    means = single.pivot(index=["dataset", "target"], columns="algorithm", values="mean")
+    return means[list(dict.fromkeys(single["algorithm"]))]
 
 
 def draw_counts(draws: pd.DataFrame) -> pd.DataFrame:
