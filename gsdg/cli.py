@@ -54,7 +54,7 @@ def job(config) -> None:
 def check_and_run(config, sweep) -> None:
     """Check one config and run it. sweep: Hydra's own config if this is one run of a sweep, else None."""
     from gsdg.experiment import run  # here, because it imports torch, which `--cfg` and `--help` do not need
-    from gsdg.plan import prepare  # here, because it imports torch, which `--cfg` and `--help` do not need
+    from gsdg.plan import prepare
 
     plan = prepare(config)
     if sweep is not None:
@@ -118,7 +118,7 @@ def _main() -> None:
     if SweepCallback.folder and SweepCallback.runs_dir and (runs := noted_runs(SweepCallback.folder)):
         from gsdg.analysis.tables import report
 
-        print("\n" + report(SweepCallback.runs_dir, run_ids=runs))
+        print("\n" + report(SweepCallback.runs_dir, run_ids=runs, draws=SweepCallback.draws))
     others = f"\nfailed: {listing(FAILED)}. This is the error of the first." if len(FAILED) > 1 else ""
     if failure:
         message = None if show_traceback else explain(failure)

@@ -121,6 +121,7 @@ class OptunaSweeper(GridSweeper):
 
         from gsdg.config.places import absolute_path
         from gsdg.sweep import optuna_search
+        from gsdg.sweep.callback import SweepCallback
         from gsdg.sweep.compose import refuse_swept
         from gsdg.sweep.enumerate_runs import freeze_runs
 
@@ -145,6 +146,7 @@ class OptunaSweeper(GridSweeper):
             run_ids=lambda jobs: [run.run_id for run in freeze_runs(self.composer, jobs)],
             launch=self._launch,
         )
+        SweepCallback.draws = optuna_search.drawn_keys(space)
         search.run()
         print(optuna_search.summary(study, space, runs_dir))
 

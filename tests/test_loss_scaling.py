@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from algorithm_cases import assert_same, batches, classifier, gradients, made, ready, refusal, seed_all
-from config_choices import choices
+from config_choices import NEEDED, choices
 from harness import compose_tiny, observe
 from torch.amp import GradScaler
 
@@ -36,7 +36,8 @@ def test_every_other_algorithm_and_a_users_step_of_its_own_are_refused():
     others = set(choices("algorithm")) - set(SCALED)
     assert {"sam", "irm", "fish", "mldg", "dann"} <= others
     for name in others:
-        message = refusal(prepare, compose_tiny(f"algorithm={name}", **{"trainer.precision": "fp16"}))
+        choice = f"algorithm={name}"
+        message = refusal(prepare, compose_tiny(choice, *NEEDED.get(choice, ()), **{"trainer.precision": "fp16"}))
         assert f"algorithm={name} computes gradients or updates of its own" in message
     for name in SCALED:
         assert type(made(name)).step is Algorithm.step, f"{name} changes the step, which the scaler would not call"

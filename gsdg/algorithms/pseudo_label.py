@@ -36,7 +36,6 @@ class PseudoLabel(Algorithm):
 
     takes_unlabelled = True
     needs_unlabelled = True
-    takes_loss_scaling = True
     needs = "unlabelled images of the target: split.uda_fraction=0.5"
     no_surgery = "its images of the target have no domain gradient of their own"
 
@@ -53,7 +52,7 @@ class PseudoLabel(Algorithm):
         nll = F.cross_entropy(logits, joint.labels, ignore_index=UNLABELLED)
         consistency, used = self.consistency(logits, joint.labels == UNLABELLED)
         loss = nll + self.weight_now * consistency
-        self.scaled(loss).backward()
+        loss.backward()
         return {"loss": loss.detach(), "nll": nll.detach(), "consistency": consistency.detach(), "used": used}
 
     @property

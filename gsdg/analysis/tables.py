@@ -69,6 +69,7 @@ def report(
     folders: str | Path | Sequence[str | Path],
     selections: Sequence[str] = ("training_domain",),
     run_ids: Iterable[str] | None = None,
+    draws: Sequence[str] = (),
 ) -> str:
     """The tables of the runs in `folders` as text, with the missing runs and what was left out.
 
@@ -76,8 +77,9 @@ def report(
         folders: folders of runs, or run folders.
         selections: keys of `selection.METHODS`.
         run_ids: only these runs.
+        draws: keys of the configs, see `read_runs`.
     """
-    runs = read_runs(folders, run_ids)
+    runs = read_runs(folders, run_ids, draws)
     return "\n\n".join([*map(text, sheets(summary(runs, selections))), overview(runs, selections)])
 
 

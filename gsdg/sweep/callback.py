@@ -7,6 +7,7 @@ values are not used, because one killed job would lose all of them.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 from hydra.experimental.callback import Callback
 
@@ -21,11 +22,13 @@ class SweepCallback(Callback):
         folder: the sweep's folder; None if this process launched no sweep.
         runs_dir: the folder of the runs.
         size: number of runs of the sweep; None where the sweeper does not know it in advance.
+        draws: the keys that a search has drawn, so that its runs are draws of one method in the table.
     """
 
     folder: Path | None = None
     runs_dir: Path | None = None
     size: int | None = None
+    draws: ClassVar[list[str]] = []
 
     def on_multirun_start(self, config, **kwargs) -> None:
         SweepCallback.folder = Path(absolute_path(config.hydra.sweep.dir))

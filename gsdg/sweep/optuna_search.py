@@ -212,6 +212,11 @@ class Search:
         log.info("draw %d: %s  %s", trial.number, status["reason"], described(trial.params))
 
 
+def drawn_keys(space: Space) -> list[str]:
+    """The searched keys as `python -m analysis --draws` takes them: a group is the name of its choice."""
+    return [key.split("@")[0].replace("/", ".") for key in space.searched]
+
+
 def study_folder(runs_dir: Path) -> Path:
     """Where the journals of all studies are."""
     return runs_dir / ".sweeps" / "optuna"
@@ -287,7 +292,7 @@ def summary(study: Study, space: Space, runs_dir: Path) -> str:
     best = study.best_trial
     pruned = len(study.get_trials(states=(TrialState.PRUNED,)))
     ended_early = f" ({pruned} more were pruned)" if pruned else ""
-    command = f"python -m analysis {runs_dir} --draws {' '.join(space.searched)}"
+    command = f"python -m analysis {runs_dir} --draws {' '.join(drawn_keys(space))}"
     return (
         f"best of {len(done)} draws{ended_early}: {best.value:.4f}  {described(best.params)}\n"
         f"its runs: {' '.join(best.user_attrs[RUNS])}\ntable: {command}"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 from helpers import SMALL, only_run, records_without_time, status
 
+from gsdg.analysis.__main__ import main
 from gsdg.callbacks import Callback, WatchedRun
 from gsdg.experiment import run
 from gsdg.plan import prepare
@@ -136,3 +138,16 @@ def test_a_search_stops_runs_that_learn_nothing_and_tells_the_study(launch_here,
         assert trial.intermediate_values == {9: pytest.approx(value_until(folder, "training_domain"))}
         assert read_json(folder / "config.json")["callbacks"]["pruner"]["after"] == 8
     assert f"({len(pruned)} more were pruned)" in done.stdout
+
+
+def test_the_table_at_the_end_has_one_row_and_the_recommended_command_prints_it(launch, capsys):
+    """algorithm.n_parts is a short name of the command line; the runs have algorithm.partition.n_parts."""
+    pytest.importorskip("optuna")
+    words = [word for word in WORDS if not word.startswith(("algorithm=", "hydra.sweeper.n_trials"))]
+    done = launch("-m", *words, "algorithm.n_parts=1,2", "hydra.sweeper.n_trials=2", "trainer.steps=1")
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith("grad_surgery ")]
+    assert len(rows) == 1
+    (command,) = [line for line in done.stdout.splitlines() if line.startswith("table: python -m analysis ")]
+    assert main(shlex.split(command)[4:]) == 0
+    assert rows[0] in capsys.readouterr().out

@@ -187,10 +187,15 @@ def as_draws(runs: Sequence[Run], keys: Sequence[str]) -> None:
 def full_key(key: str, valid: Collection[str]) -> str:
     """The config key that the user means by `key`: labels leave out `algorithm.` and `.name`.
 
+    A short name of the command line, such as algorithm.n_parts, means the only key of its group with that last word.
+
     Raises:
         UserError: none of the `valid` keys fits; the message suggests similar ones.
     """
     meant = [full for full in (key, f"algorithm.{key}", f"{key}.name", f"algorithm.{key}.name") if full in valid]
+    group, _, word = key.partition(".")
+    in_group = [full for full in valid if full.startswith(f"{group}.") and full.endswith(f".{word}")] if word else []
+    meant += in_group if len(in_group) == 1 else []
     if not meant:
         similar = sorted(other for other in valid if other.endswith(f".{key}"))
         similar = similar or get_close_matches(key, sorted(valid), n=3, cutoff=0.6)
