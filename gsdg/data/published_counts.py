@@ -1,12 +1,15 @@
 """Published numbers of images per dataset, which reveal a partial or damaged copy.
 
-Numbers are per class where they are known, otherwise per domain. Where two editions of a dataset circulate, a copy may
-match either.
+Numbers are per class where they are known, otherwise per domain, or only per part of the official split. Where two
+editions of a dataset circulate, a copy may match either.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
 
 Counts = dict[str, dict[str, int]]  # domain -> class -> images
 
@@ -16,12 +19,14 @@ class Edition:
     """One published edition of a dataset.
 
     Args:
-        classes: number of classes in every domain.
-        domains: {domain: number of images}, or {domain: {class: number of images}}.
+        classes: number of classes in every domain; without numbers per domain, of all domains together.
+        domains: {domain: number of images}, or {domain: {class: number of images}}; {}: not published.
+        parts: {part of the official split: number of images}; {}: not published, or there is none.
     """
 
     classes: int
     domains: dict[str, int | dict[str, int]]
+    parts: dict[str, int] = field(default_factory=dict)
 
     def total(self, domain: str) -> int:
         """Number of images in the domain; 0 if it is unknown."""
@@ -75,26 +80,52 @@ DOMAINNET = Edition(
     345,
     {"clipart": 48129, "infograph": 51605, "painting": 72266, "quickdraw": 172500, "real": 172947, "sketch": 69128},
 )
+# Koh et al., ICML 2021 (arXiv:2012.07421): the numbers of WILDS' splits, which `download.wilds` maps to parts: train;
+# id_val (and val); id_test (and test). The paper could not be opened here, so they are from memory. Confirmed: of
+# Camelyon17, where val and test are `test`, all by huggingface.co/datasets/wltjr1007/Camelyon17-WILDS, in thousands; of
+# iWildCam train, val and test, and the classes, by a script of FARBench (which also names a mirror, see the recipe); of
+# FMoW train and test only.
+CAMELYON17 = Edition(2, {}, {"in": 302_436, "out": 33_560, "test": 34_904 + 85_054})
+IWILDCAM = Edition(182, {}, {"in": 129_809, "out": 7_314 + 14_961, "test": 8_154 + 42_791})
+FMOW = Edition(62, {}, {"in": 76_863, "out": 11_483 + 19_915, "test": 11_327 + 22_108})
 PUBLISHED: dict[str, tuple[Edition, ...]] = {
     "pacs": (PACS,),
     "vlcs": (VLCS,),
     "officehome": (OFFICEHOME,),
     "terraincognita": (TERRAINCOGNITA, TERRAINCOGNITA_2020),
     "domainnet": (DOMAINNET,),
+    "camelyon17": (CAMELYON17,),
+    "iwildcam": (IWILDCAM,),
+    "fmow": (FMOW,),
 }
 
 
-def count_faults(name: str, counts: Counts) -> list[str]:
+def count_faults(name: str, counts: Counts, parts: Mapping[str, int] | None = None) -> list[str]:
     """The differences from the published numbers of conf/dataset/<name>, one line each: domains first, then classes.
+
+    Args:
+        name: of the dataset.
+        counts: what was found.
+        parts: {part of the official split: number of images}; None: the dataset is not a list.
 
     Returns [] if all numbers agree or none are published. If there are two editions, the closer one is compared.
     """
     if name not in PUBLISHED:
         return []
     edition = min(PUBLISHED[name], key=lambda edition: _distance(edition, counts))
+    lines = _part_faults(edition, parts or {})
+    if not edition.domains:
+        return _overall_class_faults(edition, counts) + lines
     names = [*edition.domains, *(domain for domain in counts if domain not in edition.domains)]
-    lines = [line for domain in names for line in _domain_faults(edition, domain, counts.get(domain))]
+    lines = [line for domain in names for line in _domain_faults(edition, domain, counts.get(domain))] + lines
     return lines + [line for domain in names for line in _class_faults(edition, domain, counts.get(domain))]
+
+
+def prepare_hint(name: str, folder: Path, data_dir: Path) -> str:
+    """`, or get it: <command>` if the dataset is published and its folder is where the command puts it; else ""."""
+    if name not in PUBLISHED or not folder.is_relative_to(data_dir):
+        return ""
+    return f", or get it: python -m gsdg.data prepare {name} {shlex.quote(f'data_dir={data_dir}')}"
 
 
 def _distance(edition: Edition, counts: Counts) -> int:
@@ -113,6 +144,16 @@ def _domain_faults(edition: Edition, domain: str, by_class: dict[str, int] | Non
     if isinstance(edition.domains.get(domain), int) and classes != edition.classes:
         lines.append(f"{domain}: {classes} classes, {edition.classes} published")
     return lines
+
+
+def _overall_class_faults(edition: Edition, counts: Counts) -> list[str]:
+    classes = len({label for by_class in counts.values() for label, count in by_class.items() if count})
+    return [] if classes == edition.classes else [f"{classes} classes, {edition.classes} published"]
+
+
+def _part_faults(edition: Edition, parts: Mapping[str, int]) -> list[str]:
+    pairs = {part: (parts.get(part, 0), published) for part, published in edition.parts.items()}
+    return [f"split {part}: {n:,} images, {right:,} published" for part, (n, right) in pairs.items() if n != right]
 
 
 def _class_faults(edition: Edition, domain: str, by_class: dict[str, int] | None) -> list[str]:

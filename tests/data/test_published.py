@@ -19,7 +19,13 @@ TOTALS = [
     ("terraincognita", 1, 24788, (4879, 9767, 4020, 6122), 10),
     ("domainnet", 0, 586575, (48129, 51605, 72266, 172500, 172947, 69128), 345),
 ]
-EVERY = [(name, edition) for name, editions in PUBLISHED.items() for edition in editions]
+# The same of the data sets with numbers per part of the official split only: in, out, test; the number of classes.
+PARTS = {
+    "camelyon17": (455_954, (302_436, 33_560, 119_958), 2),
+    "iwildcam": (203_029, (129_809, 22_275, 50_945), 182),
+    "fmow": (141_696, (76_863, 31_398, 33_435), 62),
+}
+EVERY = [(name, edition) for name, editions in PUBLISHED.items() for edition in editions if edition.domains]
 IDS = [f"{name}-{edition.total(next(iter(edition.domains)))}" for name, edition in EVERY]
 
 
@@ -35,7 +41,7 @@ def as_published(edition: Edition) -> Counts:
 
 def test_figures_add_up_to_the_published_totals_of_every_edition_and_domains_are_named_as_in_the_configuration():
     assert [(name, i) for name, i, *_ in TOTALS] == [
-        (name, i) for name, editions in PUBLISHED.items() for i in range(len(editions))
+        (name, i) for name, editions in PUBLISHED.items() for i in range(len(editions)) if name not in PARTS
     ]
     for name, number, total, by_domain, classes in TOTALS:
         edition = PUBLISHED[name][number]
@@ -44,6 +50,22 @@ def test_figures_add_up_to_the_published_totals_of_every_edition_and_domains_are
         assert edition.classes == classes
         assert all(len(figure) == classes for figure in edition.domains.values() if isinstance(figure, dict))
         assert list(edition.domains) == OmegaConf.load(REPOSITORY / "conf" / "dataset" / f"{name}.yaml").domains
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_of_other_data_sets_each_part_and_the_number_of_classes_are_compared(name):
+    (edition,), (total, numbers, classes) = PUBLISHED[name], PARTS[name]
+    assert (edition.parts, edition.classes) == (dict(zip(("in", "out", "test"), numbers, strict=True)), classes)
+    assert sum(numbers) == total
+    counts = {"a": dict.fromkeys(map(str, range(classes - 1)), 1), "b": {"last": 1}}
+    assert count_faults(name, counts, edition.parts) == []
+    assert count_faults(name, counts | {"b": {"last": 0}}, edition.parts) == [
+        f"{classes - 1} classes, {classes} published"
+    ]
+    for part, number in edition.parts.items():
+        line = f"split {part}: {number - 1:,} images, {number:,} published"
+        assert count_faults(name, counts, edition.parts | {part: number - 1}) == [line]
+    assert len(count_faults(name, counts)) == 3, "a list without the split"
 
 
 def test_pacs_classes_are_those_of_real_images(pacs_root):

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-from gsdg.data.download import parquet, terra
+from gsdg.data.download import parquet, terra, wilds
 from gsdg.data.download.disk import Unusable
+from gsdg.data.download.listed import Listed
 from gsdg.data.download.mnist import Mnist
 from gsdg.data.download.sources import Item, Source, drive, hub
 from gsdg.data.download.trees import Spellings, copy_tree, count_images, files, find_tree, list_contents
@@ -132,13 +133,21 @@ def _drive(key: str, name: str) -> Source:
 
 
 def _hub(repository: str, size: int) -> Source:
-    return Source("huggingface", (Item(f"https://huggingface.co/datasets/{repository}", "*.parquet", size=size),), hub)
+    return Source("huggingface", (Item(f"{HUB}/{repository}", "*.parquet", size=size),), hub)
+
+
+def _codalab(bundle: str, name: str, size: int) -> Source:
+    """WILDS' own address of a release. In 2026 it was down for months: github.com/p-lambda/wilds/issues/174 and 175."""
+    url = f"https://worksheets.codalab.org/rest/bundles/{bundle}/contents/blob/"
+    return Source("codalab", (Item(url, f"{name}.tar.gz", size=size),))
 
 
 def _domains(*names: str) -> Spellings:
     return dict.fromkeys(names, ())
 
 
+HUB = "https://huggingface.co/datasets"
+IWILDCAM = "iwildcam_v2.0.tar.gz"
 CAMERA_TRAPS = "https://storage.googleapis.com/public-datasets-lila/caltechcameratraps/"
 VISDA = "http://csr.bu.edu/ftp/visda/2019/multi-source/"
 DUPLICATES = Item(
@@ -190,6 +199,30 @@ RECIPES: dict[str, Recipe] = {
         ),
         _domains("clipart", "infograph", "painting", "quickdraw", "real", "sketch"),
         without=DUPLICATES,
+    ),
+    # Addresses and sizes are those of WILDS' package (github.com/p-lambda/wilds, 4726775).
+    "camelyon17": Listed(
+        (_codalab("0xe45e15f39fb54e9d9e919556af67aabe", "camelyon17_v1.0", 10_658_709_504),),
+        ("metadata.csv", "patches"),
+        wilds.camelyon17,
+        "split=from_list split.target=center_2 'dataset.domains=[center_0,center_2,center_3,center_4]'",
+    ),
+    "iwildcam": Listed(
+        (
+            _codalab("0x6313da2b204647e79a14b468131fcd64", "iwildcam_v2.0", 11_957_420_032),
+            # From FARBench's script for iWildCam, which calls it a mirror of this archive.
+            Source("farbench", (Item(f"{HUB}/FARBench/iwildcam-wilds-v2/resolve/main/{IWILDCAM}", IWILDCAM),)),
+        ),
+        ("metadata.csv", "train"),
+        wilds.iwildcam,
+        "split=from_list split.target=unseen_cameras trainer.batch_size=1",
+        model="resnet50",
+    ),
+    "fmow": Listed(
+        (_codalab("0xaec91eb7c9d548ebb15e1b5e60f966ab", "fmow_v1.1", 53_893_324_800),),
+        ("rgb_metadata.csv", "country_code_mapping.csv", "images"),
+        wilds.fmow,
+        "split=from_list 'split.target=[later_Africa,later_Americas,later_Asia,later_Europe,later_Oceania]'",
     ),
     "rotated_mnist": Mnist("convnet"),
     "colored_mnist": Mnist("convnet_2ch"),
