@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 from gsdg.config.schema import as_dict, build
 from gsdg.data.__main__ import main
 from gsdg.data.dataset import DomainDataset
-from gsdg.data.download import prepare, recipes
-from gsdg.data.published_counts import PUBLISHED
+from gsdg.data.download import prepare, recipes, sources, spawrious
+from gsdg.data.published_counts import PUBLISHED, count_faults
 from gsdg.data.split import OfficialSplit
 from gsdg.utils.errors import UserError
 from tests.data.http_server import Server
@@ -232,6 +232,157 @@ def test_fmows_targets_are_all_later_regions_but_other():
     domains, split = config("fmow", Path("/data")).dataset.domains, recipes.RECIPES["fmow"].split
     assert split.endswith(f"'split.target=[{','.join(domains[11:])}]'")
     assert all(name.startswith("year_") for name in domains[:11])
+
+
+# ---- Spawrious ------------------------------------------------------------------------------------------------------
+
+PLACES = ("beach", "desert", "dirt", "jungle", "mountain", "snow")
+BREEDS = ("bulldog", "corgi", "dachshund", "labrador")
+# The combinations of Spawrious' package, written a second time: {domain: {breed: (folder, number of images)}}.
+O2O_MEDIUM = {
+    "Test": {
+        "bulldog": (("0/jungle", 5), ("1/jungle", 5)),
+        "dachshund": (("0/dirt", 5), ("1/dirt", 5)),
+        "labrador": (("0/beach", 5), ("1/beach", 5)),
+        "corgi": (("0/snow", 5), ("1/snow", 5)),
+    },
+    "SC_group_1": {
+        "bulldog": (("0/mountain", 4), ("0/desert", 1)),
+        "dachshund": (("0/beach", 4), ("0/desert", 1)),
+        "labrador": (("0/dirt", 4), ("0/desert", 1)),
+        "corgi": (("0/jungle", 4), ("0/desert", 1)),
+    },
+    "SC_group_2": {
+        "bulldog": (("1/mountain", 3), ("1/desert", 2)),
+        "dachshund": (("1/beach", 3), ("1/desert", 2)),
+        "labrador": (("1/dirt", 3), ("1/desert", 2)),
+        "corgi": (("1/jungle", 3), ("1/desert", 2)),
+    },
+}
+M2M_HARD = {
+    "Test": {
+        "bulldog": (("0/snow", 5), ("0/beach", 5)),
+        "dachshund": (("0/beach", 5), ("0/snow", 5)),
+        "labrador": (("0/dirt", 5), ("0/jungle", 5)),
+        "corgi": (("0/jungle", 5), ("0/dirt", 5)),
+    },
+    "SC_group_1": {
+        "bulldog": (("0/dirt", 5),),
+        "dachshund": (("0/jungle", 5),),
+        "labrador": (("0/snow", 5),),
+        "corgi": (("0/beach", 5),),
+    },
+    "SC_group_2": {
+        "bulldog": (("0/jungle", 5),),
+        "dachshund": (("0/dirt", 5),),
+        "labrador": (("0/beach", 5),),
+        "corgi": (("0/snow", 5),),
+    },
+}
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("o2o_medium", O2O_MEDIUM), ("m2m_hard", M2M_HARD)])
+def test_spawrious_challenges_have_the_combinations_of_its_package(tmp_path, monkeypatch, name, wanted):
+    """With 5 images per folder: 4 or 3 of them in the breed's own place."""
+    monkeypatch.setattr(spawrious, "IN_FOLDER", 5)
+    monkeypatch.setattr(spawrious, "IN_THE_BREEDS_PLACE", (4, 3))
+    files = images(
+        *(
+            f"spawrious224/{number}/{place}/{breed}/{breed}_{i}.png"
+            for number in (0, 1, "domain_adaptation_ds")
+            for place in PLACES
+            for breed in BREEDS
+            for i in range(5)
+        )
+    )
+    report = prepared(f"spawrious_{name}", tmp_path, write_tar(tmp_path / "spawrious224.tar.gz", files))
+    assert "80 images, 4 classes, 3 domains: SC_group_1 20, SC_group_2 20, Test 40\n" in report
+    assert f"dataset=spawrious_{name} model=resnet18 split.target=Test data_dir=" in report
+    folder = tmp_path / "data" / "spawrious" / name
+    dataset = read(f"spawrious_{name}", tmp_path)
+    assert list(dataset.domains) == ["Test", "SC_group_1", "SC_group_2"]
+    for domain, by_breed in wanted.items():
+        images_of = dataset.domains[domain]
+        found = {
+            (dataset.classes[label], os.path.relpath(path, folder))
+            for label, path in zip(images_of.labels, images_of.files, strict=True)
+        }
+        assert found == {
+            (breed, f"{place}/{breed}/{breed}_{i}.png")
+            for breed, places in by_breed.items()
+            for place, number in places
+            for i in range(number)
+        }
+
+
+def test_spawrious_takes_as_many_images_as_its_package():
+    assert (int(0.97 * 3168), int(0.87 * 3168)) == spawrious.IN_THE_BREEDS_PLACE
+    for name, challenge in spawrious.CHALLENGES.items():
+        paths = {}
+        for domain, breed, folder, which in challenge.folders():
+            images_of = paths.setdefault((domain, breed), [])
+            images_of += [f"{folder}/{i}" for i in range(3168)[which]]
+        counts = {domain: {} for domain, _ in paths}
+        for (domain, breed), of_breed in paths.items():
+            counts[domain][breed] = len(of_breed)
+        assert count_faults(f"spawrious_{name}", counts) == []
+        everything = [path for of_breed in paths.values() for path in of_breed]
+        assert len(set(everything)) == len(everything) == 50_688, "no image is in two domains"
+
+
+# ---- data sets of Dassl ---------------------------------------------------------------------------------------------
+
+
+def test_digits_dg_has_dassls_split(tmp_path):
+    domains = ("mnist", "mnist_m", "svhn", "syn")
+    paths = [f"{d}/train/{y}/{y}_{i}.jpg" for d in domains for y in (0, 1) for i in range(2)]
+    files = images(
+        *(f"digits_dg/{path}" for path in paths + [f"{d}/val/{y}/v{y}.jpg" for d in domains for y in (0, 1)])
+    )
+    report = prepared("digits_dg", tmp_path, write_zip(tmp_path / "digits_dg.zip", files))
+    assert "24 images, 2 classes, 4 domains: mnist 6, mnist_m 6, svhn 6, syn 6; " in report
+    assert "official split: 16 in, 8 out, 0 test" in report
+    found = official(read("digits_dg", tmp_path), "svhn")
+    assert found == {
+        d: {"in": ["0 0_0.jpg", "0 0_1.jpg", "1 1_0.jpg", "1 1_1.jpg"], "out": ["0 v0.jpg", "1 v1.jpg"]}
+        for d in domains
+    }
+
+
+def test_mini_domainnet_takes_the_images_of_its_lists(tmp_path):
+    domains = ("clipart", "painting", "real", "sketch")
+    files = images(*(f"{d}/{label}/{d}_{i}.jpg" for d in domains for label in ("axe", "bee", "cat") for i in range(3)))
+    splits = {}
+    for d in domains:
+        splits[f"splits_mini/{d}_train.txt"] = f"{d}/axe/{d}_0.jpg 0\n{d}/cat/{d}_1.jpg 1\n".encode()
+        splits[f"splits_mini/{d}_test.txt"] = f"{d}/cat/{d}_2.jpg 1\n{d}/axe/{d}_1.jpg 0\n".encode()
+    zips = tmp_path / "zips"
+    write_zip(zips / "splits_mini.zip", splits)
+    for d in domains:
+        write_zip(zips / f"{d}.zip", {path: content for path, content in files.items() if path.startswith(f"{d}/")})
+    folders = write_files(tmp_path / "folders", files | splits)
+    for given in (zips, folders):
+        prepared("mini_domainnet", tmp_path, given)
+        dataset = read("mini_domainnet", tmp_path)
+        assert dataset.classes == ["axe", "cat"]
+        assert official(dataset, "sketch") == {
+            d: {"in": [f"axe {d}_0.jpg", f"cat {d}_1.jpg"], "test": [f"cat {d}_2.jpg", f"axe {d}_1.jpg"]}
+            for d in domains
+        }
+        assert len(files_below(tmp_path / "data/mini_domainnet")) == 17
+
+
+def test_a_source_may_have_files_on_drive_and_elsewhere(tmp_path, monkeypatch):
+    used = []
+    monkeypatch.setattr(sources, "drive", lambda item, folder: used.append(("drive", item.name)))
+    monkeypatch.setattr(sources, "http", lambda item, folder: used.append(("http", item.name)))
+    (source,) = recipes.RECIPES["mini_domainnet"].sources
+    for item in source.items:
+        source.via(item, tmp_path)
+    assert used == [
+        ("drive", "splits_mini.zip"),
+        *(("http", f"{d}.zip") for d in ("clipart", "painting", "real", "sketch")),
+    ]
 
 
 # ---- what all lists share -------------------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ has an official split, split.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from gsdg.data.download.sources import Source
 from gsdg.data.download.trees import link_or_copy, list_contents, walk
 from gsdg.data.list_table import count_rows, read_table
 from gsdg.data.published_counts import count_faults
+from gsdg.data.walk import images_in
 from gsdg.utils.errors import listing
 from gsdg.utils.progress import Progress
 
@@ -30,7 +32,7 @@ class Listed:
 
     Args:
         sources: where it is published.
-        contents: names of files and folders; the release is the first folder, breadth first, that has all of them.
+        contents: paths of files and folders; the release is the first folder, breadth first, that has all of them.
         rows: the release's folder -> the list, a frame of text with the columns path (relative to the folder), label,
             domain and optionally split, a row per image.
         split: the overrides of a run on the official split, or without one, of the usual run.
@@ -48,7 +50,7 @@ class Listed:
     def build(self, places: Sequence[Path], tree: Path) -> list[str]:
         release = find_folder(places, self.contents)
         if release is None:
-            raise Unusable(f"no folder with {listing(self.contents)} found in {list_contents(places)}.")
+            raise Unusable(f"no folder with {listing(self.contents[:8])} found in {list_contents(places)}.")
         rows = self.rows(release)
         exists = [(release / path).is_file() for path in rows["path"]]
         missing, rows = [path for path, here in zip(rows["path"], exists, strict=True) if not here], rows[exists]
@@ -77,6 +79,17 @@ def find_folder(places: Sequence[Path], contents: Sequence[str]) -> Path | None:
     """The first folder in `places`, breadth first, that has all these files and folders; None: there is none."""
     folders = (folder for place in places for folder in walk(place))
     return next((folder for folder in folders if all((folder / name).exists() for name in contents)), None)
+
+
+def image_rows(release: Path, folder: str, which: slice = slice(None), **columns: str) -> pd.DataFrame:
+    """Rows of the images in a folder of the release, sorted by path.
+
+    Args:
+        which: the images to take.
+        columns: the values of the other columns, the same in every row.
+    """
+    paths = sorted(os.path.relpath(path, release) for path in images_in(release / folder))[which]
+    return pd.DataFrame({"path": paths}).assign(**columns)
 
 
 def read_columns(file: Path, columns: Sequence[str]) -> pd.DataFrame:
