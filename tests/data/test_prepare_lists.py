@@ -119,7 +119,7 @@ def test_camelyon17_from_its_tar_gz_and_as_wilds_has_unpacked_it(tmp_path):
         assert "accepted: split in: 4 images, 302,436 published" in report
         assert report.endswith(
             f"Next: python -m gsdg.data verify camelyon17 data_dir={tmp_path}/data\n"
-            "Then: python launch.py dataset=camelyon17 model=resnet18 split=from_list split.target=center_2 "
+            "Then: python launch.py dataset=camelyon17 model=resnet50 split=from_list split.target=center_2 "
             f"'dataset.domains=[center_0,center_2,center_3,center_4]' data_dir={tmp_path}/data"
         )
     assert files_below(unpacked / "data/camelyon17_v1.0") == CAMELYON_FILES
@@ -199,6 +199,7 @@ FMOW_ROWS = (
     "test,XKO,zoo,2017-12-31T00:00:00Z",  # test; no region
     "seq,AUT,airport,2003-05-01T09:00:00Z",  # never used
     "train,BRA,dam,2012-05-01T09:00:00Z",  # train
+    "val,ATA,dam,2014-05-01T09:00:00Z",  # val; no region
 )
 COUNTRIES = table(
     "name,alpha-2,alpha-3,country-code,iso_3166-2,region,sub-region",
@@ -216,13 +217,13 @@ FMOW_FILES = FMOW_IMAGES | {
 
 def test_fmow_has_wilds_splits_by_year_and_later_by_region(tmp_path):
     report = prepared("fmow", tmp_path, write_zip(tmp_path / "fmow.zip", FMOW_FILES))
-    assert "7 images, 3 classes, 4 domains: " in report
+    assert "8 images, 3 classes, 4 domains: " in report
     made = files_below(tmp_path / "data" / "fmow")
-    assert made.keys() - {"list.csv"} == {f"images/rgb_img_{i}.png" for i in (0, 3, 4, 5, 7, 9, 11)}
+    assert made.keys() - {"list.csv"} == {f"images/rgb_img_{i}.png" for i in (0, 3, 4, 5, 7, 9, 11, 12)}
     dataset = read("fmow", tmp_path, domains=None)
     assert official(dataset, "later_Africa", "later_Other") == {
         "later_Africa": {"out": ["airport rgb_img_5.png"], "test": ["dam rgb_img_7.png"]},
-        "later_Other": {"test": ["zoo rgb_img_9.png"]},
+        "later_Other": {"out": ["dam rgb_img_12.png"], "test": ["zoo rgb_img_9.png"]},
         "year_2010": {"in": ["airport rgb_img_0.png"]},
         "year_2012": {"in": ["dam rgb_img_11.png"], "out": ["zoo rgb_img_3.png"], "test": ["zoo rgb_img_4.png"]},
     }
@@ -297,7 +298,7 @@ def test_spawrious_challenges_have_the_combinations_of_its_package(tmp_path, mon
     )
     report = prepared(f"spawrious_{name}", tmp_path, write_tar(tmp_path / "spawrious224.tar.gz", files))
     assert "80 images, 4 classes, 3 domains: SC_group_1 20, SC_group_2 20, Test 40\n" in report
-    assert f"dataset=spawrious_{name} model=resnet18 split.target=Test data_dir=" in report
+    assert f"dataset=spawrious_{name} model=resnet50 split.target=Test data_dir=" in report
     folder = tmp_path / "data" / "spawrious" / name
     dataset = read(f"spawrious_{name}", tmp_path)
     assert list(dataset.domains) == ["Test", "SC_group_1", "SC_group_2"]
@@ -406,6 +407,7 @@ def test_files_that_are_no_release_are_refused_and_nothing_is_left(tmp_path):
             (IWILDCAM_FILES | {metadata: IWILDCAM.replace(b"filename", b"file")}, "CSV file with the columns split, "),
             (IWILDCAM_FILES | {metadata: b""}, r"metadata\.csv \(0 bytes\) is not a complete CSV file"),
             (IWILDCAM_FILES | {metadata: IWILDCAM.replace(b"id_val", b"idval")}, "unknown 'idval' in a column with"),
+            (IWILDCAM_FILES | {metadata: IWILDCAM.replace(b"id_val", b"")}, "unknown '' in a column with"),
         )
     ):
         with in_case(message), pytest.raises(UserError, match=message):

@@ -151,7 +151,14 @@ def _spawrious(name: str) -> Listed:
         for source, key in archives
         for file in [f"spawrious224__{source}.tar.gz"]
     ]
-    return Listed(tuple(sources), challenge.contents, challenge.rows, "split.target=Test", ("spawrious*.tar.gz",))
+    return Listed(
+        tuple(sources),
+        challenge.contents,
+        challenge.rows,
+        "split.target=Test",
+        archives=("spawrious*.tar.gz",),
+        model="resnet50",
+    )
 
 
 def _hub(repository: str, size: int) -> Source:
@@ -256,6 +263,7 @@ RECIPES: dict[str, Recipe] = {
         ("metadata.csv", "patches"),
         wilds.camelyon17,
         "split=from_list split.target=center_2 'dataset.domains=[center_0,center_2,center_3,center_4]'",
+        model="resnet50",
     ),
     "iwildcam": Listed(
         (
@@ -273,6 +281,7 @@ RECIPES: dict[str, Recipe] = {
         ("rgb_metadata.csv", "country_code_mapping.csv", "images"),
         wilds.fmow,
         "split=from_list 'split.target=[later_Africa,later_Americas,later_Asia,later_Europe,later_Oceania]'",
+        model="resnet50",
     ),
     "office31": Images(
         (

@@ -23,6 +23,7 @@ def camelyon17(release: Path) -> pd.DataFrame:
     """Domains: the five hospitals, center_0 to center_4.
 
     All images of center_1 (WILDS' val) and of center_2 (its test) are `test`, whatever the metadata's split says.
+    Lost: WILDS selects models on center_1.
     """
     file = release / "metadata.csv"
     table = read_columns(file, ("patient", "node", "x_coord", "y_coord", "tumor", "center", "split"))
@@ -42,7 +43,8 @@ def camelyon17(release: Path) -> pd.DataFrame:
 def iwildcam(release: Path) -> pd.DataFrame:
     """Domains: each camera of WILDS' train, camera_<number>, and `unseen_cameras`: all cameras of its val and test.
 
-    Of the unseen cameras, val is `out` and test is `test`. Labels are the metadata's numbers of classes, 0 to 181.
+    Of the unseen cameras, val is `out` and test is `test`, so that the macro F1 of the domain's `test` images is
+    WILDS' metric. Lost: which of the unseen cameras took an image. Labels are the metadata's numbers, 0 to 181.
     """
     file = release / "metadata.csv"
     table = read_columns(file, ("split", "location_remapped", "y", "filename"))
