@@ -83,10 +83,9 @@ DOMAINNET = Edition(
     {"clipart": 48129, "infograph": 51605, "painting": 72266, "quickdraw": 172500, "real": 172947, "sketch": 69128},
 )
 # Koh et al., ICML 2021 (arXiv:2012.07421): the numbers of WILDS' splits, which `download.wilds` maps to parts: train;
-# id_val (and val); id_test (and test). The paper could not be opened here, so they are from memory. Confirmed: of
-# Camelyon17, where val and test are `test`, all by huggingface.co/datasets/wltjr1007/Camelyon17-WILDS, in thousands; of
-# iWildCam train, val and test, and the classes, by a script of FARBench (which also names a mirror, see the recipe); of
-# FMoW train and test only.
+# id_val (and val); id_test (and test). In Camelyon17 val and test are `test`. The paper could not be opened here: the
+# numbers are from memory, and agree with public code that has read the releases (the script of FARBench for iWildCam,
+# and others), all but FMoW's id_val, val and id_test, for which no second source was found.
 CAMELYON17 = Edition(2, {}, {"in": 302_436, "out": 33_560, "test": 34_904 + 85_054})
 IWILDCAM = Edition(182, {}, {"in": 129_809, "out": 7_314 + 14_961, "test": 8_154 + 42_791})
 FMOW = Edition(62, {}, {"in": 76_863, "out": 11_483 + 19_915, "test": 11_327 + 22_108})
@@ -143,6 +142,11 @@ def count_faults(name: str, counts: Counts, parts: Mapping[str, int] | None = No
     names = [*edition.domains, *(domain for domain in counts if domain not in edition.domains)]
     lines = [line for domain in names for line in _domain_faults(edition, domain, counts.get(domain))] + lines
     return lines + [line for domain in names for line in _class_faults(edition, domain, counts.get(domain))]
+
+
+def has_numbers(name: str) -> bool:
+    """Whether any number of images is published, not only the number of classes."""
+    return any(edition.domains or edition.parts or edition.images for edition in PUBLISHED.get(name, ()))
 
 
 def prepare_hint(name: str, folder: Path, data_dir: Path) -> str:

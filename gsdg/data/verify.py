@@ -24,7 +24,7 @@ from gsdg.data.image_io import UNREADABLE, open_image, reason
 from gsdg.data.list_table import OPTIONAL, PARTS, REQUIRED, ListTable, count_rows, read_table
 from gsdg.data.lists import ImageList, rows_of_classes, rows_of_domains
 from gsdg.data.parallel import in_parallel
-from gsdg.data.published_counts import PUBLISHED, Counts, count_faults
+from gsdg.data.published_counts import Counts, count_faults, has_numbers
 from gsdg.data.split import holdout
 from gsdg.data.walk import Contents, contents_of, files_in, folders_in, loop_at
 from gsdg.utils.errors import UserError, listing
@@ -211,7 +211,7 @@ def _read(root: Path, item: tuple[str, str]) -> ImageFile:
 
 def _is_published(name: str, differences: list[str]) -> bool:
     """Whether these are complete published data. differences: from the published numbers."""
-    return name in PUBLISHED and not differences
+    return has_numbers(name) and not differences
 
 
 def _check_folders(report: Report, source: ImageFolders, existing: list[str], differences: list[str]) -> None:

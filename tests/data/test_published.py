@@ -9,7 +9,15 @@ from helpers import REPOSITORY
 from omegaconf import OmegaConf
 
 from gsdg.data.download.spawrious import CHALLENGES
-from gsdg.data.published_counts import PUBLISHED, TERRAINCOGNITA, TERRAINCOGNITA_2020, Counts, Edition, count_faults
+from gsdg.data.published_counts import (
+    PUBLISHED,
+    TERRAINCOGNITA,
+    TERRAINCOGNITA_2020,
+    Counts,
+    Edition,
+    count_faults,
+    has_numbers,
+)
 
 # Written a second time: the total, the numbers by domain in the order of conf/dataset, the number of classes.
 TOTALS = [
@@ -151,6 +159,11 @@ def test_of_two_editions_the_nearer_one_is_compared_with_also_if_a_domain_is_mis
     old, new = as_published(TERRAINCOGNITA_2020), as_published(TERRAINCOGNITA)
     mixture = {**new, "location_38": old["location_38"]}
     assert count_faults("terraincognita", mixture) == ["location_38: 9,767 images, 9,736 published"]
+
+
+def test_a_number_of_classes_alone_does_not_make_a_copy_complete():
+    assert [name for name in PUBLISHED if not has_numbers(name)] == ["sviro"]
+    assert not has_numbers("image_folder")
 
 
 def test_nothing_is_wrong_where_nothing_is_published_and_counting_changes_nothing():
