@@ -30,6 +30,7 @@ PRESETS = sorted(choices("experiment"))
 NEEDED = {
     "dataset=image_folder": ["dataset.root=x"],
     "dataset=list": ["dataset.file=x/x.csv"],
+    "dataset=iwildcam": ["dataset.file=x/x.csv"],
     "split=from_list": ["dataset=list", "dataset.file=x/x.csv"],
     "algorithm/partition=groups": ["algorithm.partition.patterns=['*.bias']"],
     "algorithm=pseudo_label": ["split.uda_fraction=0.5"],

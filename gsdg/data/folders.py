@@ -9,7 +9,6 @@ files and folders are skipped (see `walk`); classes that differ between domains 
 from __future__ import annotations
 
 import logging
-import shlex
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,7 @@ from gsdg.config.names import Scalar, as_typed
 from gsdg.data.cache.memory_map import Cache
 from gsdg.data.dataset import Domain, DomainDataset, check_domain_names
 from gsdg.data.image_io import EXTENSIONS, read_image
-from gsdg.data.published_counts import PUBLISHED
+from gsdg.data.published_counts import prepare_hint
 from gsdg.data.walk import Contents, contents_of, folders_in, loop_at
 from gsdg.utils.errors import UserError, check_literal, listing, plural
 from gsdg.utils.text import printable
@@ -122,23 +121,18 @@ class ImageFolders:
         return names
 
     def _root_missing_message(self) -> str:
+        hint = prepare_hint(self.name, self.root, self.data_dir)
         if self.root.is_relative_to(self.data_dir) and not self.data_dir.is_dir():
             return (
                 f"{self.name}: data_dir={self.data_dir} is not a folder. Set data_dir=... to the folder that holds "
-                f"{self.root.relative_to(self.data_dir)}{self._prepare_hint()}."
+                f"{self.root.relative_to(self.data_dir)}{hint}."
             )
         siblings = folders_in(self.root.parent) if self.root.parent.is_dir() else []
         return (
             f"{self.name}: {self.root} is not a folder. {self.root.parent} holds: {listing(siblings)}. "
             "Set data_dir=... to the folder that holds it, or dataset.root=... to its own name or path"
-            f"{self._prepare_hint()}."
+            f"{hint}."
         )
-
-    def _prepare_hint(self) -> str:
-        """For a published dataset, how to download it."""
-        if self.name not in PUBLISHED or not self.root.is_relative_to(self.data_dir):
-            return ""
-        return f", or get it: python -m gsdg.data prepare {self.name} {shlex.quote(f'data_dir={self.data_dir}')}"
 
     def _class_folders(self) -> dict[str, list[str]]:
         """{domain: its class folders}. UserError: there are none at all, or one is a link to a folder above it."""

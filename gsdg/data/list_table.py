@@ -21,6 +21,7 @@ import pandas as pd
 from pandas.errors import ParserError, ParserWarning
 
 from gsdg.data.path_array import PathArray
+from gsdg.data.published_counts import Counts
 from gsdg.utils.errors import UserError, listing, not_installed
 
 log = logging.getLogger(__name__)
@@ -119,6 +120,19 @@ def domains_of(file: Path) -> list[str]:
     if not names:
         read_table(file)  # raises: there are no rows, or none of them has a domain
     return sorted(names)
+
+
+def count_rows(table: ListTable) -> tuple[Counts, dict[str, int]]:
+    """({domain: {label: number of rows}}, {part of the column split: number of rows}); {} without that column."""
+    counts: Counts = {name: {} for name in sorted(table.domain.values)}
+    labels = table.label.values
+    pairs, numbers = np.unique(table.domain.codes * np.int64(len(labels)) + table.label.codes, return_counts=True)
+    for pair, number in zip(pairs, numbers.tolist(), strict=True):
+        counts[table.domain.values[pair // len(labels)]][labels[pair % len(labels)]] = number
+    if table.split is None:
+        return counts, {}
+    of_part = dict(zip(table.split.values, np.bincount(table.split.codes).tolist(), strict=True))
+    return counts, {part: of_part.get(part, 0) for part in PARTS}
 
 
 # ---- columns --------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from gsdg.data.dataset import Domain, DomainDataset, check_domain_names
 from gsdg.data.folders import Augment
 from gsdg.data.image_io import read_image
 from gsdg.data.list_table import PARTS, Column, ListTable, checked_columns, domains_of, read_table
+from gsdg.data.published_counts import prepare_hint
 from gsdg.utils.errors import UserError, check_literal, listing, plural
 
 log = logging.getLogger(__name__)
@@ -112,7 +113,7 @@ class ImageList:
             found = f" There is one in the working directory: dataset.file={here}" if here.is_file() else ""
             raise UserError(
                 f"{self.name}: the list {self.file} does not exist. dataset.file is absolute, or relative to "
-                f"data_dir={self.data_dir}.{found}"
+                f"data_dir={self.data_dir}{prepare_hint(self.name, self.root, self.data_dir)}.{found}"
             )
 
     def class_order(self, table: ListTable, rows: dict[str, np.ndarray]) -> list[str]:
@@ -164,7 +165,7 @@ class ImageList:
         if missing := [path for path in first if not os.path.isfile(path)]:
             raise UserError(
                 f"{self.name}: no such image: {listing(missing[:LOOKED_AT])}. Paths in the list are absolute, or "
-                f"relative to its folder {self.root}.\nTo check all of them: python -m gsdg.data verify list "
+                f"relative to its folder {self.root}.\nTo check all of them: python -m gsdg.data verify {self.name} "
                 f"dataset.file={self.file}"
             )
 

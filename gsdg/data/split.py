@@ -179,8 +179,8 @@ class OfficialSplit(_Targets):
 
 
 NO_OFFICIAL_SPLIT = (
-    "split=from_list: dataset={} defines no split. Only dataset=list does, if the list has a column split with the "
-    "words in, out, test. Choose split=leave_one_out for a random split."
+    "split=from_list: dataset={} defines no split. Only a list does (dataset=list, camelyon17, ...), if it has a "
+    "column split with the words in, out, test. Choose split=leave_one_out for a random split."
 )
 
 

@@ -21,10 +21,10 @@ import numpy as np
 
 from gsdg.data.folders import ImageFolders
 from gsdg.data.image_io import UNREADABLE, open_image, reason
-from gsdg.data.list_table import OPTIONAL, PARTS, REQUIRED, ListTable, read_table
+from gsdg.data.list_table import OPTIONAL, PARTS, REQUIRED, ListTable, count_rows, read_table
 from gsdg.data.lists import ImageList, rows_of_classes, rows_of_domains
 from gsdg.data.parallel import in_parallel
-from gsdg.data.published_counts import PUBLISHED, Counts, count_faults
+from gsdg.data.published_counts import Counts, count_faults, has_numbers
 from gsdg.data.split import holdout
 from gsdg.data.walk import Contents, contents_of, files_in, folders_in, loop_at
 from gsdg.utils.errors import UserError, listing
@@ -34,6 +34,7 @@ from gsdg.utils.text import align_columns, printable
 LINES, COLUMNS = 24, 100  # size of a report
 MOST, NAMED = 5, 3  # at most so many faults of each kind, and examples in a note
 TRIALS, HOLDOUT = (0, 1, 2), 0.2  # DomainBed's
+NOT_PUBLISHED = "numbers of images that are not the published ones"
 DomainContents = dict[str, dict[str, Contents]]  # {domain: {class folder: the images in it}}
 
 
@@ -132,9 +133,12 @@ def verify(source: object, *, trial_seeds: Sequence[int] = TRIALS, holdout_fract
         name: {label: len(class_folder.images) for label, class_folder in contents[name].items()} for name in domains
     }
     report = Report(source.name, source.root, counts, files)
-    _check_folders(report, source, existing)
+    differences = count_faults(source.name, counts)
+    _check_folders(report, source, existing, differences)
     _check_skipped(report, contents, [loop for loop in loops.values() if loop])
-    _check_files(report, _held_out(source, images, trial_seeds, holdout_fraction))
+    _check_files(
+        report, _held_out(source, images, trial_seeds, holdout_fraction), _is_published(source.name, differences)
+    )
     _note_other_files(report, contents)
     return report
 
@@ -154,8 +158,11 @@ def _verify_list(source: ImageList, trial_seeds: Sequence[int], fraction: float)
     labels = {name: (table.label.values[code] for code in table.label.codes[rows[name]]) for name in rows}
     report = Report(source.name, source.file, {name: dict(Counter(labels[name])) for name in rows}, files)
     report.kinds["classes"] = [fault] if fault else []
-    _check_files(report, _held_out(source, images, trial_seeds, fraction))
-    _check_parts(report, table, rows)
+    # The whole list is compared, whichever domains and classes of it are used.
+    differences = report.kinds[NOT_PUBLISHED] = count_faults(source.name, *count_rows(table))
+    published = _is_published(source.name, differences)
+    _check_files(report, _held_out(source, images, trial_seeds, fraction), published)
+    _check_parts(report, table, rows, published)
     return report
 
 
@@ -202,7 +209,12 @@ def _read(root: Path, item: tuple[str, str]) -> ImageFile:
 # ---- checks: each adds faults and notes to the report ----------------------------------------------------------------
 
 
-def _check_folders(report: Report, source: ImageFolders, existing: list[str]) -> None:
+def _is_published(name: str, differences: list[str]) -> bool:
+    """Whether these are complete published data. differences: from the published numbers."""
+    return has_numbers(name) and not differences
+
+
+def _check_folders(report: Report, source: ImageFolders, existing: list[str], differences: list[str]) -> None:
     """Missing and unknown domain folders, classes that differ between domains, and numbers other than published."""
     counts, kinds = report.counts, report.kinds
     classes = sorted({label for by_class in counts.values() for label in by_class})
@@ -212,9 +224,7 @@ def _check_folders(report: Report, source: ImageFolders, existing: list[str]) ->
     _check_classes(report, classes, source.classes == "union")
     if counts and not classes:
         kinds["class folders without images"] += [f"no class folder in {listing(counts)}"]
-    kinds["numbers of images that are not the published ones"] = [
-        line for line in count_faults(report.name, counts) if line.partition(":")[0] not in {*missing, *extra}
-    ]
+    kinds[NOT_PUBLISHED] = [line for line in differences if line.partition(":")[0] not in {*missing, *extra}]
 
 
 def _check_classes(report: Report, classes: list[str], may_lack: bool) -> None:
@@ -248,8 +258,13 @@ def _check_skipped(report: Report, contents: DomainContents, domain_loops: list[
     ]
 
 
-def _check_files(report: Report, held_out: dict[int, set[str]]) -> None:
-    """Images that cannot be read, and images that exist more than once."""
+def _check_files(report: Report, held_out: dict[int, set[str]], published: bool) -> None:
+    """Images that cannot be read, and images that exist more than once.
+
+    Args:
+        held_out: see `_held_out`.
+        published: whether all numbers of images are the published ones.
+    """
     unreadable = [f"{file.path} ({file.size:,} bytes): {file.fault}" for file in report.files if file.fault]
     report.kinds["images that cannot be read"] = unreadable
     groups = _duplicates(report.files)
@@ -257,7 +272,6 @@ def _check_files(report: Report, held_out: dict[int, set[str]]) -> None:
     on_both_sides = [line for copies in groups if (line := _on_both_sides(copies, held_out))]
     within = [_joined(copies) for copies in groups if len(_first_of_each_domain(copies)) == 1]
     # The published data sets contain duplicates themselves; in a complete copy they are not a fault.
-    published = report.name in PUBLISHED and not count_faults(report.name, report.counts)
     if across and published:
         report.notes.append(f"the same image in several domains, as published: {_examples(across)}")
     elif across:
@@ -333,18 +347,28 @@ def _note_other_files(report: Report, contents: DomainContents) -> None:
 # ---- checks of lists -------------------------------------------------------------------------------------------------
 
 
-def _check_parts(report: Report, table: ListTable, rows: dict[str, np.ndarray]) -> None:
-    """Copies of an image in several parts of the column split, and groups in several parts, which is only noted."""
+def _check_parts(report: Report, table: ListTable, rows: dict[str, np.ndarray], published: bool) -> None:
+    """Copies of an image in several parts of the column split, and groups in several parts, which is only noted.
+
+    Args:
+        rows: {domain: its rows in the table}.
+        published: whether all numbers of images are the published ones.
+    """
     if table.split is None:
         return
     numbers = np.concatenate(list(rows.values()))  # in the order of report.files
     parts = [table.split.values[code] for code in table.split.codes[numbers]]
     part_of = {file.path: part for file, part in zip(report.files, parts, strict=True)}
-    report.kinds["the same image in several parts of the column split"] = [
+    several_parts = [
         " = ".join(f"{file.path} ({part_of[file.path]})" for file in copies[:NAMED])
         for copies in _duplicates(report.files)
         if len({part_of[file.path] for file in copies}) > 1
     ]
+    kind = "the same image in several parts of the column split"
+    if several_parts and published:
+        report.notes.append(f"{kind}, as published: {_examples(several_parts)}")
+    else:
+        report.kinds[kind] = several_parts
     counts = Counter(parts)
     report.notes.append(f"column split, which split=from_list takes: {listing(f'{counts[p]:,} {p}' for p in PARTS)}")
     if table.group is not None:

@@ -122,7 +122,9 @@ def test_the_root_may_have_another_name_or_place(given, data, tmp_path):
 def test_what_cannot_be_prepared_is_refused_with_what_is_valid(data, tmp_path):
     for name, why in (("image_folder", "your own images"), ("rotated_digits", "ships with gsdg")):
         check_refused(rf"{name}: nothing to prepare, .*{why}\. Valid: pacs, vlcs, ", data, name=name)
-    check_refused(r"--source kaggle is unknown\. Valid: drive, huggingface\.", data, source="kaggle")
+    check_refused(
+        r"--source kaggle is unknown\. Valid: drive, drive_2025, dassl, tsinghua, huggingface\.", data, source="kaggle"
+    )
     check_refused(rf"--from {tmp_path}/nothing: there is no such file", data, tmp_path / "nothing")
     assert not data.exists()
     (tmp_path / "given" / "photo").mkdir(parents=True)

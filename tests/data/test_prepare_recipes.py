@@ -155,6 +155,38 @@ def test_officehome_with_every_spelling_of_real_world(tmp_path):
     check_refused("officehome", tmp_path, given, message)
 
 
+def test_office31_without_the_folder_images_of_its_domains_from_one_archive_and_from_three(tmp_path):
+    domains, labels = ("amazon", "dslr", "webcam"), ("back_pack", "bike")
+    wanted = jpeg_tree(domains=domains, classes=labels)
+    files = {name.replace("/", "/images/", 1): content for name, content in wanted.items()}
+    both = files | {"amazon/interest_points/back_pack/histogram.mat": b"?"}
+    check_made("office31", tmp_path, write_tar(tmp_path / "domain_adaptation_images.tar.gz", both), wanted)
+    for domain in domains:
+        write_tar(tmp_path / "three" / f"{domain}.tgz", {name: both[name] for name in both if name.startswith(domain)})
+    check_made("office31", tmp_path, tmp_path / "three", wanted)
+
+
+def test_sviro_and_nico_from_the_folders_of_their_archives(tmp_path):
+    cars = ("aclass", "escape", "hilux", "i3", "lexus", "tesla", "tiguan", "tucson", "x5", "zoe")
+    files = jpeg_tree(top="SVIRO_DOMAINBED/", domains=cars, classes=("0", "1"), each=1)
+    check_made("sviro", tmp_path, write_zip(tmp_path / "sviro.zip", files), without("SVIRO_DOMAINBED/", files))
+    contexts, top = ("autumn", "dim", "grass", "outdoor", "rock", "water"), "track_1/public_dg_0416/train/"
+    files = jpeg_tree(top=top, domains=contexts, classes=("fishing rod", "wolf"), each=1)
+    tests = {"track_1/public_dg_0416/public_test_flat/1.jpg": b"?", "track_1/dg_label_id_mapping.json": b"{}"}
+    check_made("nico", tmp_path, write_zip(tmp_path / "track_1.zip", files | tests), without(top, files))
+
+
+def test_pacs_as_dassl_has_it_and_officehome_in_an_archive_per_domain(tmp_path):
+    files = pacs("pacs/images/")
+    splits = {"pacs/splits/photo_train_kfold.txt": b"photo/dog/0.jpg 1"}
+    check_made("pacs", tmp_path, write_zip(tmp_path / "pacs.zip", files | splits), without("pacs/images/", files))
+    files = jpeg_tree(domains=("Art", "Clipart", "Product", "Real_World"), classes=("Alarm_Clock", "TV"))
+    for domain in ("Art", "Clipart", "Product", "Real_World"):
+        write_tar(tmp_path / "tgz" / f"{domain}.tgz", {name: files[name] for name in files if name.startswith(domain)})
+    wanted = {name.replace("Real_World/", "Real World/"): content for name, content in files.items()}
+    check_made("officehome", tmp_path, tmp_path / "tgz", wanted)
+
+
 # --- TerraIncognita
 
 TERRA_PARTS = ("cis_test", "cis_val", "train", "trans_test", "trans_val")
@@ -398,6 +430,7 @@ def test_recipes_have_the_domains_of_their_configs_and_mnist_has_torchvisions_ad
         if isinstance(recipe, recipes.Images):
             assert sorted(recipe.domains) == sorted(config(name, Path("/data")).dataset.domains)
         assert all(item.url.startswith("http") for source in recipe.sources for item in source.items), name
+        assert len({source.name for source in recipe.sources}) == len(recipe.sources), f"{name}: --source is ambiguous"
     assert sorted(mnist.MIRRORS.values()) == sorted(datasets.MNIST.mirrors)  # in another order in older versions
     for source, mirror in zip(mnist.Mnist("convnet").sources, mnist.MIRRORS.values(), strict=True):
         assert [item.url for item in source.items] == [mirror + name for name, _ in datasets.MNIST.resources]

@@ -8,7 +8,16 @@ import pytest
 from helpers import REPOSITORY
 from omegaconf import OmegaConf
 
-from gsdg.data.published_counts import PUBLISHED, TERRAINCOGNITA, TERRAINCOGNITA_2020, Counts, Edition, count_faults
+from gsdg.data.download.spawrious import CHALLENGES
+from gsdg.data.published_counts import (
+    PUBLISHED,
+    TERRAINCOGNITA,
+    TERRAINCOGNITA_2020,
+    Counts,
+    Edition,
+    count_faults,
+    has_numbers,
+)
 
 # Written a second time: the total, the numbers by domain in the order of conf/dataset, the number of classes.
 TOTALS = [
@@ -18,8 +27,18 @@ TOTALS = [
     ("terraincognita", 0, 24330, (4741, 9736, 3970, 5883), 10),
     ("terraincognita", 1, 24788, (4879, 9767, 4020, 6122), 10),
     ("domainnet", 0, 586575, (48129, 51605, 72266, 172500, 172947, 69128), 345),
+    ("office31", 0, 4110, (2817, 498, 795), 31),
+    ("digits_dg", 0, 24000, (6000, 6000, 6000, 6000), 10),
+    *((f"spawrious_{name}", 0, 50688, (25344, 12672, 12672), 4) for name in CHALLENGES),
 ]
-EVERY = [(name, edition) for name, editions in PUBLISHED.items() for edition in editions]
+# The same of data sets with numbers per part of the official split only: in, out, test; the number of classes.
+PARTS = {
+    "camelyon17": (455_954, (302_436, 33_560, 119_958), 2),
+    "iwildcam": (203_029, (129_809, 22_275, 50_945), 182),
+    "fmow": (141_696, (76_863, 31_398, 33_435), 62),
+}
+OVERALL = {"sviro": (0, 7), "nico": (88_866, 60), "mini_domainnet": (140_006, 126)}  # images (0: unknown), classes
+EVERY = [(name, edition) for name, editions in PUBLISHED.items() for edition in editions if edition.domains]
 IDS = [f"{name}-{edition.total(next(iter(edition.domains)))}" for name, edition in EVERY]
 
 
@@ -35,7 +54,7 @@ def as_published(edition: Edition) -> Counts:
 
 def test_figures_add_up_to_the_published_totals_of_every_edition_and_domains_are_named_as_in_the_configuration():
     assert [(name, i) for name, i, *_ in TOTALS] == [
-        (name, i) for name, editions in PUBLISHED.items() for i in range(len(editions))
+        (name, i) for name, editions in PUBLISHED.items() for i in range(len(editions)) if name not in PARTS | OVERALL
     ]
     for name, number, total, by_domain, classes in TOTALS:
         edition = PUBLISHED[name][number]
@@ -44,6 +63,34 @@ def test_figures_add_up_to_the_published_totals_of_every_edition_and_domains_are
         assert edition.classes == classes
         assert all(len(figure) == classes for figure in edition.domains.values() if isinstance(figure, dict))
         assert list(edition.domains) == OmegaConf.load(REPOSITORY / "conf" / "dataset" / f"{name}.yaml").domains
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_of_other_data_sets_each_part_and_the_number_of_classes_are_compared(name):
+    (edition,), (total, numbers, classes) = PUBLISHED[name], PARTS[name]
+    assert (edition.parts, edition.classes) == (dict(zip(("in", "out", "test"), numbers, strict=True)), classes)
+    assert sum(numbers) == total
+    counts = {"a": dict.fromkeys(map(str, range(classes - 1)), 1), "b": {"last": 1}}
+    assert count_faults(name, counts, edition.parts) == []
+    assert count_faults(name, counts | {"b": {"last": 0}}, edition.parts) == [
+        f"{classes - 1} classes, {classes} published"
+    ]
+    for part, number in edition.parts.items():
+        line = f"split {part}: {number - 1:,} images, {number:,} published"
+        assert count_faults(name, counts, edition.parts | {part: number - 1}) == [line]
+    assert len(count_faults(name, counts)) == 3, "a list without the split"
+
+
+@pytest.mark.parametrize("name", OVERALL)
+def test_of_others_only_the_number_of_all_images_and_of_classes_are_compared(name):
+    (edition,), (images, classes) = PUBLISHED[name], OVERALL[name]
+    assert (edition.images, edition.classes) == (images, classes)
+    number = images or 1000
+    counts = {"a": dict.fromkeys(map(str, range(classes - 1)), 1), "b": {"last": number - classes + 1}}
+    assert count_faults(name, counts) == []
+    one_more = counts | {"b": {"last": number - classes + 2}}
+    assert count_faults(name, one_more) == [f"{images + 1:,} images, {images:,} published"] * bool(images)
+    assert count_faults(name, {"a": {"0": number}}) == [f"1 classes, {classes} published"]
 
 
 def test_pacs_classes_are_those_of_real_images(pacs_root):
@@ -112,6 +159,11 @@ def test_of_two_editions_the_nearer_one_is_compared_with_also_if_a_domain_is_mis
     old, new = as_published(TERRAINCOGNITA_2020), as_published(TERRAINCOGNITA)
     mixture = {**new, "location_38": old["location_38"]}
     assert count_faults("terraincognita", mixture) == ["location_38: 9,767 images, 9,736 published"]
+
+
+def test_a_number_of_classes_alone_does_not_make_a_copy_complete():
+    assert [name for name in PUBLISHED if not has_numbers(name)] == ["sviro"]
+    assert not has_numbers("image_folder")
 
 
 def test_nothing_is_wrong_where_nothing_is_published_and_counting_changes_nothing():

@@ -18,6 +18,7 @@ from omegaconf import DictConfig
 
 from gsdg.data.download.archives import is_archive, unpack
 from gsdg.data.download.disk import Damaged, Unusable, build_folder, remove
+from gsdg.data.download.listed import LIST, Listed
 from gsdg.data.download.recipes import RECIPES, Images, Recipe
 from gsdg.data.download.sources import Source
 from gsdg.utils.errors import UserError, listing
@@ -42,7 +43,7 @@ def prepare(config: DictConfig, *, given: Path | None, source: str | None, accep
     sources = _selected_sources(name, recipe.sources, source)
     given = _existing(given)
     data_dir = Path(config.data_dir).expanduser().absolute()
-    final = data_dir / Path(config.dataset.root).expanduser()
+    final = data_dir / _folder(name, config)
     if _is_occupied(final):
         return _already_exists_report(config, data_dir, final)
     # Build in a hidden folder, check, rename. Another process may have done so before this one got the lock.
@@ -68,6 +69,18 @@ def _recipe(name: str) -> Recipe:
         return RECIPES[name]
     why = "these are your own images" if name in ("image_folder", "list") else "it ships with gsdg"
     raise UserError(f"{name}: nothing to prepare, {why}. Valid: {listing(RECIPES)}.")
+
+
+def _folder(name: str, config: DictConfig) -> Path:
+    """The folder to prepare, absolute or relative to data_dir: dataset.root, or the folder of the list dataset.file."""
+    if "root" in config.dataset:
+        return Path(config.dataset.root).expanduser()
+    file = Path(config.dataset.file).expanduser()
+    if file.name != LIST or not file.parent.name:
+        raise UserError(
+            f"{name}: dataset.file={file}: the list is prepared in a folder of its own, as <folder>/{LIST}."
+        )
+    return file.parent
 
 
 def _selected_sources(name: str, sources: Sequence[Source], wanted: str | None) -> Sequence[Source]:
@@ -182,10 +195,11 @@ def _already_exists_report(config: DictConfig, data_dir: Path, final: Path) -> s
 
 def _next_commands(config: DictConfig, data_dir: Path) -> str:
     """The commands to run after preparing."""
-    name, target = config.dataset.name, config.dataset.domains[0]
-    model = RECIPES[name].model
-    run = f"python launch.py dataset={name} model={model} split.target={shlex.quote(target)} {_override(data_dir)}"
-    if isinstance(RECIPES[name], Images):
+    name = config.dataset.name
+    recipe = RECIPES[name]
+    split = recipe.split if isinstance(recipe, Listed) else f"split.target={shlex.quote(config.dataset.domains[0])}"
+    run = f"python launch.py dataset={name} model={recipe.model} {split} {_override(data_dir)}"
+    if isinstance(recipe, Images | Listed):
         return f"\nNext: {_command('verify', name, data_dir)}\nThen: {run}"
     return f"\nNext: {run}"
 

@@ -55,6 +55,11 @@ def drive(item: Item, folder: Path) -> None:
         raise DownloadError(f"{item.url}: gdown could not download it")
 
 
+def drive_or_http(item: Item, folder: Path) -> None:
+    """Download from Google Drive if that is where the item is, else over HTTP."""
+    (drive if "drive.google.com" in item.url else http)(item, folder)
+
+
 def hub(item: Item, folder: Path) -> None:
     """Download the Parquet files of a dataset from Hugging Face, or from the mirror in $HF_ENDPOINT."""
     library = import_optional("huggingface_hub")
@@ -72,7 +77,7 @@ class Source:
     Args:
         name: its name, for --source.
         items: the files that together make up the dataset.
-        via: downloads an item into a folder: `http`, `drive` or `hub`.
+        via: downloads an item into a folder: `http`, `drive`, `drive_or_http` or `hub`.
     """
 
     name: str

@@ -80,8 +80,8 @@ def copy_tree(
     """Copy or link every image to <target>/<domain>/<class>/<file>.
 
     Args:
-        domains: {domain: its folder}. If it contains a folder `full`, the classes are in there: one release of VLCS
-            has `full` next to the splits `train`, `crossval` and `test`.
+        domains: {domain: its folder}. If it contains a folder `full` or `images`, the classes are in there: one release
+            of VLCS has `full` next to the splits `train`, `crossval` and `test`, and Office-31 has `images`.
         target: the folder to build.
         labels: {class name in the source: class name in the target}; other classes keep their names.
         without: paths <domain>/<class>/<file> to leave out.
@@ -103,7 +103,7 @@ def copy_tree(
 
 def _images(folder: Path) -> Iterator[tuple[str, str, str]]:
     """Yield (class folder, path relative to it, path) of every image of a domain that is not hidden."""
-    top = folder / "full" if (folder / "full").is_dir() else folder
+    top = next((folder / name for name in ("full", "images") if (folder / name).is_dir()), folder)
     for label in folders_in(top):
         for path in images_in(top / label):
             yield label, os.path.relpath(path, top / label), path
