@@ -18,6 +18,7 @@ resumes from its last checkpoint, so steps after it are seen again.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,6 +51,13 @@ class WatchedRun:
     def sources(self) -> list[str]:
         """The names of the source domains."""
         return [name for name in self.config["dataset"]["domains"] if name not in self.config["split"]["target"]]
+
+    @property
+    def title(self) -> str:
+        """What the run is called in lists of runs, without its id: `erm_sketch_0`, algorithm, target and trial."""
+        split = self.config["split"]
+        words = f"{self.config['algorithm']['name']}_{'+'.join(split['target'])}_{split['trial_seed']}"
+        return re.sub(r"[^\w+.-]", "-", words)
 
 
 class Callback:

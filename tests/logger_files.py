@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ def csv_numbers(folder: Path) -> Numbers:
 def tensorboard_numbers(folder: Path) -> Numbers:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    (title,) = (folder / "tensorboard").iterdir()
+    events = EventAccumulator(str(title), size_guidance={"scalars": 0}).Reload()
     return [(event.step, tag, event.value) for tag in events.Tags()["scalars"] for event in events.Scalars(tag)]
 
 
@@ -47,7 +49,16 @@ def mlflow_numbers(folder: Path) -> Numbers:
 
 
 def wandb_records(folder: Path) -> list:
-    """The records of the only offline run. Its file is a header of 7 bytes, then LevelDB's log format."""
+    """The records of the only offline run. W&B's own process may write the last ones after `finish` has returned."""
+    end = time.monotonic() + 20
+    while not (records := _wandb_records(folder)) or records[-1].WhichOneof("record_type") != "exit":
+        assert time.monotonic() < end, "W&B has not written its last record"
+        time.sleep(0.1)
+    return records
+
+
+def _wandb_records(folder: Path) -> list:
+    """What its file holds by now: a header of 7 bytes, then LevelDB's log format."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     (file,) = (folder / "wandb").glob("offline-run-*/*.wandb")

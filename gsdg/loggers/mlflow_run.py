@@ -66,7 +66,7 @@ class MLflow(Logger):
         known = self.client.get_experiment_by_name(self.experiment)
         experiment_id = known.experiment_id if known else self.client.create_experiment(self.experiment)
         tags = {"gsdg.folder": str(run.folder.absolute())}
-        run_id = self.client.create_run(experiment_id, run_name=run.folder.name, tags=tags).info.run_id
+        run_id = self.client.create_run(experiment_id, run_name=f"{run.title}_{run.folder.name}", tags=tags).info.run_id
         texts = {valid_name(key): str(value)[:LONGEST_PARAMETER] for key, value in leaves(run.config)}
         parameters = [entities.Param(key, text) for key, text in texts.items()]
         for first in range(0, len(parameters), MOST_PARAMETERS):

@@ -1,4 +1,7 @@
-"""TensorBoard: event files in the run's folder. `tensorboard --logdir runs` shows all runs."""
+"""TensorBoard: event files in <run>/tensorboard/<title>, because TensorBoard calls a run by its path.
+
+`tensorboard --logdir runs` shows all runs.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ class TensorBoard(Logger):
     def open(self, run: WatchedRun) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        folder = run.folder / "tensorboard"
+        folder = run.folder / "tensorboard" / run.title
         for file in folder.glob("events.out.tfevents.*"):
             file.unlink()
         self.writer = SummaryWriter(str(folder))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -46,22 +46,22 @@ class WandB(Logger):
         wandb: Any = import_module("wandb")
         address = f"{self.entity}/{self.project}"
         wandb_id = id_of_run(run.folder, f"wandb {address}", lambda: f"{run.folder.name}-{secrets.token_hex(3)}")
-        earlier = [*(run.folder / "wandb").glob(f"offline-run-*-{wandb_id}")]
+        mode = self.mode or default_mode()
+        if mode == "offline":  # before W&B names its folder by the second: an earlier one may have the same name
+            remove((run.folder / "wandb").glob(f"offline-run-*-{wandb_id}"))
         (run.folder / "wandb").mkdir(exist_ok=True)  # otherwise W&B may choose another folder
         self.run = wandb.init(
             project=self.project,
             entity=self.entity,
             id=wandb_id,
-            name=run.folder.name,
+            name=f"{run.title}_{run.folder.name}",
             config=dict(run.config),
             dir=str(run.folder),
-            mode=self.mode or default_mode(),
+            mode=mode,
             resume="allow",
             reinit="create_new",
             settings=wandb.Settings(**SETTINGS),
         )
-        if self.run.offline:
-            remove(earlier)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         if step >= self.run.step:
@@ -80,6 +80,6 @@ def default_mode() -> str:
     return os.environ.get("WANDB_MODE") or ("offline" if on_compute_node else "online")
 
 
-def remove(folders: list[Path]) -> None:
+def remove(folders: Iterable[Path]) -> None:
     for folder in folders:
         shutil.rmtree(folder, ignore_errors=True)

@@ -224,6 +224,17 @@ def test_a_logger_that_fails_is_said_once_is_off_from_then_on_and_the_run_goes_o
     assert_each_once(failing.folder, "csv")
 
 
+def test_runs_are_called_by_algorithm_target_and_trial(tmp_path):
+    config = {"algorithm": {"name": "erm"}, "split": {"target": ["60", "a/b c"], "trial_seed": 3}}
+    assert WatchedRun(tmp_path, config).title == "erm_60+a-b-c_3"
+
+
+@NEEDS["tensorboard"]
+def test_tensorboard_shows_the_title(compose):
+    folder = observe("logger=tensorboard", "algorithm=erm", "split.trial_seed=2").folder
+    assert [path.name for path in (folder / "tensorboard").iterdir()] == ["erm_d_2"]
+
+
 def test_a_csv_file_that_cannot_be_written_stops_nothing(monkeypatch):
     def full(self, step, values):
         raise OSError(28, "No space left on device")
@@ -270,6 +281,7 @@ def test_the_command_takes_the_loggers_settings():
     client, found = mlflow_run(folder)
     assert client.get_experiment(found.info.experiment_id).name == "mine"
     assert found.info.status == "FINISHED"
+    assert found.info.run_name == f"erm_d_0_{folder.name}"
 
 
 def test_the_command_refuses_what_it_cannot_send(tmp_path, capsys, monkeypatch):
