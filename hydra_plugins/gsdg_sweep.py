@@ -147,6 +147,7 @@ class OptunaSweeper(GridSweeper):
             launch=self._launch,
         )
         SweepCallback.draws = optuna_search.drawn_keys(space)
+        optuna_search.note_runs(Path(self.config.hydra.sweep.dir), search.runs())  # those of earlier starts
         search.run()
         print(optuna_search.summary(study, space, runs_dir))
 

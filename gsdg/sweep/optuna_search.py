@@ -149,6 +149,10 @@ class Search:
     run_ids: Callable[[Sequence[list[str]]], list[str]]
     launch: Callable[[list[list[str]], list[str]], None]
 
+    def runs(self) -> list[str]:
+        """The ids of all runs of the trials that have ended."""
+        return [run_id for trial in self.study.trials for run_id in trial.user_attrs.get(RUNS, [])]
+
     def run(self) -> None:
         """Make trials until there are `n_trials`."""
         self._go_on()
@@ -269,6 +273,11 @@ def ended(run_ids: Sequence[str], runs_dir: Path, sweep: Path) -> Generator[None
     while active := [state for state in state_names(_history(runs_dir), run_ids).values() if state in ACTIVE]:
         log.info("waiting for %s", plural(len(active), "run"))
         time.sleep(POLL)
+    note_runs(sweep, run_ids)
+
+
+def note_runs(sweep: Path, run_ids: Sequence[str]) -> None:
+    """List these runs in the folder of the whole search, from which the table at the end is made."""
     sweep.mkdir(parents=True, exist_ok=True)
     for run_id in run_ids:
         note_run(sweep, run_id)

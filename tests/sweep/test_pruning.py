@@ -151,3 +151,5 @@ def test_the_table_at_the_end_has_one_row_and_the_recommended_command_prints_it(
     (command,) = [line for line in done.stdout.splitlines() if line.startswith("table: python -m analysis ")]
     assert main(shlex.split(command)[4:]) == 0
     assert rows[0] in capsys.readouterr().out
+    more = launch("-m", *words, "algorithm.n_parts=1,2", "hydra.sweeper.n_trials=3", "trainer.steps=1")
+    assert "read: 3 runs" in more.stdout, "the table shows the runs of the first start too, each once"
