@@ -229,7 +229,7 @@ def our_contenders(case: Case) -> Calls:
     for name, rule in ELEMENT_RULES.items():
         calls[f"{name} @ element"] = partial(case.surgery(PerElement(), rule()).combine, G)
     # has the attributes of a surgery that Diagnostics reads, without a second copy of G
-    kept = SimpleNamespace(gradients=G, names=case.names, shapes=[p.shape for p in case.params])
+    kept = SimpleNamespace(gradients=G, names=case.names, shapes=[p.shape for p in case.params], domains=[])
     return calls | {"diagnostics": partial(Diagnostics(), kept)}
 
 
