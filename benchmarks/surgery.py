@@ -3,6 +3,7 @@
     python benchmarks/surgery.py --output benchmarks/results/surgery_cpu.csv
     python benchmarks/surgery.py --device cuda --output benchmarks/results/surgery_cuda.csv
     python benchmarks/surgery.py --rules-only --models resnet18 --domains 4 8 16 40 --threads 1 --rounds 1 \
+        --only mean pcgrad gradvac corgrad mgda cagrad upgrad dualproj nash \
         --output benchmarks/results/rules_many_domains_cpu_202611.csv
 
 Parameter tensors of ResNet-18, ResNet-50 and ViT-B/16 (torchvision), with random gradients of D = 3 and 5 domains. For
