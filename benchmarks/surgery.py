@@ -2,6 +2,9 @@
 
     python benchmarks/surgery.py --output benchmarks/results/surgery_cpu.csv
     python benchmarks/surgery.py --device cuda --output benchmarks/results/surgery_cuda.csv
+    python benchmarks/surgery.py --rules-only --models resnet18 --domains 4 8 16 40 --threads 1 --rounds 1 \
+        --only mean pcgrad gradvac corgrad mgda cagrad upgrad dualproj nash \
+        --output benchmarks/results/rules_many_domains_cpu_202611.csv
 
 Parameter tensors of ResNet-18, ResNet-50 and ViT-B/16 (torchvision), with random gradients of D = 3 and 5 domains. For
 each, the contenders take turns in one process on the same gradients G; the result is the median over the rounds (at
@@ -14,7 +17,8 @@ with this alpha.
 - released form: corgrad(0.6) @ chunk(10) as loops over tensors, chunks and pairs, with `if`s on the host;
 - textbook pcgrad: the same kind of loops, one part per tensor;
 - torchjd: TorchJD's aggregators on the whole [D, P] matrix, as its users call them;
-- diagnostics: one call of Diagnostics() on kept gradients.
+- diagnostics: one call of Diagnostics() on kept gradients;
+- with --rules-only: nothing but every Gram rule's D x D algebra, on random Gram matrices of the parts of chunk(10).
 
 On CUDA a time includes the kernel launches, which a training step hides behind its backward pass. The lines after each
 table give the time on the device (torch.profiler), the number of launches and the bandwidth.
@@ -58,6 +62,7 @@ from gsdg.surgery import (
 from gsdg.surgery.buffers import ALIGN
 from gsdg.surgery.kernels.torch_kernels import kernels
 from gsdg.surgery.rules import CorGrad, Rule
+from gsdg.surgery.rules.precision import GRAM_EPS
 
 Calls = dict[str, Callable[[], object]]
 
@@ -229,7 +234,7 @@ def our_contenders(case: Case) -> Calls:
     for name, rule in ELEMENT_RULES.items():
         calls[f"{name} @ element"] = partial(case.surgery(PerElement(), rule()).combine, G)
     # has the attributes of a surgery that Diagnostics reads, without a second copy of G
-    kept = SimpleNamespace(gradients=G, names=case.names, shapes=[p.shape for p in case.params])
+    kept = SimpleNamespace(gradients=G, names=case.names, shapes=[p.shape for p in case.params], domains=[])
     return calls | {"diagnostics": partial(Diagnostics(), kept)}
 
 
@@ -296,6 +301,24 @@ def measured(model: str, n_domains: int, only: list[str], rounds: int, device: s
     return [{**head, **row_of(name, times), **provenance(device)} for name in calls]
 
 
+def measured_rules(model: str, n_domains: int, only: list[str], rounds: int, device: str) -> list[Row]:
+    """The rows of the Gram rules alone, without a pass over gradients; at least one call each."""
+    print(f"{model}, {n_domains} domains, rules only", file=sys.stderr, flush=True)
+    params = case_of(model, 1, "meta").params
+    n_parts = Chunk().layout([p.shape for p in params]).n_parts
+    J = torch.randn(n_domains, 100, n_parts, dtype=torch.float64, device=device)
+    M = torch.stack([(row * J).sum(1) for row in J])  # [D, D, K]
+    calls = {name: partial(algebra, rule(), M) for name, rule in GRAM_RULES.items() if any(x in name for x in only)}
+    times = medians(calls, rounds, device)
+    head = {"model": model, "parts": n_parts, "domains": n_domains}
+    return [{**head, "what": name, "median_ms": round(times[name].ms, 3), **provenance(device)} for name in calls]
+
+
+def algebra(rule: rules.GramRule, M: Tensor) -> None:
+    rule.start_step(len(M))
+    rule.coefficients(M, GRAM_EPS[torch.float32])
+
+
 def row_of(name: str, times: dict[str, Time]) -> Row:
     """The columns of one contender. A ratio is empty if --only left out the contender that it compares with."""
     ms, missing = times[name].ms, Time(float("nan"), 0)
@@ -313,12 +336,14 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--domains", nargs="+", type=int, default=[3, 5])
     parser.add_argument("--only", nargs="+", default=[""], help="only contenders whose names contain one of these")
+    parser.add_argument("--rules-only", action="store_true", help="only the D x D algebra of the Gram rules")
     args = parsed(parser)
+    measure = measured_rules if args.rules_only else measured
     torch.set_grad_enabled(False)
     rows = []
     for model in args.models:
         for n_domains in args.domains:
-            model_rows = measured(model, n_domains, args.only, args.rounds, args.device)
+            model_rows = measure(model, n_domains, args.only, args.rounds, args.device)
             gc.collect()
             show(model_rows)
             rows += model_rows

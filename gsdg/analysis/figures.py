@@ -20,7 +20,7 @@ from textwrap import fill
 import pandas as pd
 
 from gsdg.analysis import plots, style
-from gsdg.analysis.read.frames import Runs, diagnostics
+from gsdg.analysis.read.frames import Runs, diagnostics, domain_cosines
 from gsdg.analysis.read.labels import Method, method_labels
 from gsdg.analysis.selection import as_text, groups
 from gsdg.analysis.statistics import AVERAGE, PAIR, find_baselines
@@ -31,6 +31,7 @@ from gsdg.utils.errors import plural
 MOST_METHODS = 12  # in one figure: more could not be distinguished
 LEVEL = "chunk"  # granularity of the diagnostics that are shown, for all methods
 AT_LEVEL = f"gradients compared {LEVEL} by {LEVEL}, whatever the method's own granularity"
+DOMAINS_NAMED = 14  # whose names fit beside axes of the usual height
 SETTINGS = {  # column of `_with_settings`: config key
     "alpha": "algorithm.alpha",
     "n_parts": "algorithm.partition.n_parts",
@@ -47,11 +48,13 @@ class Panels:
         panels: (title, function that draws on the axes it is given) for each of them.
         note: a caption for all of them.
         why: the reason if there are no panels.
+        scale: the size of the axes, relative to the usual 3.4 x 2.6 inches.
     """
 
     panels: Sequence[tuple[str, Callable[[Axes], Axes]]] = ()
     note: str = ""
     why: str = ""
+    scale: float = 1
 
     def __len__(self) -> int:
         return len(self.panels)
@@ -63,7 +66,7 @@ class Panels:
         """(title, PNG) of each of the axes, for a page that lays them out itself."""
         for title, draw in self.panels:
             with style.print_style():
-                figure, axes = style.figure()
+                figure, axes = style.figure(scale=self.scale)
                 draw(axes[0, 0])
                 picture = png(figure, 200)
             yield title, picture
@@ -74,7 +77,7 @@ class Panels:
             return None
         columns = min(columns, len(self))
         with style.print_style():
-            figure, axes = style.figure(columns, -(-len(self) // columns))
+            figure, axes = style.figure(columns, -(-len(self) // columns), scale=self.scale)
             for ax in axes.flat[len(self) :]:
                 ax.set_axis_off()
             for ax, (title, draw) in zip(axes.flat, self.panels, strict=False):
@@ -258,6 +261,24 @@ def conflict_maps(runs: Runs, diagnosed: pd.DataFrame | None = None) -> Panels:
             title = _with_run_count(runs, f"{dataset}, {name}", of_method["run_id"])
             panels.append((title, partial(plots.conflict_map, of_method, **options)))
     return Panels(panels, "; ".join(notes), "" if panels else plots.NO_DIAGNOSTICS)
+
+
+def conflict_matrices(runs: Runs) -> Panels:
+    """Heat maps of the mean cosine between the gradients of each pair of domains, one axes per data set and method."""
+    rows = domain_cosines(runs)
+    rows = rows[rows["n_targets"] == 1]
+    panels, most = [], 0
+    notes = ["cosine of the whole model's gradients, mean over steps and runs", "grey: never in one step"]
+    for (dataset,), of_dataset in groups(rows, "dataset"):
+        shown, left_out = _first_methods(of_dataset["algorithm"])
+        notes += [f"not drawn of {dataset}: {', '.join(left_out)}"] * bool(left_out)
+        most = max(most, of_dataset["domain_a"].nunique() + 1)
+        for name in shown:
+            of_method = of_dataset[of_dataset["algorithm"] == name]
+            title = _with_run_count(runs, f"{dataset}, {name}", of_method["run_id"])
+            panels.append((title, partial(plots.conflict_matrix, of_method)))
+    why = "" if panels else plots.NO_DIAGNOSTICS
+    return Panels(panels, "; ".join(notes), why, scale=max(1.0, most / DOMAINS_NAMED))
 
 
 # ---- selecting rows -------------------------------------------------------------------------------------------------

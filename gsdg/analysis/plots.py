@@ -54,6 +54,7 @@ GRANULARITIES = ["model", "module", "tensor", "chunk", "filter", "element"]  # c
 DEFAULT_CHUNKS = 10  # n_parts in conf/algorithm/partition/chunk.yaml
 NO_CHOSEN = "no finished runs to choose from"
 NO_DIAGNOSTICS = "no diagnostics: run with algorithm.diagnostics=true"
+SIGNED_COLOUR_MAP = "PuOr"  # of values around 0
 
 
 def accuracy_by_step(
@@ -249,6 +250,35 @@ def conflict_map(
     return add_colour_bar(ax, mesh, label)
 
 
+def conflict_matrix(cosines: pd.DataFrame, ax: Axes) -> Axes:
+    """Heat map of the mean cosine of each pair of domains: the mean over the steps of a run, then over runs.
+
+    Neighbouring domains have similar gradients: they are in the order of a hierarchical clustering (average linkage)
+    of the distances 1 - cosine; a pair that no run has seen together counts as the mean distance. The cells of such
+    pairs, and the diagonal, stay blank: grey, because white is the cosine 0.
+
+    Args:
+        cosines: rows of one data set and method in the frame of `frames.domain_cosines`.
+    """
+    columns = ["run_id", "step", "domain_a", "domain_b", "cosine"]
+    if missing := _missing(cosines, columns, NO_DIAGNOSTICS):
+        return show_message(ax, missing)
+    _require_single(cosines, ["dataset", "algorithm"])
+    matrix, how = _clustered(_mean_cosines(cosines.dropna(subset=columns)))
+    limit = np.nanmax(np.abs(matrix.to_numpy())) or 1.0
+    edges = np.arange(len(matrix) + 1) - 0.5
+    mesh = ax.pcolormesh(
+        edges, edges, np.ma.masked_invalid(matrix.to_numpy()),
+        cmap=SIGNED_COLOUR_MAP, vmin=-limit, vmax=limit, rasterized=True,
+    )  # fmt: skip
+    ax.set_facecolor("0.8")
+    ax.invert_yaxis()
+    set_thinned_ticks(ax.yaxis, list(matrix.index), ax.bbox.height)
+    ax.set_xticks(ax.get_yticks(), [""] * len(ax.get_yticks()))
+    ax.set(xlabel=f"the same domains, {how}", ylabel="domain")
+    return add_colour_bar(ax, mesh, "mean cosine")
+
+
 def paired(chosen: pd.DataFrame, ax: Axes, x: str, y: str, *, metric: Metric = ACCURACY) -> Axes:
     """Scatter plot of the metric of method `y` over that of method `x`, with the diagonal.
 
@@ -313,6 +343,37 @@ def _split_complete(rows: pd.DataFrame, by: list[str], n_runs: int) -> tuple[pd.
     """
     is_complete = rows.groupby(by, observed=True)["run_id"].transform("nunique") == n_runs
     return rows[is_complete], rows[~is_complete]
+
+
+def _mean_cosines(cosines: pd.DataFrame) -> pd.DataFrame:
+    """The symmetric matrix of the mean cosines, domains in order of appearance; NaN for pairs without a value."""
+    domains = list(dict.fromkeys(np.ravel(cosines[["domain_a", "domain_b"]].to_numpy())))
+    swapped = cosines.rename(columns={"domain_a": "domain_b", "domain_b": "domain_a"})
+    pairs = pd.concat([cosines, swapped], ignore_index=True)
+    of_run = pairs.groupby(["domain_a", "domain_b", "run_id"], observed=True)["cosine"].mean()
+    mean = of_run.groupby(["domain_a", "domain_b"], observed=True).mean()
+    return mean.unstack().reindex(index=domains, columns=domains)
+
+
+def _clustered(matrix: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """The matrix of cosines in the order of a clustering, and what that order is, as text.
+
+    Without scipy, and for two domains, in the order that it has.
+    """
+    if len(matrix) < 3:
+        return matrix, "in the data set's order"
+    try:
+        from scipy.cluster import hierarchy
+        from scipy.spatial.distance import squareform
+    except ImportError:
+        return matrix, "in the data set's order (clustered with scipy: pip install 'gsdg[statistics]')"
+    distances = 1 - matrix.to_numpy(dtype=float)
+    np.fill_diagonal(distances, np.nan)
+    distances = np.where(np.isnan(distances), np.nanmean(distances), distances)
+    np.fill_diagonal(distances, 0)
+    tree = hierarchy.linkage(squareform(distances, checks=False), "average", optimal_ordering=True)
+    order = hierarchy.leaves_list(tree)
+    return matrix.iloc[order, order], "similar ones together"
 
 
 def _mean_and_spread(values: pd.Series, by: pd.Series | list[pd.Series]) -> pd.DataFrame:

@@ -18,6 +18,7 @@ from gsdg.analysis.figures import (
     alpha_n_parts,
     best_methods,
     conflict_maps,
+    conflict_matrices,
     conflicts,
     curves,
     granularity,
@@ -190,7 +191,11 @@ def conflicts_section(runs: Runs) -> str:
     if not len(lines):
         return note(f"Nothing to show: {lines.why}")
     maps = panels_html(conflict_maps(runs, diagnosed))
-    return f"<h3>By training progress</h3>{panels_html(lines)}<h3>By module and step</h3>{maps}"
+    pairs_of_domains = panels_html(conflict_matrices(runs))
+    return (
+        f"<h3>By training progress</h3>{panels_html(lines)}<h3>By module and step</h3>{maps}"
+        f"<h3>By pair of domains</h3>{pairs_of_domains}"
+    )
 
 
 @contextmanager

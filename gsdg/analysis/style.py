@@ -59,12 +59,12 @@ def print_style() -> AbstractContextManager[None]:
     )
 
 
-def figure(columns: int = 1, rows: int = 1) -> tuple[Figure, np.ndarray]:
-    """A figure and its axes [rows, columns], 3.4 x 2.6 inches each.
+def figure(columns: int = 1, rows: int = 1, *, scale: float = 1) -> tuple[Figure, np.ndarray]:
+    """A figure and its axes [rows, columns], 3.4 x 2.6 inches each, times scale.
 
     It is not made by pyplot, so it needs no display and need not be closed.
     """
-    fig = Figure(figsize=(3.4 * columns, 2.6 * rows), layout="constrained")
+    fig = Figure(figsize=(3.4 * scale * columns, 2.6 * scale * rows), layout="constrained")
     return fig, fig.subplots(rows, columns, squeeze=False)
 
 

@@ -8,11 +8,13 @@ a module, over all of its parts, are:
     cosine               mean of cos, without pairs that have a zero gradient
     removed_norm_ratio   mean of |cos| over the conflicting pairs: the share of ||g_i|| that one projection would remove
 
-The paper's figure of conflicts by depth is a plot of these statistics.
+The paper's figure of conflicts by depth is a plot of these statistics. The cosines of the whole model are also recorded
+for each pair of domains.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -50,20 +52,27 @@ class Diagnostics:
     def __call__(self, surgery: Surgery) -> dict:
         """Compute the statistics of the surgery's `gradients`. Waits for the device, once per granularity.
 
-        Returns: {"statistics": STATISTICS, "levels": {granularity: {module: [one number per statistic]}}}. The
-            granularity `model` has one module, "model".
+        Returns: {"statistics": STATISTICS, "levels": {granularity: {module: [one number per statistic]}}, "domains":
+            the D names, "cosine": the D x D cosines of the whole model, None where a gradient is zero}. The granularity
+            `model` has one module, "model".
         """
         G = surgery.gradients
         if not self._levels:
             names = surgery.names or [str(tensor) for tensor in range(len(surgery.shapes))]
             self._tabulate(surgery.shapes, names, G.device)
         row_grams = part_grams(G, self._rows)  # [R, D, D]
-        levels = {}
+        levels: dict[str, dict[str, list[float]]] = {}
         for name, level in self._levels.items():
             grams = group_sums(row_grams, level.part_rows)  # [K, D, D]
             values = statistics(grams, level.module_parts, GRAM_EPS[G.dtype]).tolist()
             levels[name] = {m: [round(v, 5) for v in row] for m, row in zip(level.modules, values, strict=True)}
-        return {"statistics": STATISTICS, "levels": levels}
+        model = group_sums(row_grams, self._levels["model"].part_rows)[0]  # [D, D]
+        return {
+            "statistics": STATISTICS,
+            "levels": levels,
+            "domains": surgery.domains,
+            "cosine": cosine_matrix(model),
+        }
 
     def _tabulate(self, shapes: Sequence[torch.Size], names: Sequence[str], device: torch.device) -> None:
         """Find the rows of each part and the parts of each module, at every granularity."""
@@ -85,6 +94,14 @@ class Diagnostics:
             self._levels[name] = Level(members(part_of_row, n_parts, device), module_parts, modules)
         all_rows = members(part_of_rows(WholeModel(), shapes, names), 1, device)
         self._levels["model"] = Level(all_rows, members([0], 1, device), ["model"])
+
+
+def cosine_matrix(gram: Tensor) -> list[list[float | None]]:
+    """The cosines of the D gradients with this Gram matrix [D, D], rounded; None where a gradient is zero."""
+    lengths = gram.diagonal().clamp_min(0).sqrt()
+    scale = lengths[:, None] * lengths
+    cosines = (gram / scale).clamp(-1, 1).tolist()
+    return [[round(c, 5) if math.isfinite(c) else None for c in row] for row in cosines]
 
 
 def statistics(grams: Tensor, module_parts: Tensor, gram_eps: float) -> Tensor:

@@ -210,6 +210,13 @@ class Surgery:
         """[D]: the losses of the last `collect` or `backward`, detached and unscaled."""
         return self._losses
 
+    @property
+    def domains(self) -> list[str]:
+        """The D names given to the last `collect`, `backward` or `combine`; "domain 0" and so on if none were given."""
+        if self._domains is None:
+            return [domain_name(d, None) for d in range(self._n_domains)]
+        return list(self._domains)
+
     def find_nonfinite(self, G: Tensor | None = None, domains: Sequence[str] | None = None) -> str | None:
         """Name the domain and tensor whose gradient holds NaN or inf; None if all are finite.
 

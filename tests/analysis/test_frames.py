@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from analysis_folders import config, write_lines, write_run
 
-from gsdg.analysis.read.frames import diagnostics, read_config, read_runs
+from gsdg.analysis.read.frames import diagnostics, domain_cosines, read_config, read_runs
 from gsdg.analysis.read.labels import label
 from gsdg.analysis.read.run import Run
 from gsdg.analysis.selection import METHODS
@@ -400,6 +400,19 @@ def test_diagnostics_of_all_runs_are_one_frame_with_their_runs_without_foreign_l
     assert rows(diagnostics(runs), *columns) == [["r1", "erm", 2, 10, 3, "chunk", "conv", 0.5, -0.1]]
     assert diagnostics(runs, ["model"])["module"].tolist() == ["model"]
     assert len(diagnostics(runs, ["filter"])) == 0
+
+
+def test_cosines_between_domains_are_one_row_a_pair_and_step_of_the_domains_that_the_step_has(tmp_path):
+    """A step may have some of the domains only. A domain without a gradient has no cosines. Older lines have none."""
+    first = {"step": 0, "domains": ["a", "b", "c"], "cosine": [[1, 0.5, None], [0.5, 1, None], [None, None, None]]}
+    second = {"step": 3, "domains": ["c", "a"], "cosine": [[1, -0.25], [-0.25, 1]]}
+    older = {"step": 2, "statistics": ["cosine"], "levels": {"model": {"model": [0.1]}}}
+    folder = write_run(tmp_path, "r1", config(trial_seed=2))
+    write_run(tmp_path, "r2", config("x"))
+    (folder / "diagnostics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in (first, older, second)))
+    columns = ["run_id", "trial_seed", "steps", "step", "domain_a", "domain_b", "cosine"]
+    expected = [["r1", 2, 10, 0, "a", "b", 0.5], ["r1", 2, 10, 3, "c", "a", -0.25]]
+    assert rows(domain_cosines(read_runs(tmp_path)), *columns) == expected
 
 
 def averaged(runs: Path, name: str, averages: dict, averaging=None, records=None, **of_run) -> Path:

@@ -366,6 +366,39 @@ def test_axes_too_narrow_for_a_colour_bar_say_what_the_colour_is():
     assert "colour: conflicting pairs, %" in axes[0, 0].get_xlabel()
 
 
+# conflict_matrix
+
+
+def cosines(*rows) -> pd.DataFrame:
+    """Rows (run_id, step, domain_a, domain_b, cosine)."""
+    frame = pd.DataFrame(rows, columns=["run_id", "step", "domain_a", "domain_b", "cosine"])
+    return frame.assign(dataset="toy", algorithm="ours")
+
+
+def test_the_matrix_has_the_mean_over_runs_in_the_order_of_similarity(ax):
+    pytest.importorskip("scipy")
+    rows = [("r", 0, "a", "b", -0.5), ("r", 1, "b", "a", -0.7), ("s", 0, "a", "b", 0.2)]  # the runs: -0.6 and 0.2
+    rows += [("r", 0, "a", "c", 0.9), ("r", 0, "b", "d", 0.9), ("r", 0, "c", "d", -0.4), ("r", 1, "c", "b", -0.4)]
+    plots.conflict_matrix(cosines(*rows), ax)  # a and d have not been seen together
+    names = ticks(ax.yaxis)
+    assert names in ([*"cabd"], [*"dbac"], [*"acdb"], [*"bdca"], [*"acbd"], [*"dbca"], [*"cadb"], [*"bdac"])
+    cells = pd.DataFrame(np.ma.filled(ax.collections[0].get_array(), np.nan), names, names)
+    assert cells.loc["a", "b"] == cells.loc["b", "a"] == pytest.approx(-0.2)
+    assert np.isnan(cells.loc["a", "d"])
+    assert np.isnan(np.diag(cells)).all()
+    assert cells.notna().to_numpy().sum() == 10
+    assert (ax.collections[0].norm.vmin, ax.collections[0].norm.vmax) == (-0.9, 0.9)
+    assert "similar ones together" in ax.get_xlabel()
+
+
+def test_without_scipy_the_matrix_is_in_the_order_of_the_data_set_and_says_so(ax, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.cluster", None)
+    plots.conflict_matrix(cosines(("r", 0, "z", "b", -0.5), ("r", 0, "z", "a", 0.5), ("r", 0, "b", "a", 0.1)), ax)
+    assert ticks(ax.yaxis) == ["z", "b", "a"]
+    assert "data set's order" in ax.get_xlabel()
+    assert "gsdg[statistics]" in ax.get_xlabel()
+
+
 # paired
 
 
@@ -419,7 +452,7 @@ def test_a_frame_with_nothing_to_show_gives_axes_that_show_a_message(ax):
     unset = chosen((None, None, "a", 0, 0.5)).assign(rule=None, level=None, part=None, algorithm=None)
     frames = (None, pd.DataFrame(), chosen()[:0], chosen((0, 5, "a", 0, 0.5))[["dataset", "value"]], unset)
     functions = (plots.accuracy_by_step, plots.alpha_n_parts, plots.granularity, plots.by_progress, plots.conflict_map)
-    for function in (*functions, partial(plots.paired, x="erm", y="pcgrad")):
+    for function in (*functions, plots.conflict_matrix, partial(plots.paired, x="erm", y="pcgrad")):
         for frame in frames:
             ax.clear()
             assert function(frame, ax) is ax
@@ -544,6 +577,11 @@ def heat(ax, modules, steps, statistic="conflict_rate"):
     return plots.conflict_map(diagnostics(*rows), ax, statistic)
 
 
+def matrix(ax, domains):
+    pairs = enumerate(itertools.combinations(domains, 2))
+    return plots.conflict_matrix(cosines(*(("r", 0, a, b, np.sin(k)) for k, (a, b) in pairs)), ax)
+
+
 def scatter(ax, targets, x, y):
     rows = [
         (name, target, seed, 0.5 + i / 20 + seed / 50 + 0.02 * (name == y))
@@ -580,6 +618,11 @@ DRAWN = {
         "four modules": lambda ax: heat(ax, ["conv1", "conv2", "conv3", "fc"], range(0, 201, 10)),
         "60 modules x 100 steps": lambda ax: heat(ax, MODULES, range(0, 10000, 100)),
         "cosine": lambda ax: heat(ax, MODULES[:20], range(0, 5001, 100), "cosine"),
+    },
+    "matrix": {
+        "two domains": lambda ax: matrix(ax, PACS[:2]),
+        "four domains": lambda ax: matrix(ax, PACS),
+        "40 domains": lambda ax: matrix(ax, [f"hospital number {i}" for i in range(40)]),
     },
     "pairs": {
         "four targets": lambda ax: scatter(ax, PACS, "erm", "grad_surgery"),

@@ -36,7 +36,8 @@ def write_diagnosed(runs: Path, target: str = "photo", **options) -> None:
     """A run with diagnostics."""
     levels = {"chunk": {"conv": [0.5, 0.1, 0.2], "head": [0.25, 0.1, 0.2]}, "model": {"conv": [0.9, 0.9, 0.9]}}
     names = ["conflict_rate", "cosine", "removed_norm_ratio"]
-    lines = [{"step": step, "statistics": names, "levels": levels} for step in (0, 5)]
+    pair = {"domains": ["art", "sketch"], "cosine": [[1.0, -0.5], [-0.5, 1.0]]}
+    lines = [{"step": step, "statistics": names, "levels": levels, **pair} for step in (0, 5)]
     write_lines(write_evaluated(runs, target, **options) / "diagnostics.jsonl", lines)
 
 
@@ -104,7 +105,15 @@ def drawn(monkeypatch) -> list[str]:
     """The functions of `plots` that are called, without the time that drawing takes."""
     names: list[str] = []
     monkeypatch.setattr(figures, "png", lambda figure, dpi: b"png")
-    for name in ("accuracy_by_step", "alpha_n_parts", "granularity", "by_progress", "conflict_map", "paired"):
+    for name in (
+        "accuracy_by_step",
+        "alpha_n_parts",
+        "granularity",
+        "by_progress",
+        "conflict_map",
+        "conflict_matrix",
+        "paired",
+    ):
         monkeypatch.setattr(plots, name, lambda *args, name=name, **kwargs: names.append(name))
     return names
 
@@ -130,7 +139,7 @@ def test_the_page_is_self_contained_and_hostile_words_are_shown_as_words(runs):
     for word in ("<script", "<link", "<iframe", "@import", "url(", "@font-face", "srcset"):
         assert word not in text
     pictures = re.findall(r'src="(data:[^"]*)"', text)
-    of_toy, of_hostile, of_else = 2 * 2 + 1 + 2 + 2, 2 + 2 + 1, 1  # curves, pair, lines, maps
+    of_toy, of_hostile, of_else = 2 * 2 + 1 + 2 + 2 + 2, 2 + 2 + 1 + 1, 1  # curves, pair, lines, maps, matrices
     assert len(pictures) == of_toy + of_hostile + of_else
     assert all(picture.startswith("data:image/png;base64,") for picture in pictures)
     assert '<html lang="en">' in text
@@ -563,13 +572,28 @@ def test_conflict_maps_are_one_a_method_with_the_same_colours(runs):
     assert [set(rows["algorithm"]) for rows in rows_drawn(panels).values()] == [{"a"}, {"b"}]
 
 
+def test_conflict_matrices_are_one_a_method_and_larger_for_more_domains_than_can_be_named(runs, monkeypatch):
+    for name in ("a", "b"):
+        write_diagnosed(runs, algorithm=name)
+    write_diagnosed(runs, "photo+art", algorithm="a")
+    panels = figures.conflict_matrices(read_runs(runs))
+    assert titles(panels) == ["toy, a: 1 run", "toy, b: 1 run"]
+    drawn = [values(rows, "step", "domain_a", "domain_b", "cosine") for rows in rows_drawn(panels).values()]
+    assert drawn == [[[0, "art", "sketch", -0.5], [5, "art", "sketch", -0.5]]] * 2
+    assert panels.scale == 1
+    monkeypatch.setattr(figures, "DOMAINS_NAMED", 1)
+    larger = figures.conflict_matrices(read_runs(runs))
+    assert larger.figure().get_size_inches().tolist() == [2 * x for x in panels.figure().get_size_inches()]
+
+
 def test_more_methods_than_can_be_distinguished_are_named_not_drawn(runs, monkeypatch):
     monkeypatch.setattr(figures, "MOST_METHODS", 2)
     for name in "abc":
         write_diagnosed(runs, algorithm=name)
     write_evaluated(runs.parent / "without")
     assert "algorithm.diagnostics=true" in repr(figures.conflicts(read_runs(runs.parent / "without")))
-    for made in (figures.conflicts, figures.conflict_maps):
+    assert "algorithm.diagnostics=true" in repr(figures.conflict_matrices(read_runs(runs.parent / "without")))
+    for made in (figures.conflicts, figures.conflict_maps, figures.conflict_matrices):
         panels = made(read_runs(runs))
         assert "not drawn of toy: c" in panels.note
         assert len(panels) == 2

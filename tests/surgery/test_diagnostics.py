@@ -73,6 +73,24 @@ def test_a_zero_gradient_has_no_cosine():
     assert Diagnostics()(surgery)["levels"]["tensor"]["model"] == pytest.approx([1 / 3, -1, 1], abs=1e-5)
 
 
+def test_the_cosines_of_the_whole_model_have_the_names_of_the_domains():
+    weight = torch.zeros(4, 3, requires_grad=True)
+    bias = torch.zeros(3, requires_grad=True)
+    surgery = GradSurgery([weight, bias])
+    direction = torch.arange(15.0).view(5, 3)
+    losses = [(weight * d[:4]).sum() + (bias * d[4]).sum() for d in (direction, direction.flip(0), 0 * direction)]
+    surgery.backward(losses, ["sea", "sky", "land"])
+    diagnosis = Diagnostics()(surgery)
+    expected = torch.cosine_similarity(direction.flatten(), direction.flip(0).flatten(), dim=0).item()
+    assert diagnosis["domains"] == ["sea", "sky", "land"]
+    assert diagnosis["cosine"][2] == [None, None, None]
+    assert diagnosis["cosine"][0] == [1.0, pytest.approx(expected, abs=1e-5), None]
+    assert diagnosis["cosine"][1][0] == diagnosis["cosine"][0][1]
+    surgery.backward((weight * d).sum() for d in (1.0, -2.0))
+    assert Diagnostics()(surgery)["domains"] == ["domain 0", "domain 1"]
+    assert Diagnostics()(surgery)["cosine"] == [[1, -1], [-1, 1]]
+
+
 def test_they_change_no_update_and_are_written_at_logged_steps(compose, tmp_path):
     options = [*SMALL, "trainer.steps=9", "trainer.log_every=4", "trainer.keep=last"]
     finals = []
@@ -89,6 +107,7 @@ def test_they_change_no_update_and_are_written_at_logged_steps(compose, tmp_path
             assert [line["step"] for line in lines] == [0, 4, 8]
             assert list(lines[0]["levels"]) == ["filter", "chunk", "tensor", "module", "model"]
             assert list(lines[0]["levels"]["chunk"])[-1] == "head"
+            assert all(len(line["cosine"]) == len(line["domains"]) == len(set(line["domains"])) for line in lines)
             with (folder / "diagnostics.jsonl").open("a") as file:
                 file.write('{"step": 9, "lev')  # a kill in the middle of a line
             frame = read_diagnostics(folder)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -165,16 +165,46 @@ def read_diagnostics(folder: str | Path, levels: Sequence[str] | None = None) ->
 
 def diagnostics(runs: Runs, levels: Sequence[str] = ("chunk",)) -> pd.DataFrame:
     """`read_diagnostics` of all runs in one frame, after the columns RUN and steps."""
+    order = [*RUN, "steps", "step", "level", "module"]
+    return _of_all_runs(runs, lambda folder: read_diagnostics(folder, levels), order)
+
+
+def _of_all_runs(runs: Runs, read: Callable[[str], pd.DataFrame], order: list[str]) -> pd.DataFrame:
+    """What `read` finds in the folder of each run, in one frame: the columns `order`, then all others."""
     frames = []
     for row in runs.status[runs.status["source"] == "gsdg"].to_dict("records"):
         if Path(row["folder"]).name != Path(row["run_id"]).name:
             continue  # the row of averaged weights: gradients are those of the run itself
-        frame = read_diagnostics(row["folder"], levels)
+        frame = read(row["folder"])
         if len(frame):
             frames.append(frame.assign(**{key: row[key] for key in [*RUN, "steps"]}))
-    order = [*RUN, "steps", "step", "level", "module"]
     joined = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=order)
     return joined[[*order, *(column for column in joined.columns if column not in order)]]
+
+
+def read_domain_cosines(folder: str | Path) -> pd.DataFrame:
+    """The cosines between domains in the diagnostics.jsonl of one run: one row per step and pair of domains.
+
+    Columns: step, domain_a, domain_b, cosine (of the whole model's gradients, in [-1, 1]). A step has the pairs of the
+    domains of its batch, without those that have a zero gradient. Empty if the run wrote no cosines.
+    """
+    columns = ["step", "domain_a", "domain_b", "cosine"]
+    rows: list[tuple] = []
+
+    def handle(line: dict) -> None:
+        domains, cosines = line["domains"], line["cosine"]
+        pairs = [(i, j) for i in range(len(domains)) for j in range(i + 1, len(domains))]
+        found = [(line["step"], domains[i], domains[j], cosines[i][j]) for i, j in pairs]
+        rows.extend(row for row in found if row[-1] is not None)
+
+    read_json_lines(Path(folder) / "diagnostics.jsonl", handle)
+    return pd.DataFrame(rows, columns=columns)
+
+
+def domain_cosines(runs: Runs) -> pd.DataFrame:
+    """`read_domain_cosines` of all runs in one frame, after the columns RUN and steps."""
+    order = [*RUN, "steps", "step", "domain_a", "domain_b", "cosine"]
+    return _of_all_runs(runs, read_domain_cosines, order)
 
 
 # ---- finding and reading run folders --------------------------------------------------------------------------------

@@ -29,10 +29,10 @@ RUN = 1024  # elements; vector_norm adds squares one by one, and loses digits on
 def kernels(G: Tensor) -> ModuleType:
     """The module whose `slot_grams` and `combine` to use for G [D, P].
 
-    `triton_kernels.py` on CUDA if D <= 8, Triton is installed and can build the kernels; this module otherwise, and
-    always with GSDG_TRITON=0 in the environment.
+    `triton_kernels.py` on CUDA if Triton is installed and can build the kernels; this module otherwise, and always with
+    GSDG_TRITON=0 in the environment.
     """
-    wanted = G.is_cuda and len(G) <= 8 and os.environ.get("GSDG_TRITON") != "0"
+    wanted = G.is_cuda and os.environ.get("GSDG_TRITON") != "0"
     triton = _triton_module() if wanted else None
     return triton if triton and _can_build(triton, len(G), G.dtype, G.device) else sys.modules[__name__]
 

@@ -5,6 +5,12 @@ of each part: two stages without atomics and in a fixed order, so that the same 
 No matrix product is used, hence no TF32, and nothing waits for the device. A kernel is compiled per D, dtype and tile
 size only: strides and the layout of the parts are arguments.
 
+For more than 8 domains the D (D + 1) / 2 sums of the Gram pass would not fit into registers. There a program computes
+the inner products of one block of 8 rows with another, for each pair of blocks, and reads 16 rows; the combine pass
+loops over the domains. D is an argument of these kernels, which are compiled once per dtype. They do the same
+arithmetic per pair of domains, and per element. The Gram pass reads every row ceil(D / 8) + 1 times; most of that may
+come from the cache, as the programs of a slot read the same rows. NOT MEASURED ON A GPU EITHER.
+
 Roofline, on paper: NO GPU HAS MEASURED IT YET. s is the size of an element of G in bytes.
 
     pass       reads             writes       fused multiply-adds
@@ -41,7 +47,8 @@ from gsdg.utils.errors import UserError
 if not hasattr(tl, "tuple"):
     raise ImportError(f"triton {triton.__version__} has no tuples of tensors; 3.3 or later is needed (torch 2.7)")
 
-MAX_DOMAINS = 8  # 36 pairs, whose accumulators still fit into registers
+BLOCK = 8  # domains: the 36 sums of one block still fit into registers, and the 64 of two blocks with tiles of 128
+BLOCK_TILE = 128  # elements, one per lane; ptxas for an H100: 95 registers, 166 in float64, no spills
 MAX_PROGRAMS = 2**31 - 1  # along the first axis of a CUDA grid
 WARPS = 4
 
@@ -57,13 +64,14 @@ def compile_kernels(D: int, dtype: torch.dtype, device: torch.device) -> None:
     places, finite = (layout.slot_start, layout.slot_length), G.new_ones((), dtype=torch.bool)
     slots, update = G.new_empty(1, D, D, dtype=wide), G.new_empty(1, dtype=wide)
     weights = G.new_empty(1, D, dtype=torch.float64)
+    gram, combine, D_argument = _kernels(D)
     calls = [
-        (_gram_kernel, _gram_tile(D), (G, 1, *places, slots)),
-        (_combine_kernel, 512, (G, weights, 1, 1, 1, finite, *places, layout.slot_part, update)),
+        (gram, (G, 1, *places, slots, *D_argument), _gram_sizes(D)),
+        (combine, (G, weights, 1, 1, 1, finite, *places, layout.slot_part, update, *D_argument), _combine_sizes(D)),
     ]
     with torch.cuda.device_of(G):
-        for kernel, tile, args in calls:
-            compiled = kernel.warmup(*args, grid=(1,), D=D, TILE=tile, num_warps=WARPS, enable_fp_fusion=False)
+        for kernel, args, sizes in calls:
+            compiled = kernel.warmup(*args, grid=(1,), **sizes, num_warps=WARPS, enable_fp_fusion=False)
             compiled.run  # noqa: B018 - the first access builds the launcher, with a C compiler
 
 
@@ -75,7 +83,9 @@ def slot_grams(G: Tensor, layout: PartLayout) -> Tensor:
     D = _checked(G, layout)
     slots = G.new_empty(layout.n_slots, D, D, dtype=torch.float64 if G.dtype == torch.float64 else torch.float32)
     places = layout.slot_start, layout.slot_length
-    _launch(_gram_kernel, layout, G, G.stride(0), *places, slots, D=D, TILE=_gram_tile(D))
+    kernel, _, D_argument = _kernels(D)
+    blocks = () if D <= BLOCK else (-(-D // BLOCK),) * 2
+    _launch(kernel, layout, blocks, G, G.stride(0), *places, slots, *D_argument, **_gram_sizes(D))
     return slots
 
 
@@ -87,17 +97,15 @@ def combine(G: Tensor, weights: Tensor, layout: PartLayout, out: Tensor, finite:
     D = _checked(G, layout)
     places = layout.slot_start, layout.slot_length, layout.slot_part
     strides = G.stride(0), *weights.stride()
-    _launch(_combine_kernel, layout, G, weights, *strides, finite, *places, out, D=D, TILE=512)
+    _, kernel, D_argument = _kernels(D)
+    _launch(kernel, layout, (), G, weights, *strides, finite, *places, out, *D_argument, **_combine_sizes(D))
     return out
 
 
 def _checked(G: Tensor, layout: PartLayout) -> int:
-    """D; UserError if there are too many domains or slots for the kernels."""
-    if not 1 <= len(G) <= MAX_DOMAINS:
-        raise UserError(
-            f"gradients of {len(G)} domains; the Triton kernels take 1 to {MAX_DOMAINS}. "
-            "Set GSDG_TRITON=0 for the torch path, which takes any number"
-        )
+    """D; UserError if there are no domains, or too many slots for the kernels."""
+    if not len(G):
+        raise UserError("gradients of 0 domains; the Triton kernels take 1 or more")
     if layout.n_slots > MAX_PROGRAMS:
         raise UserError(
             f"{layout.n_slots} slots; a CUDA grid has at most {MAX_PROGRAMS} programs. Use a coarser partition"
@@ -105,15 +113,33 @@ def _checked(G: Tensor, layout: PartLayout) -> int:
     return len(G)
 
 
+def _kernels(D: int) -> tuple[triton.JITFunction, triton.JITFunction, tuple[int, ...]]:
+    """The kernels of the Gram pass and of the combine pass for D domains, and their last argument: D if it is one."""
+    return (_gram_kernel, _combine_kernel, ()) if D <= BLOCK else (_gram_blocks_kernel, _combine_loop_kernel, (D,))
+
+
+def _gram_sizes(D: int) -> dict[str, int]:
+    return {"D": D, "TILE": _gram_tile(D)} if D <= BLOCK else {"BLOCK": BLOCK, "TILE": BLOCK_TILE}
+
+
+def _combine_sizes(D: int) -> dict[str, int]:
+    return {"D": D, "TILE": 512} if D <= BLOCK else {"TILE": 512}
+
+
 def _launch(
-    kernel: triton.JITFunction, layout: PartLayout, G: Tensor, *args: Tensor | int | None, **sizes: int
+    kernel: triton.JITFunction,
+    layout: PartLayout,
+    blocks: tuple[int, ...],
+    G: Tensor,
+    *args: Tensor | int | None,
+    **sizes: int,
 ) -> None:
-    """Launch one program per slot on the device of G; by default Triton uses the current device."""
+    """Launch one program per slot (and pair of blocks) on the device of G; by default Triton uses the current one."""
     if layout.n_slots:
         with torch.cuda.device_of(G):
             # The kernels write out every fused multiply-add. Without further fusion by the compiler the arithmetic is
             # the same in every version of Triton.
-            kernel[(layout.n_slots,)](G, *args, **sizes, num_warps=WARPS, enable_fp_fusion=False)
+            kernel[(layout.n_slots, *blocks)](G, *args, **sizes, num_warps=WARPS, enable_fp_fusion=False)
 
 
 def _gram_tile(D: int) -> int:
@@ -160,6 +186,41 @@ def _gram_kernel(G, row_stride, slot_start, slot_length, slots, D: tl.constexpr,
             tl.store(slots + (slot * D + j) * D + i, inner)
 
 
+@triton.jit(do_not_specialize=["row_stride", "D"])
+def _gram_blocks_kernel(G, row_stride, slot_start, slot_length, slots, D, BLOCK: tl.constexpr, TILE: tl.constexpr):
+    slot = tl.program_id(0).to(tl.int64)
+    first, second = tl.program_id(1).to(tl.int64) * BLOCK, tl.program_id(2).to(tl.int64) * BLOCK
+    upper = first <= second  # the other half of the pairs of blocks is the same by symmetry
+    length = tl.where(upper, tl.load(slot_length + slot), 0)
+    lanes = tl.load(slot_start + slot) + tl.arange(0, TILE)
+    row_stride, D = row_stride.to(tl.int64), D.to(tl.int64)
+    wide: tl.constexpr = slots.dtype.element_ty
+    sums = ()  # of x_i * y_j: one partial sum per lane
+    for _ in tl.static_range(BLOCK * BLOCK):
+        sums += (tl.zeros([TILE], wide),)  # ty: ignore[invalid-argument-type]
+    for offset in range(0, length, TILE):
+        inside = offset + tl.arange(0, TILE) < length
+        x = ()
+        y = ()
+        for i in tl.static_range(BLOCK):
+            rows = G + lanes + offset
+            x += (tl.load(rows + (first + i) * row_stride, mask=inside & (first + i < D), other=0.0).to(wide),)
+            y += (tl.load(rows + (second + i) * row_stride, mask=inside & (second + i < D), other=0.0).to(wide),)
+        added = ()
+        for i in tl.static_range(BLOCK):
+            for j in tl.static_range(BLOCK):
+                added += (tl.fma(x[i], y[j], sums[len(added)]),)
+        sums = added
+    done = ()
+    for i in tl.static_range(BLOCK):
+        for j in tl.static_range(BLOCK):
+            inner = tl.sum(sums[len(done)], 0)  # ty: ignore[invalid-argument-type]
+            done += (inner,)
+            both = upper & (first + i < D) & (second + j < D)
+            tl.store(slots + (slot * D + first + i) * D + second + j, inner, mask=both)
+            tl.store(slots + (slot * D + second + j) * D + first + i, inner, mask=both)
+
+
 @triton.jit(do_not_specialize=["row_stride", "part_stride", "domain_stride"])
 def _combine_kernel(
     G,
@@ -192,6 +253,40 @@ def _combine_kernel(
         for d in tl.static_range(D):
             x = tl.load(G + d * row_stride + lanes + offset, mask=inside, other=0.0)
             update = tl.fma(x.to(wide), w[d], update)
+        if finite is not None:
+            update = tl.where(keep, update, 0.0)
+        tl.store(out + lanes + offset, update, mask=inside)
+
+
+@triton.jit(do_not_specialize=["row_stride", "part_stride", "domain_stride", "D"])
+def _combine_loop_kernel(
+    G,
+    weights,
+    row_stride,
+    part_stride,
+    domain_stride,
+    finite,
+    slot_start,
+    slot_length,
+    slot_part,
+    out,
+    D,
+    TILE: tl.constexpr,
+):
+    slot = tl.program_id(0).to(tl.int64)
+    length = tl.load(slot_length + slot)
+    lanes = tl.load(slot_start + slot) + tl.arange(0, TILE)
+    row_stride, domain_stride = row_stride.to(tl.int64), domain_stride.to(tl.int64)
+    wide: tl.constexpr = out.dtype.element_ty
+    part = weights + tl.load(slot_part + slot) * part_stride
+    if finite is not None:
+        keep = tl.load(finite)
+    for offset in range(0, length, TILE):
+        inside = offset + tl.arange(0, TILE) < length
+        update = tl.zeros([TILE], wide)  # ty: ignore[invalid-argument-type]
+        for d in range(D):
+            x = tl.load(G + d * row_stride + lanes + offset, mask=inside, other=0.0)
+            update = tl.fma(x.to(wide), tl.load(part + d * domain_stride).to(wide), update)
         if finite is not None:
             update = tl.where(keep, update, 0.0)
         tl.store(out + lanes + offset, update, mask=inside)

@@ -13,9 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from gsdg.utils.errors import UserError
-
-MOST_DOMAINS = 8  # of rules that try every subset of the domains: 256 subsets
+MOST_BY_SUBSETS = 8  # domains for which a rule tries every subset: 256 subsets; for more see `_active_set.py`
 PIECE = 2**23  # elements of the largest intermediate tensor; 64 MB
 
 
@@ -128,21 +126,19 @@ def lowest(candidates: Tensor, values: Tensor) -> Tensor:
     return candidates.gather(1, index.expand(len(candidates), *index.shape)).squeeze(1)
 
 
+def by_subsets(n_domains: int) -> bool:
+    """Whether a rule tries every subset of so many domains."""
+    return n_domains <= MOST_BY_SUBSETS
+
+
 def map_parts(weights: Callable[[Tensor], Tensor], M: Tensor, vectors: int = 1) -> Tensor:
-    """weights(M), computed for limited numbers of parts at a time to bound the memory of rules that try all subsets.
+    """weights(M), computed for limited numbers of parts at a time to bound the memory.
 
     Args:
-        vectors: right-hand sides of length D per subset. The largest intermediate tensor has
-            2^D x D x max(D, vectors) elements per part.
+        vectors: right-hand sides of length D. The largest intermediate tensor has, per part, 2^D x D x max(D, vectors)
+            elements where the rule tries every subset, and D x D x vectors for more domains.
     """
     D = len(M)
-    size = max(1, PIECE // (2**D * D * max(D, vectors)))
+    elements = 2**D * D * max(D, vectors) if by_subsets(D) else D * D * vectors
+    size = max(1, PIECE // elements)
     return torch.cat([weights(piece) for piece in M.split(size, dim=-1)], dim=-1)
-
-
-def check_n_domains(rule: str, n_domains: int) -> None:
-    if n_domains > MOST_DOMAINS:
-        raise UserError(
-            f"{rule} tries all 2^D subsets of the D domains, and there are {n_domains} domains; "
-            f"valid: 1 to {MOST_DOMAINS}. Use another rule"
-        )

@@ -3,11 +3,17 @@
 The update of a part is the shortest vector in the convex hull of its domain gradients: w = argmin w^T M w over the
 simplex, M_ij = <g_i, g_j>. It conflicts with no domain (M w >= w^T M w), and it is 0 if the hull contains 0.
 
-The minimum is exact, by trying every subset S of the domains. The shortest vector in the affine hull of S is found by a
-linear solve in the differences g_j - g_r, where g_r is the shortest gradient of S. (Solving M_SS x = 1 would fail for a
-linearly dependent S whose hull contains 0, such as two opposite gradients.) Every candidate is clamped to the simplex,
-and the shortest candidate is kept. By Caratheodory's theorem some affinely independent S gives the minimum, so that
-subsets without a solution do no harm.
+Up to 8 domains the minimum is exact, by trying every subset S of the domains. The shortest vector in the affine hull of
+S is found by a linear solve in the differences g_j - g_r, where g_r is the shortest gradient of S. (Solving M_SS x = 1
+would fail for a linearly dependent S whose hull contains 0, such as two opposite gradients.) Every candidate is clamped
+to the simplex, and the shortest candidate is kept. By Caratheodory's theorem some affinely independent S gives the
+minimum, so that subsets without a solution do no harm.
+
+For more domains the active-set method of `_active_set.py` solves an equal program: w_i ~ y_i / |g_i|, where y >= 0
+minimises ||sum_i y_i g_i / |g_i| ||^2 + (sum_i l_i y_i - 1)^2, and l_i = L / |g_i| for the shortest length L > 0. (With
+t = sum_i l_i y_i, y_i is t w_i / l_i, and the terms are t^2 ||sum_i w_i g_i||^2 / L^2 and (t - 1)^2.) In float64
+M w >= w^T M w holds to 1e-13 for M of trace 1 (families of tests/surgery/families.py, D = 9, 12 and 40; measured
+4e-15). Up to 8 domains the updates of both methods differ by at most 7e-9, the root of the rounding error of w^T M w.
 
 Deliberate deviations:
 - The authors' code and TorchJD iterate Frank-Wolfe steps and stop early; this is the minimum to which they converge.
@@ -20,15 +26,13 @@ import torch
 from torch import Tensor
 
 from gsdg.surgery.rules import _batched_linalg
+from gsdg.surgery.rules._active_set import nonnegative_least_squares
 from gsdg.surgery.rules.base import Weighting
 from gsdg.surgery.rules.precision import rank_eps
 
 
 class MGDA(Weighting):
-    """MGDA: the shortest vector in the convex hull of the domain gradients. Up to 8 domains."""
-
-    def start_step(self, n_domains: int) -> None:
-        _batched_linalg.check_n_domains("MGDA", n_domains)
+    """MGDA: the shortest vector in the convex hull of the domain gradients."""
 
     def weights(self, M: Tensor, gram_eps: float) -> Tensor:
         return _batched_linalg.map_parts(lambda M: shortest(M, rank_eps(gram_eps)), _batched_linalg.normalised(M))
@@ -36,8 +40,23 @@ class MGDA(Weighting):
 
 def shortest(M: Tensor, rank: float) -> Tensor:
     """The w [D, K] on the simplex with the smallest w^T M w, for M [D, D, K] of trace 1; rank: rank_eps."""
+    return (_by_subsets if _batched_linalg.by_subsets(len(M)) else by_active_set)(M, rank)
+
+
+def _by_subsets(M: Tensor, rank: float) -> Tensor:
     w = on_simplex(affine_hulls(M, M[:, :0], rank)[0])
     return _batched_linalg.lowest(w, _batched_linalg.quadratic(M[:, :, None], w))
+
+
+def by_active_set(M: Tensor, rank: float) -> Tensor:
+    """`shortest` for any number of domains."""
+    C, inverse = _batched_linalg.cosines(M)
+    length, index = M.diagonal().t().sqrt().min(0, keepdim=True)  # of the shortest gradient [1, K]
+    relative = length * inverse  # l_i
+    y = nonnegative_least_squares(C + relative[:, None] * relative, relative, torch.ones_like(length[0]), rank)
+    w = y * inverse
+    only_shortest = torch.zeros_like(w).scatter(0, index, 1.0)  # the minimum is 0 if a gradient is 0
+    return torch.where(length > 0, w / w.sum(0), only_shortest)
 
 
 def on_simplex(w: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 Every domain gradient is projected onto the vectors that conflict with no domain. The update of a part is the mean of
 the projections: w = sum_i argmin v^T M v subject to v >= e_i / D. It conflicts with no domain, and it is linear in the
-length of each gradient. Solver, exactness and deliberate deviations from TorchJD: see `dualproj.py`.
+length of each gradient. Solvers, exactness and deliberate deviations from TorchJD: see `dualproj.py`.
 """
 
 from __future__ import annotations
@@ -17,13 +17,7 @@ from gsdg.surgery.rules.precision import rank_eps
 
 
 class UPGrad(Weighting):
-    """UPGrad: the mean of the gradients, each projected onto the cone of vectors that conflict with no domain.
-
-    Up to 8 domains.
-    """
-
-    def start_step(self, n_domains: int) -> None:
-        _batched_linalg.check_n_domains("UPGrad", n_domains)
+    """UPGrad: the mean of the gradients, each projected onto the cone of vectors that conflict with no domain."""
 
     def weights(self, M: Tensor, gram_eps: float) -> Tensor:
         u = torch.eye(len(M), dtype=M.dtype, device=M.device) / len(M)
