@@ -10,12 +10,12 @@ u_A inside, where A is the complement of F. Every candidate is clamped to v >= u
 v^T M v is kept. Some F with an invertible M_FF gives the minimum. v need not be unique; J^T v is.
 
 For more domains the active-set method of `_active_set.py` solves the same program for y = |g| (v - u) >= 0, that is
-argmin ||J^T u + sum_i y_i g_i / |g_i| ||. The
-conditions <d, g_i> >= 0 and (v_i - u_i) <d, g_i> = 0 hold to 1e-9 of the lengths that d is the sum of (float64, every
-family of tests/surgery/families.py, D = 9 to 40; mostly to 1e-13: the worst are gradients of which two are nearly
-opposite, or that depend on two of them). Up to 8 domains the updates of both methods differ by up to 1e-7: two
-candidates whose squared lengths differ by 1e-16 are not told apart by the subsets. In float32, if the cone holds only
-0, as for more random gradients than elements, the update is noise of up to 1e-2 of the longest gradient, not 0.
+argmin ||J^T u + sum_i y_i g_i / |g_i| ||. The conditions <d, g_i> >= 0 and (v_i - u_i) <d, g_i> = 0 hold to 1e-9 of the
+lengths that d is the sum of (float64, every family of tests/surgery/families.py, D = 9 to 40; mostly to 1e-13: the
+worst are gradients of which two are nearly opposite, or that depend on two of them). Up to 8 domains the updates of
+both methods differ by up to 1e-7: two candidates whose squared lengths differ by 1e-16 are not told apart by the
+subsets. In float32, if the cone holds only 0, as for more random gradients than elements, the update is noise of up to
+1e-2 of the longest gradient, not 0.
 
 Deliberate deviations:
 - TorchJD adds 1e-4 to the diagonal of M / trace, and treats M as 0 if its trace is below 1e-4. Neither is done here.
