@@ -54,13 +54,15 @@ def sheets_html(sheets: Iterable[Sheet]) -> str:
 
 
 def panels_html(panels: Panels) -> str:
-    """The pictures, as many side by side as fit; without pictures the reason why there are none."""
+    """The pictures in their size, as many side by side as fit; without pictures the reason why there are none."""
     if not len(panels):
         return note(f"Nothing to show: {panels.why}.")
+    size = f'width="{round(326 * panels.scale)}" height="{round(250 * panels.scale)}"'
     figures = [
         f"<figure><figcaption>{escape(title)}</figcaption>"
-        f'<img alt="{escape(title)}" width="326" height="250" src="data:image/png;base64,{b64encode(png).decode()}">'
+        f'<img alt="{escape(title)}" {size} src="data:image/png;base64,{b64encode(png).decode()}">'
         "</figure>"
         for title, png in panels.each()
     ]
-    return f'<div class="panels">{"".join(figures)}</div>{note(panels.note) if panels.note else ""}'
+    scale = f' style="--scale: {panels.scale:g}"' if panels.scale != 1 else ""
+    return f'<div class="panels"{scale}>{"".join(figures)}</div>{note(panels.note) if panels.note else ""}'

@@ -8,12 +8,15 @@ from pathlib import Path
 
 import pytest
 from analysis_folders import domainbed, write_evaluated, write_lines
+from helpers import REPOSITORY
 
 pytest.importorskip("matplotlib")
 from PIL import Image
 
 from gsdg.analysis import figures, plots, style
 from gsdg.analysis.__main__ import main
+from gsdg.analysis.figures import Panels
+from gsdg.analysis.html import panels_html
 from gsdg.analysis.read.frames import read_runs
 from gsdg.analysis.report import write_page
 from gsdg.analysis.tables import summary
@@ -612,3 +615,12 @@ def test_a_notebook_shows_one_picture_and_a_file_can_be_saved_with_twice_the_pix
     assert Image.open(tmp_path / "picture.png").size == (680, 520)
     assert figures.Panels(why="nothing")._repr_png_() is None
     assert repr(figures.Panels(why="nothing")) == "nothing"
+
+
+def test_larger_panels_are_larger_on_the_page():
+    """The labels of 40 domains can be read only in the size in which they were drawn."""
+    for scale, size in ((1, 'width="326" height="250"'), (2.5, 'width="815" height="625"')):
+        html = panels_html(Panels([("a", lambda ax: ax)], scale=scale))
+        assert size in html
+        assert ("--scale: 2.5" in html) == (scale == 2.5)
+    assert "calc(330px * var(--scale, 1))" in (REPOSITORY / "gsdg/analysis/report.css").read_text()
