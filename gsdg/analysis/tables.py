@@ -406,14 +406,24 @@ def _format_p(rows: pd.DataFrame) -> str:
 
 
 def _describe_cells(rows: pd.DataFrame) -> list[str]:
-    """`art, cartoon seeds 0, 1`: the targets of which the same trial seeds are missing. Draw 0 is not mentioned."""
-    targets = defaultdict(list)
+    """`art, cartoon seeds 0, 1 draws 1, 2`: the targets and draws of which the same trial seeds are missing.
+
+    Draw 0 alone is not mentioned.
+    """
+    targets, same = defaultdict(list), defaultdict(list)
     for (target, draw), cells in groups(rows, "target", "hparams_seed"):
         targets[tuple(sorted(set(cells["trial_seed"]))), draw].append(target)
+    for (seeds, draw), names in targets.items():
+        same[tuple(names), seeds].append(draw)
     return [
-        f"{', '.join(names)} seed{'s' * (len(s) > 1)} {', '.join(map(str, s))}{f' draw {draw}' if draw else ''}"
-        for (s, draw), names in targets.items()
+        ", ".join(names) + _numbered("seed", seeds) + (_numbered("draw", draws) if any(draws) else "")
+        for (names, seeds), draws in same.items()
     ]
+
+
+def _numbered(word: str, numbers: Sequence[int]) -> str:
+    """` seed 0`, ` draws 1, 2`"""
+    return f" {word}{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
 
 
 def _in_parentheses(names: Iterable[str]) -> str:

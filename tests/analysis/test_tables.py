@@ -17,7 +17,7 @@ from helpers import REPOSITORY
 
 from gsdg.analysis.__main__ import main
 from gsdg.analysis.read.frames import read_runs
-from gsdg.analysis.tables import read_published, report, summary
+from gsdg.analysis.tables import missing_lines, read_published, report, summary
 from gsdg.utils.errors import UserError
 
 ERM = [("photo", 0, 0.8), ("photo", 1, 0.9), ("art", 0, 0.7), ("art", 1, 0.6)]
@@ -85,6 +85,14 @@ def test_the_table_has_targets_in_domain_order_the_average_last_and_the_errors(t
     text = printed(capsys, tmp_path, "--error", "sample")
     assert "85.0 ± 5.0" in text  # 7.07 / sqrt(2)
     assert "standard error (sample form)" in text
+
+
+def test_missing_draws_of_the_same_targets_and_seeds_are_named_together():
+    cells = [(target, seed, draw) for target in ("photo", "art") for seed in (0, 1) for draw in (0, 1, 2)]
+    rows = [("erm", *cell, "", "missing", "no such run") for cell in [*cells, ("dog", 2, 0)]]
+    columns = ["algorithm", "target", "trial_seed", "hparams_seed", "run_id", "kind", "reason"]
+    (line,) = missing_lines(pd.DataFrame(rows, columns=columns))
+    assert line == "missing: erm photo, art seeds 0, 1 draws 0, 1, 2; dog seed 2: no such run"
 
 
 def test_missing_cells_are_dashes_with_their_reason_below_and_seeds_per_row_where_they_differ(tmp_path):
