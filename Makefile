@@ -37,7 +37,7 @@ test: $(VENV)/everything
 check: $(VENV)/everything
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
-	$(RUN) -m ty check gsdg
+	$(RUN) -m ty check gsdg examples --exclude "**/*.ipynb"
 	$(PYTEST) -m "not slow"
 
 lowest-versions: $(LOWEST)/constraints.txt
