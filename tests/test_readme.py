@@ -8,8 +8,11 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
+import subprocess
+import sys
 from functools import cache
 from glob import glob
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -282,3 +285,19 @@ def test_pages_beside_the_code_are_included():
     assert "## What happens" in sweeps
     assert "## Symptoms" not in sweeps
     assert "| `coral` |" in page(PAGES["docs/reference/algorithms.md"])
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_loads_nothing_from_the_internet(tmp_path):
+    for name in ("mkdocs", "material", "mkdocstrings_handlers.python"):
+        package = name.partition(".")[0]
+        if not importlib.util.find_spec(package):
+            pytest.skip(f"{package} is not installed: pip install -e '.[docs]'")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for path in (tmp_path / "site").rglob("*.html"):
+        assert not re.search(r"""<(?:script|link|img)[^>]*(?:src|href)=["']https?:""", path.read_text()), path
+    python = Path(tmp_path, "site", "reference", "python.html").read_text()
+    assert 'id="gsdg.surgery.GradSurgery"' in python
+    assert 'id="gsdg.predict.load"' in python
