@@ -1,6 +1,7 @@
 # make demo    first result: makes .venv, installs, runs the quickstart, prints its table, writes report/index.html
 # make test    everything: makes .venv, installs, runs all tests
 # make check   before a commit: format, lint, types, import order, fast tests
+# make docs    the docs site: site/index.html
 # make lowest  the fast tests with the lowest versions that setup.cfg admits, in an environment of its own
 
 PYTHON ?= python3
@@ -10,7 +11,7 @@ RUN = $(VENV)/bin/python
 # Four at a time, on two cores too: much of it waits for other processes and for SLURM (each worker starts its own).
 PYTEST = $(RUN) -m pytest -n 4 --dist worksteal
 
-.PHONY: demo test check lowest lowest-versions
+.PHONY: demo test check docs lowest lowest-versions
 
 $(VENV)/core: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -19,6 +20,10 @@ $(VENV)/core: setup.cfg pyproject.toml
 
 $(VENV)/everything: $(VENV)/core
 	$(RUN) -m pip install --quiet -e '.[test,backbones]'
+	touch $@
+
+$(VENV)/docs: $(VENV)/core
+	$(RUN) -m pip install --quiet -e '.[docs]'
 	touch $@
 
 $(LOWEST)/constraints.txt: setup.cfg pyproject.toml .ci/lowest.py
@@ -39,6 +44,9 @@ check: $(VENV)/everything
 	$(RUN) -m ruff check .
 	$(RUN) -m ty check gsdg examples --exclude "**/*.ipynb"
 	$(PYTEST) -m "not slow"
+
+docs: $(VENV)/docs
+	$(RUN) -m mkdocs build --strict
 
 lowest-versions: $(LOWEST)/constraints.txt
 

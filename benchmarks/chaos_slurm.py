@@ -6,7 +6,7 @@ The sweep is run twice, once undisturbed and once with faults. At random moments
 cancelled; nodes lose power, or only their slurmd, so that their jobs keep running, and come back; and slurmctld and the
 launching process are killed with SIGKILL. The sweep's command is repeated now and then, as a user would do. In the end
 every run must be done, with the same records and the same table as in the undisturbed sweep. The result reports how
-many steps were done twice. Needs root and SLURM's packages (README, "A sweep on a cluster").
+many steps were done twice. Needs root and SLURM's packages (CONTRIBUTING.md, "Tests on SLURM").
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
 - status: of 10,000 run folders.
 
 Seconds of whole commands, including the start of Python. The jobs are submitted on hold and then cancelled: only the
-work before a job starts is measured. Needs root and SLURM's packages (README, "A sweep on a cluster").
+work before a job starts is measured. Needs root and SLURM's packages (CONTRIBUTING.md, "Tests on SLURM").
 """
 
 from __future__ import annotations

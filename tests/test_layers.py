@@ -81,7 +81,7 @@ def faults(path: Path) -> list[str]:
 
 def layer(package: str) -> int:
     numbers = [number for number, packages in enumerate(LAYERS) if package in packages]
-    assert numbers, f"{package} is in no layer: add it to LAYERS and to the README's drawing"
+    assert numbers, f"{package} is in no layer: add it to LAYERS and to the list in docs/reference/code.md"
     return numbers[0]
 
 

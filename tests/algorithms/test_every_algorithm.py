@@ -246,8 +246,9 @@ def test_the_header_of_a_config_and_the_code_name_the_same_paper():
         assert {*re.findall(r"\d{4}\.\d{5}", header)} <= {*re.findall(r"\d{4}\.\d{5}", doc)}, name
 
 
-def test_the_readme_lists_the_algorithms_that_take_surgery():
-    (names,) = re.findall(r"mean of one loss per domain \(([^)]*)\)", (REPOSITORY / "README.md").read_text())
+def test_the_documentation_lists_the_algorithms_that_take_surgery():
+    text = " ".join((REPOSITORY / "docs" / "concepts" / "granularity.md").read_text().split())
+    (names,) = re.findall(r"mean of one loss per domain \(([^)]*)\)", text)
     assert {name.lower().replace("-", "") for name in re.split(r",\s+", names)} == set(SEPARABLE)
 
 

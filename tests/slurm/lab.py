@@ -41,7 +41,7 @@ def missing() -> str:
     """Why no cluster can be started here; "" if one can."""
     absent = [name for name in PROGRAMS if not shutil.which(name, path=search_path())]
     if absent:
-        return f"SLURM is not installed ({', '.join(absent)} absent): apt-get install {PACKAGES}, see README.md"
+        return f"SLURM is not installed ({', '.join(absent)} absent): apt-get install {PACKAGES}, see CONTRIBUTING.md"
     return "" if os.geteuid() == 0 else "the test cluster needs root: its nodes end processes of jobs"
 
 

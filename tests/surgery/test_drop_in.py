@@ -436,17 +436,17 @@ def test_another_error_of_a_backward_pass_is_itself():
 # ---- names ----------------------------------------------------------------------------------------------------
 
 
-def test_every_rule_and_every_class_that_the_readme_names_comes_from_the_package():
+def test_every_rule_and_every_class_that_the_documentation_names_comes_from_the_package():
     assert set(rules.__all__) <= set(gsdg.surgery.__all__)
     assert all(getattr(gsdg.surgery, name) is not None for name in gsdg.surgery.__all__)
-    section = (REPOSITORY / "README.md").read_text().split("## GradSurgery in your own loop")[1].split("\n## ")[0]
-    calls = set(re.findall(r"\b([A-Z][a-z]+[A-Za-z]*|[A-Z]{2,}\w*)\(", section))
+    text = (REPOSITORY / "docs" / "how-to" / "own_loop.md").read_text()
+    calls = set(re.findall(r"\b([A-Z][a-z]+[A-Za-z]*|[A-Z]{2,}\w*)\(", text))
     named = calls - {"DistributedDataParallel", "GradScaler"}
     assert {"GradSurgery", "Surgery", "PerFilter", "UPGrad"} <= named
     assert named <= set(gsdg.surgery.__all__)
 
 
-@pytest.mark.parametrize("place", ["README.md", "conf/algorithm/partition/groups.yaml"])
+@pytest.mark.parametrize("place", ["docs/concepts/granularity.md", "conf/algorithm/partition/groups.yaml"])
 def test_patterns_that_are_recommended_match_a_resnet(place):
     model = Classifier(
         backbone=resnet18,
