@@ -130,8 +130,12 @@ def test_up_to_8_domains_every_subset_is_tried(monkeypatch):
 
 
 @many
-def test_updates_equal_those_of_scipys_nonnegative_least_squares(D):
-    """On the gradients themselves, not on Gram matrices; K matrices of independent and of dependent gradients."""
+def test_updates_are_no_longer_than_those_of_scipys_nonnegative_least_squares(D):
+    """On the gradients themselves, not on Gram matrices; K matrices of independent and of dependent gradients.
+
+    Both rules minimise a length over a convex set, so a feasible update that is as short is the same. scipy 1.15 does
+    not always find the minimum, later versions do.
+    """
     nnls = pytest.importorskip("scipy.optimize").nnls
     for size, kind in ((3 * D, "random"), (P, "random"), (P, "graded"), (P, "identical pair"), (P, "zero row")):
         J = FAMILIES[kind](normal(D, size, 3, seed=D))
@@ -143,8 +147,11 @@ def test_updates_equal_those_of_scipys_nonnegative_least_squares(D):
             x = torch.from_numpy(nnls(torch.cat((rows.t(), rows.new_ones(1, D))).numpy(), [0.0] * size + [1.0])[0])
             y = torch.from_numpy(nnls(rows.t().numpy(), -rows.mean(0).numpy())[0])
             with in_case(size=size, kind=kind, k=k):
-                assert (rows.t() @ (w[:, k] - x / x.sum())).norm() <= 1e-9
-                assert (rows.t() @ v[:, k] - rows.mean(0) - rows.t() @ y).norm() <= 1e-9
+                assert (w[:, k] >= 0).all()
+                assert w[:, k].sum().item() == pytest.approx(1)
+                assert (rows.t() @ w[:, k]).norm() <= (rows.t() @ (x / x.sum())).norm() + 1e-12
+                assert (v[:, k] >= 1 / D - 1e-15).all()
+                assert (rows.t() @ v[:, k]).norm() <= (rows.mean(0) + rows.t() @ y).norm() + 1e-12
 
 
 @pytest.mark.parametrize("D", [9, 12])
