@@ -1003,7 +1003,7 @@ def test_the_keys_of_mlflow_say_where_its_runs_are(tmp_path):
     run = observe("logger=mlflow", **{f"logger.mlflow.{key}": value for key, value in keys.items()})
     client, found = mlflow_run(tmp_path / "any")
     assert client.get_experiment(found.info.experiment_id).name == "mine"
-    assert found.info.run_name == run.folder.name
+    assert found.info.run_name == f"erm_d_0_{run.folder.name}"
     assert not (run.folder.parent / ".mlflow.db").exists()
 
 
