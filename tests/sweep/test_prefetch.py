@@ -221,14 +221,14 @@ def test_random_weights_and_a_file_of_ones_own_are_printed(config, tmp_path):
 
 
 def test_a_backbone_of_the_users_own_is_built_so_that_it_finds_its_weights(config, tmp_path, monkeypatch):
-    (tmp_path / "mine.py").write_text(
+    (tmp_path / "fetching_backbone.py").write_text(  # a name of its own, because it stays imported
         "from pathlib import Path\nfrom gsdg.models import convnet\n"
         "def backbone(weights):\n"
         "    Path(__file__).with_name('fetched').touch()\n"
         "    return convnet(None, channels=3)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    mine = {**RESNET, "name": "mine", "backbone": {"_target_": "mine.backbone", "_partial_": True}}
+    mine = {**RESNET, "name": "mine", "backbone": {"_target_": "fetching_backbone.backbone", "_partial_": True}}
     assert "mine: weights imagenet, which the model's own code loads" in printed([config(model=mine)])
     assert (tmp_path / "fetched").exists()
 
