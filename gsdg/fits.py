@@ -85,7 +85,7 @@ def check_domains_per_step(name: str, algorithm: Algorithm, sources: list[str], 
 
 def check_unlabelled(name: str, algorithm: Algorithm, split: Split | OfficialSplit) -> None:
     """UserError if the algorithm needs unlabelled images of the target, and the split sets none apart."""
-    if algorithm.needs_unlabelled and not getattr(split, "uda_fraction", 0):
+    if algorithm.needs_unlabelled and not split.uda_fraction:
         raise UserError(
             f"algorithm={name} needs unlabelled images of the target domain.\nSet the share of the target's images "
             "that are used so, and not tested on: split.uda_fraction=0.5."

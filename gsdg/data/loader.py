@@ -113,16 +113,14 @@ class TrainBatches:
 
     def bytes_per_image(self) -> dict[str, int]:
         """{domain: bytes of one image as a worker sends it}, measured on the first image of each domain."""
-        first = {name: domain.load(int(self.indices[name][0])) for name, domain in self._by_name().items()}
+        domains = [*self.domains, *self.unlabelled]
+        first = {domain.name: domain.load(int(self.indices[domain.name][0])) for domain in domains}
         with cpu_seed(0):
             prepared = {name: self.transform.on_host([image]) for name, image in first.items()}
         return {name: max(_tensor_bytes(prepared[name]), getattr(image, "nbytes", 0)) for name, image in first.items()}
 
     def batches_per_step(self) -> int:
         return (self.domains_per_step or len(self.domains)) + len(self.unlabelled)
-
-    def _by_name(self) -> dict[str, Domain]:
-        return {domain.name: domain for domain in [*self.domains, *self.unlabelled]}
 
 
 def _tensor_bytes(prepared: Any) -> int:

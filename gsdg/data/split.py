@@ -49,6 +49,8 @@ class _Targets:
         trial_seed: of the repetition.
     """
 
+    uda_fraction: float = 0.0
+
     def __init__(self, target: Scalar | Sequence[Scalar] | None, trial_seed: int) -> None:
         self._given = [] if target is None else [target] if isinstance(target, Scalar) else list(target)
         self.targets = _sorted_unique(map(str, self._given))  # `check` corrects names that Hydra has read as numbers

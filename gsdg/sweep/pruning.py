@@ -38,8 +38,7 @@ class MedianPruner(Callback):
 
     def evaluation(self, run: WatchedRun, record: dict) -> None:
         step = record["step"]
-        value = value_until(run.folder, self.objective, step)
-        if step < self.after or value is None:
+        if step < self.after or (value := value_until(run.folder, self.objective, step)) is None:
             return
         values = [value_until(other, self.objective, step) for other in self._comparable(run)]
         others = [other for other in values if other is not None]

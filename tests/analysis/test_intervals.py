@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from analysis_folders import write_evaluated, write_lines
+from table_command import printed, refused
 
 stats = pytest.importorskip("scipy.stats")
 
@@ -120,19 +121,6 @@ def write_two_methods(runs: Path, seeds: int = 3, datasets=("toy", "zoo")) -> No
             for seed in range(seeds):
                 write_evaluated(runs, target, seed, accuracy + 0.01 * seed, dataset=dataset)
                 write_evaluated(runs, target, seed, accuracy + 0.01 * seed + gain, "x", dataset=dataset)
-
-
-def printed(capsys, *arguments: object) -> str:
-    assert main([str(argument) for argument in arguments]) == 0
-    return capsys.readouterr().out
-
-
-def refused(capsys, *arguments: object) -> str:
-    """The message of a user's mistake: exit status 2, and nothing on stdout."""
-    assert main([str(argument) for argument in arguments]) == 2
-    output = capsys.readouterr()
-    assert output.out == ""
-    return output.err
 
 
 def table_of(text: str) -> list[list[str]]:

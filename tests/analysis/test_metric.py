@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from analysis_folders import config, domainbed, write_lines, write_run
+from table_command import printed
 
 from gsdg.analysis.__main__ import main
 from gsdg.analysis.read.frames import read_runs
@@ -47,11 +48,6 @@ def runs(tmp_path) -> Path:
             for seed in (0, 1):
                 write_scored(tmp_path / "runs", target, algorithm, seed, seed / 10)
     return tmp_path / "runs"
-
-
-def printed(capsys, *arguments: object) -> str:
-    assert main([str(argument) for argument in arguments]) == 0
-    return capsys.readouterr().out
 
 
 def test_the_table_has_plain_numbers_of_the_step_with_the_lowest_loss_and_the_lowest_is_best(runs, capsys):

@@ -13,11 +13,11 @@ import numpy as np
 import pandas as pd
 import pytest
 from analysis_folders import write_evaluated, write_lines
+from table_command import printed, refused
 
 stats = pytest.importorskip("scipy.stats")
 
 from gsdg.analysis import significance  # noqa: E402
-from gsdg.analysis.__main__ import main  # noqa: E402
 from gsdg.analysis.formats import FORMATS  # noqa: E402
 from gsdg.analysis.significance import (  # noqa: E402
     bayesian_signed_rank,
@@ -166,19 +166,6 @@ def write_better(runs: Path, gain: float, datasets: int = 4, method: str = "x") 
         for target, accuracy in (("photo", 0.5), ("art", 0.6)):
             write_evaluated(runs, target, 0, accuracy, dataset=f"toy{dataset}")
             write_evaluated(runs, target, 0, accuracy + gain, method, dataset=f"toy{dataset}")
-
-
-def printed(capsys, *arguments: object) -> str:
-    assert main([str(argument) for argument in arguments]) == 0
-    return capsys.readouterr().out
-
-
-def refused(capsys, *arguments: object) -> str:
-    """The message of a user's mistake: exit status 2, and nothing on stdout."""
-    assert main([str(argument) for argument in arguments]) == 2
-    output = capsys.readouterr()
-    assert output.out == ""
-    return output.err
 
 
 def lines_of(text: str, title: str) -> list[str]:

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 from analysis_folders import write_evaluated, write_files, write_lines
 from helpers import REPOSITORY
+from table_command import printed, refused
 
 from gsdg.analysis.__main__ import main
 from gsdg.analysis.read.frames import read_runs
@@ -53,21 +54,8 @@ def body(text: str) -> list[list[str]]:
     return [cells_of(line) for line in text.split("\n\n")[0].splitlines()[1:] if "  " in line]
 
 
-def printed(capsys, *arguments: object) -> str:
-    assert main([str(argument) for argument in arguments]) == 0
-    return capsys.readouterr().out
-
-
 def printed_csv(capsys, *arguments: object) -> pd.DataFrame:
     return pd.read_csv(io.StringIO(printed(capsys, *arguments, "--format", "csv")))
-
-
-def refused(capsys, *arguments: object) -> str:
-    """The message of a user's mistake: exit status 2, and nothing on stdout."""
-    assert main([str(argument) for argument in arguments]) == 2
-    output = capsys.readouterr()
-    assert output.out == ""
-    return output.err
 
 
 def test_the_table_has_targets_in_domain_order_the_average_last_and_the_errors(tmp_path, capsys):
